@@ -1,0 +1,364 @@
+"""Settings: frozen dataclasses, read from strict YAML or JSON.
+
+An unknown key, a wrong type or a value out of range is a ConfigError that names the file and the key.
+A ModelConfig describes a checkpoint fully: a model rebuilt from its own config is the same model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from longllava.errors import ConfigError
+from longllava.files import write_json
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """A vision tower. Defaults: openai/clip-vit-large-patch14-336, the tower of LongLLaVA.
+
+    kind "vit": patch embedding, class token, pre-norm blocks (CLIP). With `stem_widths` the patches come
+    from a residual convolution stem instead (one stride of 2 per width), without a class token.
+    select_layer: which layer's output is the feature, counted as transformers counts hidden_states.
+    weights: the shipped model or folder whose encoder is used when a checkpoint does not carry its own.
+    """
+
+    kind: str = "vit"
+    image_size: int = 336
+    patch_size: int = 14
+    width: int = 1024
+    n_layers: int = 24
+    n_heads: int = 16
+    mlp_width: int = 4096
+    activation: str = "quick_gelu"
+    select_layer: int = -2
+    stem_widths: tuple[int, ...] = ()
+    norm_eps: float = 1e-5
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        positive(self, "image_size", "patch_size", "width", "n_layers", "n_heads", "mlp_width")
+        divides(self, "patch_size", "image_size")
+        divides(self, "n_heads", "width")
+        one_of(self, "activation", ("quick_gelu", "gelu", "gelu_tanh"))
+        if self.stem_widths and 2 ** len(self.stem_widths) != self.patch_size:
+            raise ConfigError(
+                f"encoder.stem_widths: {len(self.stem_widths)} strides of 2 make {2 ** len(self.stem_widths)}"
+                f" pixels a token, patch_size is {self.patch_size}; make them equal"
+            )
+        if not -self.n_layers - 1 <= self.select_layer <= self.n_layers:
+            raise ConfigError(f"encoder.select_layer: {self.select_layer} of {self.n_layers} layers")
+
+    def grid(self) -> int:
+        """Tokens on a side, before pooling."""
+        return self.image_size // self.patch_size
+
+    def n_layers_used(self) -> int:
+        return self.select_layer if self.select_layer >= 0 else self.n_layers + 1 + self.select_layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeConfig:
+    """Pooling and projection from encoder features to the language model's width.
+
+    pool "2d": mean over squares (24 -> 12 -> 6); "1d": linear interpolation over the flat sequence, as the
+    original's stage 1; "none". tokens_per_image: after pooling. hidden: width between the two layers.
+    norm: RMS-norm the output to the scale of word embeddings (0 = off, as published).
+    """
+
+    kind: str = "mlp"
+    pool: str = "2d"
+    tokens_per_image: int = 144
+    hidden: int = 4096
+    output_rms: float = 0.0
+
+    def __post_init__(self) -> None:
+        one_of(self, "pool", ("2d", "1d", "none"))
+        positive(self, "tokens_per_image", "hidden")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Jamba-style stack. Defaults: LongLLaVA-9B (Jamba with one expert). Source: LongLLaVA's Jamba/config.json.
+
+    Layer i is attention when i % attention_every == attention_at, else Mamba-1; its MLP is a mixture of
+    experts when n_experts > 1 and i % expert_every == expert_at. qk_norm and log_length_scale are not
+    Jamba's: RMS-norm of each head's query and key, and a learned factor (per head) of log(keys seen) on the
+    logits, which keeps a match sharp among many images. Both are off for published models.
+    """
+
+    vocab_size: int = 65536
+    width: int = 4096
+    n_layers: int = 32
+    attention_every: int = 8
+    attention_at: int = 4
+    n_heads: int = 32
+    n_kv_heads: int = 8
+    head_dim: int = 128
+    qk_norm: bool = False
+    log_length_scale: bool = False
+    mlp_width: int = 14336
+    n_experts: int = 1
+    n_experts_per_token: int = 2
+    expert_every: int = 2
+    expert_at: int = 1
+    expand: int = 2
+    state_size: int = 16
+    conv_size: int = 4
+    dt_rank: int = 256
+    conv_bias: bool = True
+    proj_bias: bool = False
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        positive(self, "vocab_size", "width", "n_layers", "attention_every", "n_heads", "n_kv_heads", "head_dim",
+                 "mlp_width", "n_experts", "n_experts_per_token", "expert_every", "expand", "state_size",
+                 "conv_size", "dt_rank", "norm_eps")  # fmt: skip
+        divides(self, "n_kv_heads", "n_heads")
+        for name, limit in (("width", 65536), ("n_layers", 1024), ("vocab_size", 4_194_304), ("mlp_width", 1 << 20),
+                            ("n_experts", 4096), ("state_size", 256), ("conv_size", 8)):  # fmt: skip
+            if getattr(self, name) > limit:
+                raise ConfigError(f"backbone.{name}: got {getattr(self, name)}, at most {limit} is allowed")
+
+    def mixers(self) -> tuple[str, ...]:
+        return tuple(
+            "attention" if i % self.attention_every == self.attention_at else "mamba" for i in range(self.n_layers)
+        )
+
+    def has_experts(self, layer: int) -> bool:
+        return self.n_experts > 1 and layer % self.expert_every == self.expert_at
+
+    def d_inner(self) -> int:
+        return self.expand * self.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionConfig:
+    """How images meet the text. kind "splice": image tokens stand in the text sequence (LLaVA, LongLLaVA)."""
+
+    kind: str = "splice"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """The text around images and turns; plain text except where a name is a special token of the tokenizer.
+
+    Source: LongLLaVA cli.py, conversation.py (facts in ARCHITECTURE.md).
+    """
+
+    image_open: str = "<img>"
+    image_close: str = "</img>"
+    video_open: str = "<vid>"
+    video_close: str = "</vid>"
+    frame_join: str = "<t>"
+    row_join: str = "\n"
+    user: str = "<|User|>\n"
+    assistant: str = "<|Assistant|>\n"
+    user_end: str = "\n"
+    bos_token: str = "<|startoftext|>"
+    eos_token: str = "<|endoftext|>"
+    pad_token: str = "<|pad|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A whole model, as config.json in its folder holds it."""
+
+    name: str = "longllava"
+    encoder: EncoderConfig | None = field(default_factory=EncoderConfig)
+    bridge: BridgeConfig | None = field(default_factory=BridgeConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    n_parameters: int | None = None  # stated; tests build the model on the meta device and compare
+    format: str = "longllava-1"
+
+    def __post_init__(self) -> None:
+        if (self.encoder is None) != (self.bridge is None):
+            raise ConfigError("model: encoder and bridge go together; give both or neither (a text-only model)")
+        if self.encoder and self.bridge and self.bridge.pool == "2d":
+            allowed = pooled_counts(self.encoder.grid())
+            if self.bridge.tokens_per_image not in allowed:
+                raise ConfigError(
+                    f"bridge.tokens_per_image: {self.bridge.tokens_per_image} cannot be pooled from a"
+                    f" {self.encoder.grid()} x {self.encoder.grid()} grid; allowed: {allowed}"
+                )
+        if self.encoder and self.bridge and self.bridge.pool == "none":
+            if self.bridge.tokens_per_image != self.encoder.grid() ** 2:
+                raise ConfigError(
+                    f"bridge.tokens_per_image: {self.bridge.tokens_per_image} without pooling;"
+                    f" the encoder makes {self.encoder.grid() ** 2}"
+                )
+
+
+def pooled_counts(grid: int) -> list[int]:
+    """Token counts that whole squares of a grid can be averaged to: 24 -> 576, 144, 64, 36, 16, ..."""
+    return [(grid // factor) ** 2 for factor in range(1, grid + 1) if grid % factor == 0]
+
+
+# --- reading and writing
+
+
+def load(cls: type[T], source: str | Path | dict, overrides: typing.Sequence[str] = ()) -> T:
+    """Read `cls` from a YAML or JSON file (or a dict), with `a.b=value` overrides. Raises: ConfigError."""
+    label = "settings" if isinstance(source, dict) else str(source)
+    data = dict(source) if isinstance(source, dict) else read_mapping(source)
+    for override in overrides:
+        set_override(data, override)
+    return build(cls, data, label)
+
+
+def read_mapping(path: str | Path) -> dict:
+    """A YAML or JSON file whose top level is a mapping. Raises: ConfigError naming file and line."""
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        text = path.read_text("utf-8")
+        if path.suffix == ".json":
+            data = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
+        else:
+            data = yaml.load(text, Loader=unique_loader())
+    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
+    return data
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise ConfigError(f"the same key stands twice among {', '.join(repr(key) for key, _ in pairs[:12])}")
+    return data
+
+
+def refuse_constant(name: str) -> float:
+    raise ConfigError(f"{name} is not a number a setting can have")
+
+
+def unique_loader() -> type:
+    """yaml.SafeLoader that refuses a key given twice and reads 1e-4 as a number (YAML 1.2), not a string."""
+    import re
+
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ConfigError(f"key {key!r} stands twice (line {node.start_mark.line + 1})")
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+    return Loader
+
+
+def set_override(data: dict, override: str) -> None:
+    import yaml
+
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override {override!r}: write key=value, for example backbone.width=256")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        data[parent] = dict(data.get(parent) or {})
+        data = data[parent]
+    data[last] = yaml.load(value, Loader=unique_loader())
+
+
+def build(cls: type[T], data: Any, where: str) -> T:
+    """`data` as an instance of the dataclass `cls`; every error names `where` and the key."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected keys of {cls.__name__}, got {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in fields(cls) if f.init]  # type: ignore[arg-type]
+    values = {}
+    for key, value in data.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+        values[key] = convert(hints[key], value, f"{where}: {key}")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: {str(error).replace(f'{cls.__name__}.__init__()', cls.__name__)}") from None
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        options = [a for a in arguments if a is not type(None)]
+        for option in options[:-1]:
+            try:
+                return convert(option, value, where)
+            except ConfigError:
+                continue
+        return convert(options[-1], value, where)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else build(hint, value, where)  # type: ignore[arg-type]
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        return origin(convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a mapping, got {value!r}")
+        return {str(k): convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        raise ConfigError(f"{where}: {value} is not a number a setting can have")
+    return value
+
+
+def save(config: Any, path: str | Path) -> None:
+    """Write a config as JSON, whole or not at all."""
+    write_json(path, dataclasses.asdict(config))
+
+
+# --- checks shared by the dataclasses
+
+
+def positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ConfigError(f"{name}: got {getattr(config, name)}, must be above 0")
+
+
+def divides(config: Any, small: str, large: str) -> None:
+    if getattr(config, large) % getattr(config, small):
+        raise ConfigError(
+            f"{small}: {getattr(config, small)} does not divide {large} {getattr(config, large)}; make it a divisor"
+        )
+
+
+def one_of(config: Any, name: str, allowed: tuple) -> None:
+    if getattr(config, name) not in allowed:
+        raise ConfigError(f"{name}: got {getattr(config, name)!r}, allowed: {', '.join(map(str, allowed))}")
