@@ -1,0 +1,88 @@
+"""Builds the CPU kernels into one shared library. Needs a C++17 compiler (GCC >= 9 or Clang >= 11) and nothing else.
+
+    python csrc/build.py [output_dir]          default: longllava/lib
+
+Every csrc/*_kernels.cpp is compiled once per form (portable; on x86-64 also AVX2 and AVX-512), every other
+csrc/*.cpp once; see isa.h. Takes seconds. CXX names the compiler, CXXFLAGS adds flags.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent
+NAME = "liblongllava_cpu.so"
+# Contraction to fused multiply-add is wanted; the rest of fast-math is not: NaN and infinity keep their meaning.
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+FLAGS += ["-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-warning-option"]
+X86_FORMS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+}
+
+
+class NoCompiler(RuntimeError):
+    """No usable C++ compiler. The library works without the kernels, more slowly."""
+
+
+def compiler() -> list[str]:
+    """The command that compiles C++: CXX if set, else c++, g++ or clang++. Raises NoCompiler."""
+    if chosen := os.environ.get("CXX"):
+        command = shlex.split(chosen)
+        if shutil.which(command[0]) is None:
+            raise NoCompiler(f"CXX={chosen}: no such command; set CXX to a C++17 compiler, or unset it")
+        return command
+    for name in ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return [found]
+    raise NoCompiler("no C++ compiler found (tried c++, g++, clang++); install one (apt install g++) or set CXX")
+
+
+def build(output_dir: str | Path) -> Path:
+    """Compile and link into `output_dir`; return the library's path. Raises NoCompiler or RuntimeError.
+
+    The finished file replaces the old one in one step, so a running process keeps the one it has loaded.
+    """
+    command = [*compiler(), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    forms = X86_FORMS if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".build-") as scratch:
+        jobs: list[list[str]] = []
+        for source in sorted(SOURCES.glob("*.cpp")):
+            is_kernel = source.stem.endswith("_kernels")
+            for form, flags in forms.items() if is_kernel else [("", [])]:
+                define = [f"-DLONGLLAVA_FORM={form}"] if form else []
+                target = ["-o", f"{scratch}/{source.stem}-{form}.o"]
+                jobs.append([*command, *flags, *define, "-c", str(source), *target])
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(_run, jobs))
+        objects = [job[-1] for job in jobs]
+        _run([*command, "-shared", "-pthread", *objects, "-o", f"{scratch}/{NAME}"])
+        os.replace(f"{scratch}/{NAME}", output_dir / NAME)
+    return output_dir / NAME
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the C++ compiler failed:\n  {shlex.join(command)}\n{done.stderr.strip()}")
+    if done.stderr.strip():
+        sys.stderr.write(done.stderr)
+
+
+if __name__ == "__main__":
+    default = SOURCES.parent / "longllava" / "lib"
+    try:
+        print(build(sys.argv[1] if len(sys.argv) > 1 else default))
+    except RuntimeError as error:
+        sys.exit(f"csrc/build.py: {error}")

@@ -1,0 +1,70 @@
+// Chooses the instruction set once, when the library is loaded. See isa.h.
+#include "isa.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+namespace longllava {
+namespace {
+
+struct Choice {
+  Isa isa = Isa::portable;
+  bool bf16 = false;
+  char error[256] = "";
+
+  Choice() {
+    bool avx2 = false, avx512 = false;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    isa = avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;
+    const char* wanted = getenv("LONGLLAVA_ISA");
+    if (wanted != nullptr && wanted[0] != '\0') {
+      if (strcmp(wanted, "portable") == 0) {
+        isa = Isa::portable;
+      } else if (strcmp(wanted, "avx2") == 0 && avx2) {
+        isa = Isa::avx2;
+      } else if (strcmp(wanted, "avx512") == 0 && avx512) {
+        isa = Isa::avx512;
+      } else {
+        snprintf(error, sizeof error, "LONGLLAVA_ISA=%.20s: this processor runs portable%s%s; unset it or name one of these",
+                 wanted, avx2 ? ", avx2" : "", avx512 ? ", avx512" : "");
+      }
+    }
+#if defined(__x86_64__)
+    bf16 = isa == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  }
+};
+
+const Choice& choice() {
+  static const Choice made;
+  return made;
+}
+
+}  // namespace
+
+Isa chosen_isa() { return choice().isa; }
+bool has_avx512_bf16() { return choice().bf16; }
+
+}  // namespace longllava
+
+LONGLLAVA_EXPORT int longllava_abi() { return LONGLLAVA_ABI; }
+
+LONGLLAVA_EXPORT const char* longllava_isa_name() {
+  switch (longllava::chosen_isa()) {
+    case longllava::Isa::avx512: return "avx512";
+    case longllava::Isa::avx2: return "avx2";
+    default: return "portable";
+  }
+}
+
+// NULL, or one sentence: LONGLLAVA_ISA names a form that does not exist or that this processor lacks.
+LONGLLAVA_EXPORT const char* longllava_isa_error() {
+  const char* error = longllava::choice().error;
+  return error[0] != '\0' ? error : nullptr;
+}

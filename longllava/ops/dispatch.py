@@ -1,0 +1,50 @@
+"""Which backend runs a call: the first of an op's list that does not object, or the one that was asked for.
+
+A backend answers `why_not(*args)` from metadata only (device, dtype, shape, what is installed): None when it
+can run the call, else one sentence. A forced backend runs or raises; it never falls back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from longllava.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an op. `run` and `why_not` take the same positional arguments."""
+
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def choose(op: str, backends: Sequence[Backend], *args: Any, forced: str | None = None) -> Backend:
+    """First backend able to run `args`. `forced`, or the variable LONGLLAVA_<OP>, names the only candidate.
+
+    Raises BackendError when the name is unknown or no candidate can run the call, with every reason.
+    """
+    forced = forced or os.environ.get(f"LONGLLAVA_{op.upper()}") or None
+    reasons = {}
+    for backend in backends:
+        if forced is None or backend.name == forced:
+            reason = backend.why_not(*args)
+            if reason is None:
+                return backend
+            reasons[backend.name] = reason
+    if not reasons:
+        names = ", ".join(backend.name for backend in backends)
+        raise BackendError(f"{op}: no backend {forced!r}; allowed are {names}")
+    raise BackendError(f"{op}: no backend can run this call:\n" + "\n".join(f"  {n}: {r}" for n, r in reasons.items()))
+
+
+def report(backends: Sequence[Backend], *args: Any) -> dict[str, str | None]:
+    """Every backend's answer to one call: None where it can run, else why not. For `longllava doctor`."""
+    return {backend.name: backend.why_not(*args) for backend in backends}
