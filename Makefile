@@ -1,0 +1,86 @@
+# Everything a user or contributor runs. Each target sets up .venv first, when it is missing or out of date.
+#
+#   make setup PYTHON=python3.12                                     another Python (3.11 or newer)
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu      the small CPU build of torch
+#   make setup PIP_ARGS="--proxy http://localhost:3128"              anything else that pip takes
+#   make stage1 MODEL=longllava-9b NPROC=8                           another model, on 8 GPUs
+#   make stage1 PRESET=smoke                                         seconds instead of minutes
+#   make stage1 SET="lr=1.0e-4 max_steps=100"                        any key of the stage's YAML
+
+PYTHON ?= python3
+PIP_ARGS ?=
+TORCH_INDEX ?=
+MODEL ?= nano
+NPROC ?= 1
+PRESET ?=
+SET ?=
+IMAGES ?= 1000
+WORKERS ?= 2
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+LIBRARY := longllava/lib/liblongllava_cpu.so
+PIP := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt \
+       $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_ARGS)
+OVERRIDES := $(if $(PRESET),preset=$(PRESET)) $(SET)
+ifeq ($(NPROC),1)
+TRAIN := $(RUN) -m longllava train
+else
+TRAIN := $(VENV)/bin/torchrun --standalone --nproc-per-node=$(NPROC) -m longllava train
+endif
+
+.PHONY: help setup demo test test-long check foundation stage1 stage2 stage3 bench clean
+
+help:           ## this list
+	@awk -F ' *## ' '/^[a-z0-9-]+:.*## / { split($$1, name, ":"); printf "make %-12s %s\n", name[1], $$2 }' Makefile
+	@sed -n '3,8s/^#  //p' Makefile
+
+setup: $(STAMP)  ## make .venv and install the tested set (minutes, once)
+
+$(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make setup: needs Python 3.11 or newer as $(PYTHON); name another with: make setup PYTHON=python3.11"; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "make setup: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(PIP) setuptools wheel
+	$(PIP) --no-build-isolation -e ".[train,video,dev]"
+	@test -e $(LIBRARY) || echo "make setup: no C++ kernels were built (no compiler, or it failed: make setup" \
+	  "PIP_ARGS=-v shows why); everything works with plain torch, slower."
+	@touch $@
+
+demo: setup     ## a needle in a haystack of 1,000 pictures, with the model that ships in the package
+	$(RUN) benchmarks/vniah.py --images $(IMAGES) --needles 5 --depths 0,0.5,1 --output runs/demo
+
+test: setup     ## the tests, minutes
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS)
+
+test-long: setup  ## the sweeps that take longer
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) -m long
+
+check: setup    ## lint, types, import layers
+	$(RUN) -m ruff check
+	$(RUN) -m mypy
+	$(RUN) -m pytest -q tests/test_layers.py
+
+foundation: setup  ## what stage 1 starts from: an encoder aligned with names, a language model of text
+	$(TRAIN) configs/train/$(MODEL)/foundation-vision.yaml $(OVERRIDES)
+	$(TRAIN) configs/train/$(MODEL)/foundation-text.yaml $(OVERRIDES)
+
+stage1: setup   ## single-image alignment: only the bridge learns
+	$(TRAIN) configs/train/$(MODEL)/stage1.yaml $(OVERRIDES)
+
+stage2: setup   ## single-image questions: bridge and language model learn
+	$(TRAIN) configs/train/$(MODEL)/stage2.yaml $(OVERRIDES)
+
+stage3: setup   ## several images, with replay
+	$(TRAIN) configs/train/$(MODEL)/stage3.yaml $(OVERRIDES)
+
+bench: setup    ## kernels, then V-NIAH and what each stage brought
+	$(RUN) benchmarks/kernels.py --device cpu
+	$(RUN) benchmarks/vniah.py --images $(IMAGES)
+	$(RUN) benchmarks/curriculum.py
+
+clean:          ## build products and caches; keeps .venv and runs/
+	rm -rf build dist *.egg-info longllava/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find longllava tests benchmarks csrc -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,11 @@
+"""Import this first: a script started without the library's environment ends with one sentence, not a traceback."""
+
+import importlib.util
+import sys
+
+for needed in ("torch", "longllava"):
+    if importlib.util.find_spec(needed) is None:
+        sys.exit(
+            f"{needed} is not installed for {sys.executable or 'this Python'}: run `make setup` once and start the "
+            f"script with .venv/bin/python, or run `pip install -e .` in the repository."
+        )

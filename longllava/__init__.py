@@ -1,0 +1,33 @@
+"""Multimodal language models that look at a thousand images at once on one device.
+
+`import longllava` takes milliseconds: torch and transformers load when a name below is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longllava.api import LongLLaVA
+    from longllava.config import ModelConfig
+    from longllava.errors import LongLLaVAError
+
+__version__ = "0.1.0"
+__all__ = ["LongLLaVA", "LongLLaVAError", "ModelConfig", "__version__"]
+
+HOMES = {
+    "LongLLaVA": "longllava.api",
+    "LongLLaVAError": "longllava.errors",
+    "ModelConfig": "longllava.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'longllava' has no attribute {name!r}")
+    return getattr(importlib.import_module(HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

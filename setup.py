@@ -1,0 +1,107 @@
+"""Packaging. Lower bounds are here, the tested set is in constraints.txt, tool settings in pyproject.toml.
+
+A wheel carries the package, its assets, configs/ and data_recipes/ (so that an installed package needs no clone)
+and, where a C++ compiler is found, the compiled CPU kernels. Without one the wheel is pure Python: everything
+works, slower. torch is not needed to build.
+"""
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).resolve().parent
+LIBRARY = "lib/liblongllava_cpu.so"
+SHIPPED = ("configs", "data_recipes")
+
+CORE = [
+    "torch>=2.6",
+    "transformers>=5",
+    "numpy>=1.26",
+    "pillow>=10",
+    "safetensors>=0.4.3",
+    "tokenizers>=0.20",
+    "huggingface-hub>=0.34",
+    "einops>=0.8",
+    "pyyaml>=6",
+    "jinja2>=3.1",
+    "typer>=0.15",
+    "rich>=13",
+    "tqdm>=4.66",
+    "matplotlib>=3.8",
+]
+TRAIN = ["accelerate>=1.1", "datasets>=3", "peft>=0.14", "tensorboard>=2.16"]
+DEV = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "psutil>=5.9", "build>=1.2"]
+EXTRAS = {
+    "train": TRAIN,
+    "deepspeed": [*TRAIN, "deepspeed>=0.16"],
+    "video": ["av>=12"],
+    "cuda": ["triton>=3.2", "mamba-ssm>=2.2", "causal-conv1d>=1.4"],
+    "openclip": ["open_clip_torch>=2.30"],
+    "dev": DEV,
+}
+
+
+def version() -> str:
+    text = (HERE / "longllava/__init__.py").read_text("utf-8")
+    return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)[1]
+
+
+def compile_library(folder: Path) -> None:
+    """Build the CPU kernels into `folder`; where that cannot be done, say so in one sentence and go on."""
+    spec = importlib.util.spec_from_file_location("longllava_csrc_build", HERE / "csrc/build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        module.build(folder)
+    except (OSError, RuntimeError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"longllava: the C++ kernels were not built ({first_line}); plain torch is used instead, slower.")
+
+
+class BuildPy(build_py):
+    def run(self) -> None:
+        package = HERE / "longllava" if self.editable_mode else Path(self.build_lib) / "longllava"
+        if not self.editable_mode:  # a file deleted from the sources must not live on in build/
+            shutil.rmtree(package, ignore_errors=True)
+        super().run()
+        if not self.editable_mode:
+            for kind in SHIPPED:
+                shutil.copytree(HERE / kind, package / kind)
+        compile_library(package / "lib")
+
+
+class BdistWheel(bdist_wheel):
+    """py3-none-any, or py3-none-PLATFORM with the library in: it speaks C, so one build serves every Python."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        package = Path(self.get_finalized_command("build_py").build_lib) / "longllava"
+        self.root_is_pure = not (package / LIBRARY).is_file()
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    name="longllava",
+    version=version(),
+    description="Multimodal language models that look at a thousand images at once on one device",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["longllava", "longllava.*"]),
+    package_data={"longllava": ["assets/**", "py.typed"]},
+    include_package_data=False,
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["longllava = longllava.cli:main"]},
+    cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel},
+)
