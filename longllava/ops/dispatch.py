@@ -42,7 +42,8 @@ def choose(op: str, backends: Sequence[Backend], *args: Any, forced: str | None 
     if not reasons:
         names = ", ".join(backend.name for backend in backends)
         raise BackendError(f"{op}: no backend {forced!r}; allowed are {names}")
-    raise BackendError(f"{op}: no backend can run this call:\n" + "\n".join(f"  {n}: {r}" for n, r in reasons.items()))
+    listed = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+    raise BackendError(f"{op}: no backend can run this call:\n{listed}")
 
 
 def report(backends: Sequence[Backend], *args: Any) -> dict[str, str | None]:

@@ -37,7 +37,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def library() -> ctypes.CDLL:
-    """The loaded library. Raises BackendError when there is none, or when LONGLLAVA_ISA cannot be honoured."""
+    """The loaded library. Raises BackendError when there is none, or for an impossible LONGLLAVA_ISA."""
     loaded, reason = _load()
     if loaded is None:
         raise BackendError(str(reason))
@@ -45,7 +45,7 @@ def library() -> ctypes.CDLL:
 
 
 def why_not() -> str | None:
-    """None when the kernels can be used, else one sentence. A forced instruction set that the processor lacks raises."""
+    """None when the kernels can be used, else one sentence. An impossible LONGLLAVA_ISA raises BackendError."""
     return _load()[1]
 
 
@@ -56,6 +56,6 @@ def isa() -> str:
 
 @functools.lru_cache(maxsize=1)
 def say_once_if_missing() -> None:
-    """Called by the plain torch stand-ins: one line on stderr, once per process, when the kernels are missing."""
+    """For the plain torch stand-ins: one line on stderr, once per process, when the kernels are missing."""
     if (reason := why_not()) is not None:
         logging.getLogger("longllava").warning("longllava runs its slower plain-torch code: %s", reason)

@@ -1,0 +1,151 @@
+// Vectors of WIDTH fp32 lanes, and the few functions the kernels need on them. Include from *_kernels.cpp only.
+//
+// GCC/Clang vector extensions: the same source becomes SSE2 or NEON (portable), AVX2 or AVX-512 by -m flags.
+// Every function has internal linkage, so that no form's code can replace another's when linking.
+#pragma once
+
+#include <stdint.h>
+
+#ifndef LONGLLAVA_WIDTH
+#if defined(__AVX512F__)
+#define LONGLLAVA_WIDTH 16
+#elif defined(__AVX2__)
+#define LONGLLAVA_WIDTH 8
+#else
+#define LONGLLAVA_WIDTH 4
+#endif
+#endif
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define LONGLLAVA_INLINE static inline __attribute__((always_inline))
+
+namespace longllava {
+
+// Element types of the tensors that cross the C interface; the Python side holds the same numbers.
+enum DType : int64_t { DTYPE_FLOAT32 = 0, DTYPE_BFLOAT16 = 1 };
+
+namespace LONGLLAVA_FORM {
+
+constexpr int WIDTH = LONGLLAVA_WIDTH;
+typedef float vec __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t ivec __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t uvec __attribute__((vector_size(WIDTH * 4)));
+typedef uint16_t hvec __attribute__((vector_size(WIDTH * 2)));
+
+LONGLLAVA_INLINE vec splat(float x) { return vec{} + x; }
+
+template <class To, class From>
+LONGLLAVA_INLINE To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+LONGLLAVA_INLINE float bf16_to_float(uint16_t x) { return bits<float>(uint32_t(x) << 16); }
+
+LONGLLAVA_INLINE vec load(const float* p) {
+  vec x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+LONGLLAVA_INLINE vec load(const uint16_t* p) {  // bfloat16
+  hvec x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return bits<vec>(__builtin_convertvector(x, uvec) << 16);
+}
+
+LONGLLAVA_INLINE void store(float* p, vec x) { __builtin_memcpy(p, &x, sizeof x); }
+
+LONGLLAVA_INLINE void store(uint16_t* p, vec x) {  // bfloat16: nearest, ties to even; NaN stays NaN
+  const uvec u = bits<uvec>(x);
+  const uvec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const hvec y = __builtin_convertvector(x == x ? rounded : (uvec{} + 0x7fc0u), hvec);
+  __builtin_memcpy(p, &y, sizeof y);
+}
+
+// The first `lanes` < WIDTH elements only: nothing behind them is read or written; missing lanes are 0.
+template <class T>
+LONGLLAVA_INLINE vec load_some(const T* p, int lanes) {
+  T whole[WIDTH] = {};
+  __builtin_memcpy(whole, p, lanes * sizeof(T));
+  return load(whole);
+}
+
+template <class T>
+LONGLLAVA_INLINE void store_some(T* p, vec x, int lanes) {
+  T whole[WIDTH];
+  store(whole, x);
+  __builtin_memcpy(p, whole, lanes * sizeof(T));
+}
+
+LONGLLAVA_INLINE vec maximum(vec a, vec b) { return a > b ? a : b; }  // b where either is NaN
+LONGLLAVA_INLINE vec minimum(vec a, vec b) { return a < b ? a : b; }
+LONGLLAVA_INLINE vec absolute(vec x) { return bits<vec>(bits<uvec>(x) & 0x7fffffffu); }
+
+LONGLLAVA_INLINE float sum_lanes(vec x) {
+  float lane[WIDTH];
+  store(lane, x);
+  for (int half = WIDTH / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+LONGLLAVA_INLINE float max_lanes(vec x) {
+  float lane[WIDTH], most = 0;
+  store(lane, x);
+  for (int i = 0; i < WIDTH; ++i) most = lane[i] > most || lane[i] != lane[i] ? lane[i] : most;
+  return most;
+}
+
+// 2^x by a degree-5 polynomial on [-1/2, 1/2]; relative error 1.5e-7, and exactly 1 at 0, so that a step of
+// length 0 keeps the state as it is. With CLAMP any finite x; without it |x| <= 126 (the AVX-512 form needs no
+// clamp: its scale instruction saturates).
+template <bool CLAMP>
+LONGLLAVA_INLINE vec exp2_vec(vec x) {
+#if defined(__AVX512F__) && LONGLLAVA_WIDTH == 16
+  const vec f = x - (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  if (CLAMP) x = minimum(splat(126.0f), maximum(splat(-126.0f), x));
+  const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+  const vec shifted = x + magic;
+  const vec f = x - (shifted - magic);
+#endif
+  vec p = splat(0.0013333538f);
+  p = p * f + 0.0096662454f;
+  p = p * f + 0.0555050038f;
+  p = p * f + 0.2402235121f;
+  p = p * f + 0.6931471229f;
+  p = p * f + 1.0f;
+#if defined(__AVX512F__) && LONGLLAVA_WIDTH == 16
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
+#else
+  return bits<vec>(bits<ivec>(p) + (bits<ivec>(shifted) << 23));
+#endif
+}
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+LONGLLAVA_INLINE vec exp_vec(vec x) { return exp2_vec<true>(x * LOG2_E); }
+
+LONGLLAVA_INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp_vec(-x)); }
+
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), with log1p(e) = 2 atanh(e / (2 + e)) as a polynomial; relative error
+// 3e-7. Above 20 it is x, as in torch.
+LONGLLAVA_INLINE vec softplus(vec x) {
+  const vec e = exp_vec(-absolute(x));
+  const vec s = e / (2.0f + e), t = s * s;
+  vec p = splat(0.1408916712f);
+  p = p * t + 0.1398030072f;
+  p = p * t + 0.2001245469f;
+  p = p * t + 0.3333315849f;
+  p = p * t + 1.0f;
+  const vec y = maximum(vec{}, x) + 2.0f * s * p;
+  return x > 20.0f ? x : y;
+}
+
+}  // namespace LONGLLAVA_FORM
+}  // namespace longllava
