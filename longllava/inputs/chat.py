@@ -1,0 +1,165 @@
+"""A conversation as pieces: plain text, template text, and marks where pictures stand.
+
+Plain text is what a person wrote and is never read as anything else. Template text is the library's own
+(config.prompt) and may name special tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from longllava.config import PromptConfig
+from longllava.errors import InputError
+from longllava.inputs.tokenizer import check_text
+
+IMAGE_MARK = "<image>"
+ROLES = ("user", "assistant")
+
+
+@dataclass(frozen=True)
+class Markup:
+    """Template text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Text of a turn; `start` is where it begins in the turn's text (marks counted), for evidence spans."""
+
+    text: str
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One image. `start`, `end`: where its mark stands in the turn's text."""
+
+    image: int
+    start: int = 0
+    end: int = 0
+
+
+Piece = Markup | Plain | Mark
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: who speaks, and its pieces in order."""
+
+    role: str
+    pieces: tuple[Piece, ...]
+
+
+def split_marks(text: str, first_image: int) -> tuple[list[Piece], int]:
+    """Text with <image> marks as pieces; images are numbered from `first_image`. Returns the next number."""
+    pieces: list[Piece] = []
+    position, image = 0, first_image
+    while (found := text.find(IMAGE_MARK, position)) >= 0:
+        pieces += [Plain(text[position:found], position), Mark(image, found, found + len(IMAGE_MARK))]
+        position, image = found + len(IMAGE_MARK), image + 1
+    pieces.append(Plain(text[position:], position))
+    return [piece for piece in pieces if not (isinstance(piece, Plain) and not piece.text)], image
+
+
+def messages_of_turns(turns: Sequence[Any], n_images: int) -> list[Message]:
+    """Turns (role, text with <image> marks) as messages. Raises: InputError if marks and images disagree."""
+    messages, image = [], 0
+    for turn in turns:
+        check_role(turn.role)
+        if turn.role == "user":
+            pieces, image = split_marks(turn.text, image)
+        else:
+            pieces = [Plain(turn.text)]
+        messages.append(Message(turn.role, tuple(pieces)))
+    check_counts(image, n_images)
+    return messages
+
+
+def check_counts(n_marks: int, n_images: int) -> None:
+    if n_marks != n_images:
+        raise InputError(
+            f"the text has {n_marks} {IMAGE_MARK} mark{'s' * (n_marks != 1)}, but the number of images given"
+            f" is {n_images}; make them equal"
+        )
+
+
+def check_role(role: Any) -> None:
+    if role not in ROLES:
+        raise InputError(f"role: got {role!r}, allowed: {', '.join(ROLES)}")
+
+
+def media_pieces(n_images: int, n_frames: int, prompt: PromptConfig, first: int = 0) -> list[Piece]:
+    """Images one after the other, then a video: frames first + n_images, ..."""
+    pieces: list[Piece] = [Mark(first + i) for i in range(n_images)]
+    for i in range(n_frames):
+        pieces += [Markup(prompt.frame_join if i else prompt.video_open), Mark(first + n_images + i)]
+    return [*pieces, Markup(prompt.video_close)] if n_frames else pieces
+
+
+def string_pieces(text: str, n_images: int, n_frames: int, prompt: PromptConfig) -> list[Piece]:
+    """A prompt string with its pictures: at the <image> marks, or before the text when it has none.
+
+    A video always stands before the text. Raises: InputError when marks and images disagree, or all is empty.
+    """
+    check_text(text, "prompt")
+    if not text.strip() and not n_images and not n_frames:
+        raise InputError("prompt: it is empty; write a question")
+    pieces, n_marks = split_marks(text, 0)
+    if n_marks == 0:
+        return [*media_pieces(n_images, n_frames, prompt), *pieces]
+    check_counts(n_marks, n_images)
+    return [*media_pieces(0, n_frames, prompt, first=n_images), *pieces]
+
+
+def messages_of_dicts(
+    messages: Sequence[Mapping[str, Any]], images: Sequence[Any]
+) -> tuple[list[Message], list[Any]]:
+    """Messages as dictionaries {"role", "content"} -> messages, and all images in order.
+
+    content is a string, or a list of parts {"type": "text", "text"} and {"type": "image", "image" | "path"}.
+    An image part without a source takes the next one of `images`. Text is never searched for marks.
+    """
+    if not messages:
+        raise InputError("messages: the list is empty; give at least one user message")
+    given, sources, result = list(images), [], []
+    for number, message in enumerate(messages, 1):
+        where = f"message {number}"
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise InputError(f"{where}: expected a dictionary with 'role' and 'content', got {message!r:.80}")
+        check_role(message["role"])
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, Sequence):
+            raise InputError(f"{where}: content is a string or a list of parts, got {type(content).__name__}")
+        pieces: list[Piece] = []
+        for part in parts:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "text":
+                check_text(part.get("text"), f"{where}: text")
+                pieces.append(Plain(part["text"]))
+            elif kind == "image" and message["role"] == "user":
+                source = next((part[key] for key in ("image", "path") if part.get(key) is not None), None)
+                if source is None and not given:
+                    raise InputError(f"{where}: an image part has neither 'image' nor 'path'")
+                pieces.append(Mark(len(sources)))
+                sources.append(source if source is not None else given.pop(0))
+            else:
+                raise InputError(f"{where}: part {part!r:.80}; allowed: text, and image in a user's message")
+        result.append(Message(message["role"], tuple(pieces)))
+    if given:
+        raise InputError(
+            f"messages: {len(given)} of {len(images)} images have no image part; add parts or drop them"
+        )
+    for number, item in enumerate(result):
+        if item.role != ROLES[number % 2]:
+            raise InputError(
+                f"message {number + 1}: role {item.role!r}; user and assistant take turns, user first"
+            )
+    if result[-1].role != "user":
+        raise InputError("messages: the last one is the assistant's; end with a user's message")
+    if not any(isinstance(p, Mark) or (isinstance(p, Plain) and p.text.strip()) for p in result[-1].pieces):
+        raise InputError("prompt: the last message is empty; write a question")
+    return result, sources

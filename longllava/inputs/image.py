@@ -1,0 +1,193 @@
+"""One image, from wherever it lies, to a square of uint8 pixels. Pillow only.
+
+One rule: turned as EXIF says, alpha laid on white, 16 bits scaled, not clipped; a torn file is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longllava.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB of RGB
+MAX_RATIO = 200
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+         7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip  # EXIF orientation -> Image.Transpose
+ORIENTATION = 0x0112
+
+
+def open_image(
+    source: Any, *, wanted_side: int | None = None, open_reference: Callable | None = None
+) -> Image.Image:
+    """Any image source as an RGB PIL image of its own.
+
+    source: a path, the bytes of a file, a PIL image, a numpy array (H, W, 3) uint8, or "scheme:..." which
+    `open_reference` turns into one of these. wanted_side: big JPEGs are decoded to about twice this.
+    Raises: InputError naming the reason (not the source: see `named`).
+    """
+    from PIL import Image
+
+    if isinstance(source, str) and open_reference is not None and is_reference(source):
+        source = open_reference(source)
+    if isinstance(source, Image.Image):
+        check_size(*source.size)
+        return rgb(source)
+    if hasattr(source, "__array_interface__"):
+        return from_array(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return decode(io.BytesIO(source), wanted_side)
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"expected a path, bytes, a PIL image or an array, got {type(source).__name__}")
+    if "://" in os.fspath(source):
+        raise InputError("addresses are not downloaded; save the picture to a file first")
+    path = Path(source)
+    if not path.exists():
+        raise InputError("no such file")
+    if not path.is_file():  # a folder, a device, a pipe
+        raise InputError("not a regular file")
+    try:
+        with path.open("rb") as file:
+            return decode(file, wanted_side)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}") from None
+
+
+def is_reference(text: str) -> bool:
+    """Whether `text` is "scheme:..." (C:\\ is a drive) and no file of that name exists."""
+    scheme, colon, rest = text.partition(":")
+    named_so = bool(colon) and len(scheme) > 1 and scheme.isalpha() and not rest.startswith("//")
+    return named_so and not Path(text).exists()
+
+
+def decode(file: Any, wanted_side: int | None) -> Image.Image:
+    """Decode a picture file: size checked from the header, before any pixel is."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            check_size(*image.size)
+            if wanted_side and image.format == "JPEG":
+                factor = 2 * wanted_side / max(image.size)
+                image.draft(image.mode, tuple(math.ceil(side * factor) for side in image.size))
+            image.load()
+            return rgb(image)
+    except InputError:
+        raise
+    except UnidentifiedImageError:
+        raise InputError(f"not a picture of a known format; allowed: {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InputError(f"more than {MAX_PIXELS:,} pixels; make it smaller") from None
+    except Exception as error:  # on torn files Pillow raises struct.error, KeyError, SyntaxError...
+        raise InputError(f"broken picture: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise InputError(f"{width} x {height} pixels: it is empty")
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{width} x {height} pixels, at most {MAX_PIXELS:,} are allowed; make it smaller")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise InputError(f"{width} x {height} pixels: one side is over {MAX_RATIO} times the other; crop it")
+
+
+def from_array(array: Any) -> Image.Image:
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.asarray(array)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise InputError(f"array {pixels.dtype} {pixels.shape}; expected uint8 of shape (H, W, 3)")
+    check_size(pixels.shape[1], pixels.shape[0])
+    return Image.fromarray(np.ascontiguousarray(pixels)).copy()
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Any mode to a new RGB image, upright."""
+    from PIL import Image
+
+    orientation = upright_by(image)
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        result = eight_bits(image).convert("RGB")
+    elif "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        with_alpha = image.convert("RGBA")
+        result = Image.new("RGB", image.size, (255, 255, 255))
+        result.paste(with_alpha, mask=with_alpha.getchannel("A"))
+    else:
+        result = image.convert("RGB")
+    if orientation in TURNS:
+        result = result.transpose(Image.Transpose[TURNS[orientation]])
+    return result.copy() if result is image else result
+
+
+def upright_by(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) where the EXIF block is missing or torn."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # the picture itself is sound; Pillow's EXIF parser raises whatever it meets
+        return 1
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """One channel of 16-bit, 32-bit or float values, scaled to 8 bits."""
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError("pixels are NaN or infinite")
+    full = 1.0 if image.mode == "F" and high <= 1 else 255.0 if image.mode == "F" else 65535.0
+    if low < 0 or high > full:
+        raise InputError(f"mode {image.mode}: pixels from {low:g} to {high:g}; expected 0 to {full:g}")
+    return Image.fromarray(np.rint(values * (255 / full)).astype(np.uint8))
+
+
+def square(image: Image.Image, side: int, mean: Sequence[float]) -> Image.Image:
+    """Fit an RGB image into side x side, bicubic, centred on the encoder's mean colour.
+
+    LLaVA pads first and resizes then (mm_utils.expand2square); the other way round differs only where the
+    border meets the padding, and needs no square of the long side (a 133,000 x 668 strip would make 53 GB).
+    """
+    from PIL import Image
+
+    width, height = image.size
+    if width == height:
+        return image if width == side else image.resize((side, side), Image.Resampling.BICUBIC)
+    scale = side / max(width, height)
+    new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
+    canvas = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
+    resized = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    canvas.paste(resized, ((side - new_width) // 2, (side - new_height) // 2))
+    return canvas
+
+
+def square_pixels(
+    source: Any, side: int, mean: Sequence[float], open_reference: Callable | None = None
+) -> Tensor:
+    """Image source -> uint8 (3, side, side)."""
+    import numpy as np
+    import torch
+
+    image = square(open_image(source, wanted_side=side, open_reference=open_reference), side, mean)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@contextlib.contextmanager
+def named(index: int, total: int, source: Any) -> Iterator[None]:
+    """Errors inside name the image: "image 417 of 1000: album/417.jpg: truncated"."""
+    try:
+        yield
+    except InputError as error:
+        label = f"{os.fspath(source)}: " if isinstance(source, (str, os.PathLike)) else ""
+        raise InputError(f"image {index + 1} of {total}: {label}{error}") from None

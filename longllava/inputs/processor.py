@@ -1,0 +1,228 @@
+"""Conversations to token ids with room for image tokens; images to pixels.
+
+Layout (LLaVA, LongLLaVA): bos, user string, text and images, user_end, bos, assistant string, answer, eos.
+Text between two ids or images is encoded as one string, as the published models saw it; an answer's ids never
+merge with what stands before them, so that training and generation see the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from longllava.config import ModelConfig
+from longllava.errors import InputError
+from longllava.inputs.chat import Markup, Message, Piece, Plain, messages_of_turns
+from longllava.inputs.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Image tokens stand at ids[start : start + length]; `image` numbers the images of the sample."""
+
+    start: int
+    length: int
+    image: int
+
+
+@dataclass
+class TurnTokens:
+    """Tokens start .. end of a turn, template included; token start + i covers the characters offsets[i].
+
+    Tokens of the template have empty offsets, (0, 0); all tokens of an image have those of its mark.
+    """
+
+    start: int
+    end: int
+    offsets: list[tuple[int, int]]
+
+    def range_of(self, first: int, last: int) -> tuple[int, int]:
+        """Tokens [start, end) that overlap the characters first .. last. Raises: InputError if none does."""
+        hits = [i for i, (a, b) in enumerate(self.offsets) if a < last and b > first]
+        if not hits:
+            raise InputError(f"no token covers the characters {first} to {last} of the turn")
+        return self.start + hits[0], self.start + hits[-1] + 1
+
+
+@dataclass
+class Encoded:
+    """ids hold the pad id where image tokens go; trainable marks the answers' tokens and their eos."""
+
+    ids: list[int] = field(default_factory=list)
+    trainable: list[bool] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    turn_tokens: list[TurnTokens] = field(default_factory=list)
+
+
+class Processor:
+    """What turns a model's inputs into tensors, by its config and tokenizer."""
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer):
+        self.config = config
+        self.prompt = config.prompt
+        self.tokenizer = tokenizer
+
+    def tokens_per_image(self, asked: int | None = None) -> int:
+        if self.config.bridge is None:
+            raise InputError(f"model {self.config.name!r} reads text only; it has no encoder for images")
+        if asked is not None and asked <= 0:
+            raise InputError(f"tokens_per_image: got {asked}, must be above 0")
+        return asked or self.config.bridge.tokens_per_image
+
+    def user_open(self) -> Markup:
+        return Markup(self.prompt.bos_token + self.prompt.user)
+
+    def user_end(self) -> Markup:
+        return Markup(self.prompt.user_end)
+
+    def assistant_open(self) -> Markup:
+        return Markup(self.prompt.bos_token + self.prompt.assistant)
+
+    def encode_chat(
+        self,
+        turns: Sequence[Any],
+        n_images: int,
+        *,
+        tokens_per_image: int | None = None,
+        add_generation_prompt: bool = False,
+    ) -> Encoded:
+        """Encode turns (objects with .role "user" or "assistant" and .text, <image> marks in the user's).
+
+        add_generation_prompt: end with the assistant string, where an answer begins.
+        Raises: InputError when marks and images disagree, a role is unknown, or text is not Unicode.
+        """
+        messages = messages_of_turns(turns, n_images)
+        return self.encode_messages(messages, tokens_per_image, add_generation_prompt)
+
+    def encode_messages(
+        self,
+        messages: Sequence[Message],
+        tokens_per_image: int | None = None,
+        add_generation_prompt: bool = False,
+    ) -> Encoded:
+        """As encode_chat, for messages in pieces."""
+        writer = Writer(self, tokens_per_image)
+        for message in messages:
+            writer.begin_turn()
+            if message.role == "user":
+                writer.add(self.user_open(), *message.pieces, self.user_end())
+            else:
+                writer.add(self.assistant_open())
+                writer.answer("".join(piece.text for piece in message.pieces if isinstance(piece, Plain)))
+                writer.markup(self.prompt.eos_token, trainable=True)
+        if add_generation_prompt:
+            writer.add(self.assistant_open())
+        return writer.finish()
+
+    def encode_pieces(self, pieces: Sequence[Piece], tokens_per_image: int | None = None) -> Encoded:
+        """Pieces in order, nothing added."""
+        writer = Writer(self, tokens_per_image)
+        writer.begin_turn()
+        writer.add(*pieces)
+        return writer.finish()
+
+    def pixels(self, images: Sequence[Any], open_reference: Callable[[str], Any] | None = None) -> Tensor:
+        """Images (paths, PIL, arrays, bytes; references by `open_reference`) -> uint8 (N, 3, S, S)."""
+        import torch
+
+        from longllava.inputs.image import named, square_pixels
+
+        encoder = self.config.encoder
+        if encoder is None:
+            raise InputError(f"model {self.config.name!r} reads text only; it has no encoder for images")
+        pixels_N3SS = torch.empty(len(images), 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
+        for i, image in enumerate(images):
+            with named(i, len(images), image):
+                pixels_N3SS[i] = square_pixels(image, encoder.image_size, encoder.mean, open_reference)
+        return pixels_N3SS
+
+
+class Writer:
+    """Collects pieces into an Encoded; neighbouring text becomes one string before it is encoded."""
+
+    def __init__(self, processor: Processor, tokens_per_image: int | None):
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.wanted = tokens_per_image
+        self.encoded = Encoded()
+        self.text = ""
+        self.sources: list[tuple[int, int, int]] = []  # (start, end in self.text, start in the turn's text)
+
+    def begin_turn(self) -> None:
+        """Each turn begins with bos, so no text joins over its start."""
+        self.flush()
+        start = len(self.encoded.ids)
+        self.encoded.turn_tokens.append(TurnTokens(start, start, []))
+
+    def add(self, *pieces: Piece) -> None:
+        for piece in pieces:
+            if isinstance(piece, Plain):
+                self.sources.append((len(self.text), len(self.text) + len(piece.text), piece.start))
+                self.text += piece.text
+            elif isinstance(piece, Markup):
+                self.markup(piece.text)
+            else:
+                self.markup(self.processor.prompt.image_open)
+                self.flush()
+                length = self.processor.tokens_per_image(self.wanted)
+                self.encoded.spans.append(Span(len(self.encoded.ids), length, piece.image))
+                self.put([self.tokenizer.pad_id] * length, [(piece.start, piece.end)] * length)
+                self.markup(self.processor.prompt.image_close)
+
+    def markup(self, text: str, trainable: bool = False) -> None:
+        for part in self.tokenizer.split_specials(text):
+            if isinstance(part, int):
+                self.flush()
+                self.put([part], [(0, 0)], trainable)
+            else:
+                self.text += part
+
+    def answer(self, text: str) -> None:
+        """Encoded together with the text before it where that leaves the ids of the text before as they were.
+
+        That is what the published models were trained on, and what generation continues from.
+        """
+        before = len(self.text)
+        header_ids = self.tokenizer.encode(self.text) if before else []
+        ids, offsets = self.tokenizer.encode_with_offsets(self.text + text) if self.text + text else ([], [])
+        if ids[: len(header_ids)] != header_ids:
+            answer_ids, offsets = self.tokenizer.encode_with_offsets(text)
+            ids, before = header_ids + answer_ids, 0
+        else:
+            offsets = offsets[len(header_ids) :]
+        self.flush()
+        self.put(ids[len(header_ids) :], [(a - before, b - before) for a, b in offsets], trainable=True)
+
+    def flush(self) -> None:
+        text, self.text = self.text, ""
+        sources, self.sources = self.sources, []
+        if not text:
+            return
+        ids, offsets = self.tokenizer.encode_with_offsets(text)
+        self.put(ids, in_turn(offsets, sources) if sources else [(0, 0)] * len(ids))
+
+    def put(self, ids: list[int], offsets: list[tuple[int, int]], trainable: bool = False) -> None:
+        self.encoded.ids += ids
+        self.encoded.trainable += [trainable] * len(ids)
+        self.encoded.turn_tokens[-1].offsets += offsets
+        self.encoded.turn_tokens[-1].end += len(ids)
+
+    def finish(self) -> Encoded:
+        self.flush()
+        return self.encoded
+
+
+def in_turn(offsets: list[tuple[int, int]], sources: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """Token offsets in a joined string -> in the turn's text; (0, 0) where a token covers only template."""
+    result, number = [], 0
+    for a, b in offsets:
+        while number < len(sources) - 1 and sources[number][1] <= a:
+            number += 1
+        start, end, at = sources[number]
+        a, b = max(a, start), min(b, end)
+        result.append((a - start + at, b - start + at) if a < b else (0, 0))
+    return result
