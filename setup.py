@@ -1,8 +1,8 @@
 """Packaging. Lower bounds are here, the tested set is in constraints.txt, tool settings in pyproject.toml.
 
-A wheel carries the package, its assets, configs/ and data_recipes/ (so that an installed package needs no clone)
-and, where a C++ compiler is found, the compiled CPU kernels. Without one the wheel is pure Python: everything
-works, slower. torch is not needed to build.
+A wheel carries the package, its assets, configs/ and data_recipes/ (so that an installed package needs no
+clone) and, where a C++ compiler is found, the compiled CPU kernels. Without one the wheel is pure Python:
+everything works, slower. torch is not needed to build.
 """
 
 import importlib.util
@@ -35,7 +35,8 @@ CORE = [
     "matplotlib>=3.8",
 ]
 TRAIN = ["accelerate>=1.1", "datasets>=3", "peft>=0.14", "tensorboard>=2.16"]
-DEV = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "psutil>=5.9", "build>=1.2"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "psutil>=5.9"]
+DEV = [*TEST, "ruff>=0.9", "mypy>=1.13", "build>=1.2"]
 EXTRAS = {
     "train": TRAIN,
     "deepspeed": [*TRAIN, "deepspeed>=0.16"],
@@ -47,7 +48,7 @@ EXTRAS = {
 
 
 def version() -> str:
-    text = (HERE / "longllava/__init__.py").read_text("utf-8")
+    text = (HERE / "longllava/version.py").read_text("utf-8")
     return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)[1]
 
 
@@ -60,7 +61,7 @@ def compile_library(folder: Path) -> None:
         module.build(folder)
     except (OSError, RuntimeError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"longllava: the C++ kernels were not built ({first_line}); plain torch is used instead, slower.")
+        print(f"longllava: the C++ kernels were not built ({first_line}); plain torch stands in, slower.")
 
 
 class BuildPy(build_py):
@@ -76,7 +77,7 @@ class BuildPy(build_py):
 
 
 class BdistWheel(bdist_wheel):
-    """py3-none-any, or py3-none-PLATFORM with the library in: it speaks C, so one build serves every Python."""
+    """py3-none-any, or py3-none-PLATFORM with the library in: it speaks C, one build serves every Python."""
 
     def run(self) -> None:
         self.run_command("build")

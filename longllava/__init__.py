@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from longllava.version import __version__
+
 if TYPE_CHECKING:
     from longllava.api import LongLLaVA
     from longllava.config import ModelConfig
     from longllava.errors import LongLLaVAError
 
-__version__ = "0.1.0"
 __all__ = ["LongLLaVA", "LongLLaVAError", "ModelConfig", "__version__"]
 
 HOMES = {

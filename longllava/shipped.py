@@ -1,4 +1,4 @@
-"""Where the YAML files that belong to the library lie: in the wheel, or in the checkout it was installed from."""
+"""Where the YAML files of the library lie: in the wheel, or in the checkout it was installed from."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ KINDS = ("configs", "data_recipes")
 def shipped_folder(kind: str) -> Path:
     """Folder of `kind`, "configs" or "data_recipes".
 
-    A wheel holds it inside the package; in an editable checkout it lies beside the package. The checkout is asked
-    first only if the package has none of its own.
+    A wheel holds it inside the package; in an editable checkout it lies beside the package.
     """
     if kind not in KINDS:
         raise ConfigError(f"shipped files: no kind {kind!r}; have {', '.join(KINDS)}")

@@ -1,4 +1,4 @@
-"""What every test shares: no network, one seed, unhurried hypothesis, GPU tests skipped where there is no GPU."""
+"""What every test shares: no network, one seed, no time limits, GPU tests skipped where there is no GPU."""
 
 from __future__ import annotations
 

@@ -1,0 +1,52 @@
+"""`longllava generate | chat | train | eval | world | doctor`. Torch loads only when a command runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from longllava.cli import talk, work
+from longllava.errors import LongLLaVAError
+from longllava.version import __version__
+
+app = typer.Typer(
+    help="Multimodal language models that look at a thousand images at once on one device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+app.command()(talk.generate)
+app.command()(talk.chat)
+app.command()(work.train)
+app.command()(work.doctor)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"longllava {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Multimodal language models that look at a thousand images at once on one device."""
+
+
+def main() -> None:
+    """Run the command line. What the caller can mend is one sentence on stderr and code 1; Ctrl-C is 130."""
+    try:
+        app()
+    except LongLLaVAError as error:
+        sys.exit(f"longllava: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that may not be written: the system names the file
+        sys.exit(f"longllava: {error}")

@@ -1,0 +1,47 @@
+"""What stands after --image: files, folders, patterns and URLs, as one list of pictures."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from longllava.errors import InputError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif"})
+
+
+def expand(names: Iterable[str]) -> list[str]:
+    """Pictures in the order given; a folder's and a pattern's in natural order (frame2 before frame10).
+
+    Raises InputError for a name that yields no picture. Whether a file is one is found out on reading it.
+    """
+    found: list[str] = []
+    for name in names:
+        if re.match(r"[a-z][a-z0-9+.-]+:", name):
+            found.append(name)
+        else:
+            found.extend(expand_local(name))
+    return found
+
+
+def expand_local(name: str) -> list[str]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [str(path)]
+    if path.is_dir():
+        inside = [str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()]
+        if not inside:
+            raise InputError(f"--image {name}: the folder holds no pictures ({' '.join(sorted(SUFFIXES))})")
+        return sorted(inside, key=natural)
+    matches = [match for match in glob.glob(str(path), recursive=True) if Path(match).is_file()]
+    if not matches:
+        raise InputError(f"--image {name}: no such file, folder or pattern")
+    return sorted(matches, key=natural)
+
+
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sort key in which runs of digits count as numbers."""
+    pieces = re.split(r"(\d+)", name)
+    return [(piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece) for piece in pieces]

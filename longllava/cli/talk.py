@@ -1,0 +1,161 @@
+"""`longllava generate` and `longllava chat`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longllava.cli.pictures import expand
+from longllava.errors import InputError, LongLLaVAError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from longllava.api import LongLLaVA
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A shipped name, a folder, or a hub name.")]
+Images = Annotated[
+    list[str],
+    typer.Option("--image", "-i", help="A picture, folder, pattern or URL. Repeatable.", show_default=False),
+]
+Video = Annotated[str | None, typer.Option("--video", "-v", help="A video file; frames at 1 per second.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU if there is one.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest of this total mass.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+
+
+def load(model: str, device: str | None) -> LongLLaVA:
+    from longllava.api import LongLLaVA
+
+    return LongLLaVA.from_pretrained(model, device=device)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="<image> marks where a picture stands; - reads stdin.")],
+    image: Images = [],  # noqa: B006  typer copies it
+    video: Video = None,
+    model: Model = "nano",
+    device: Device = None,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stream: Annotated[bool, typer.Option(help="Print the answer while it is made.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Answer one prompt about pictures, a video, or nothing but text."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    pictures = expand(image)
+    started = time.perf_counter()
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    media: dict[str, Any] = {"images": pictures or None, "video": video}
+    talker = load(model, device)
+    if as_json or not stream:
+        answer = talker.generate(text, **media, **settings)
+        seconds = round(time.perf_counter() - started, 3)
+        row = {"answer": answer, "prompt": text, "model": model, **media, **settings, "seconds": seconds}
+        print(json.dumps(row, ensure_ascii=False) if as_json else answer)
+        return
+    for piece in talker.generate(text, **media, **settings, stream=True):
+        print(piece, end="", flush=True)
+    print()
+
+
+def chat(
+    image: Images = [],  # noqa: B006  typer copies it
+    video: Video = None,
+    model: Model = "nano",
+    device: Device = None,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Talk about pictures. Lines that begin with / are commands: /help lists them."""
+    from rich.console import Console
+
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    console = Console()
+    talk = Chat(load(model, device), settings, console)
+    talk.show(expand(image), video)
+    console.print(f"[bold]{model}[/bold]: /help lists the commands, /exit or Ctrl-D ends.", highlight=False)
+    while True:
+        try:
+            line = console.input("[bold green]you[/bold green]> ").strip()
+        except EOFError:
+            console.print()
+            return
+        if line in ("/exit", "/quit"):
+            return
+        try:
+            talk.turn(line)
+        except LongLLaVAError as error:  # a mistyped path must not end the conversation
+            console.print(str(error), style="red", markup=False, highlight=False)
+        except KeyboardInterrupt:  # stops the answer, not the conversation
+            console.print(" (stopped)")
+
+
+HELP = """/image PATH   show pictures (a file, folder, pattern or URL) with the next question
+/video PATH   show a video with the next question
+/history      print the conversation so far
+/clear        forget the conversation
+/exit         end"""
+
+
+class Chat:
+    """A conversation as a list of messages; what was shown but not yet asked about waits in `shown`."""
+
+    def __init__(self, model: LongLLaVA, settings: dict[str, Any], console: Console) -> None:
+        self.model, self.settings, self.console = model, settings, console
+        self.messages: list[dict[str, Any]] = []
+        self.shown: list[dict[str, Any]] = []
+
+    def show(self, pictures: list[str], video: str | None = None) -> None:
+        self.shown += [{"type": "image", "image": picture} for picture in pictures]
+        self.shown += [{"type": "video", "video": video}] if video else []
+
+    def turn(self, line: str) -> None:
+        command, _, rest = line.partition(" ")
+        if not line:
+            return
+        if not line.startswith("/"):
+            self.ask(line)
+        elif command == "/help":
+            self.console.print(HELP, highlight=False)
+        elif command == "/image":
+            before = len(self.shown)
+            self.show(expand([rest.strip()]))
+            n_new = len(self.shown) - before
+            self.console.print(f"{n_new} picture(s) go with the next question", highlight=False)
+        elif command == "/video":
+            self.show([], rest.strip())
+        elif command == "/history":
+            self.print_history()
+        elif command == "/clear":
+            self.messages, self.shown = [], []
+        else:
+            raise InputError(f"no command {command}; /help lists them")
+
+    def ask(self, question: str) -> None:
+        """One question and its streamed answer; both enter the history only when the answer is whole."""
+        asked = {"role": "user", "content": [*self.shown, {"type": "text", "text": question}]}
+        answer = ""
+        for piece in self.model.generate([*self.messages, asked], **self.settings, stream=True):
+            answer += piece
+            self.console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        self.console.print()
+        self.messages += [asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        self.shown = []
+
+    def print_history(self) -> None:
+        for message in self.messages:
+            n_media = sum(part["type"] != "text" for part in message["content"])
+            text = message["content"][-1]["text"]
+            media = f" ({n_media} shown)" if n_media else ""
+            self.console.print(f"{message['role']}{media}: {text}", markup=False, highlight=False)

@@ -1,0 +1,33 @@
+"""`longllava train`, `eval`, `world` and `doctor`: each hands over to the room that does the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longllava.cli.talk import Device, Model
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A stage's YAML, or the name of a shipped one: nano/stage1.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the YAML to set otherwise.")
+    ] = None,
+) -> None:
+    """Train one stage. Started again with the same output folder, it goes on where it stopped."""
+    from longllava.shipped import shipped
+    from longllava.train import main
+
+    is_path = Path(config).is_file() or config.endswith(".yaml")
+    main(config if is_path else str(shipped("configs", f"train/{config}")), list(overrides or ()))
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Say what each part uses on this machine, why not something faster, and what to install."""
+    from longllava.doctor import examine, show
+
+    show(examine(), as_json=as_json)

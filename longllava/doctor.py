@@ -1,0 +1,145 @@
+"""What this machine has, what each op uses here and why nothing faster, and which optional packages work.
+
+Every backend that says it can run is run once on a small call and compared with the reference.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from longllava.errors import BackendError
+from longllava.probes import Verdict, try_all
+from longllava.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+Make = Callable[..., "torch.Tensor"]
+
+
+def scan_call(make: Make) -> tuple:
+    """Two rows of 33 tokens, 64 channels, 16 states; the arguments as selective_scan's backends take them."""
+    u, delta, z = make(2, 33, 64), make(2, 33, 64), make(2, 33, 64)
+    B, C = make(2, 33, 16), make(2, 33, 16)
+    return u, delta, -make(64, 16).exp(), B, C, make(64), z, make(64), True, make(2, 64, 16), None
+
+
+def conv_call(make: Make) -> tuple:
+    return make(2, 33, 64), make(64, 4), make(64), make(2, 3, 64), None, "silu"
+
+
+def attention_call(make: Make) -> tuple:
+    """33 queries after 7 older keys, 8 heads that share 2."""
+    return make(1, 33, 8, 64), make(1, 40, 2, 64), make(1, 40, 2, 64), 0.125, True, None, None, False
+
+
+CALLS: dict[str, Callable[[Make], tuple]] = {
+    "selective_scan": scan_call,
+    "causal_conv1d": conv_call,
+    "attention": attention_call,
+}
+
+
+def examine() -> dict[str, Any]:
+    """Everything `show` prints, as values that JSON can hold."""
+    return {"longllava": __version__, "machine": machine(), "ops": ops(), "packages": packages(try_all())}
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    from longllava.ops import native
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    kernels = native.why_not()
+    return {
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "system": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "gpu": ", ".join(gpus) or "none",
+        "compiled kernels": kernels or f"work, in their {native.isa()} form",
+    }
+
+
+def ops() -> dict[str, dict[str, Any]]:
+    return {op: examine_op(op) for op in CALLS}
+
+
+def examine_op(op: str) -> dict[str, Any]:
+    """uses: the backend chosen for the example call, None if none can; forced: the variable that says so;
+    backends: each one's answer, "runs" with its difference from the reference, or why not."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    call = CALLS[op](lambda *shape: torch.randn(*shape, generator=generator).to(device))
+    module = importlib.import_module(f"longllava.ops.{op}")
+    truth = module.BACKENDS[-1].run(*call)
+    answers = {}
+    for backend in module.BACKENDS:
+        reason = backend.why_not(*call)
+        answers[backend.name] = (
+            reason or f"runs, differs from the reference by {difference(backend.run(*call), truth):.0e}"
+        )
+    try:
+        uses = importlib.import_module("longllava.ops.dispatch").choose(op, module.BACKENDS, *call).name
+    except BackendError as error:
+        uses = str(error)
+    return {"uses": uses, "forced": os.environ.get(f"LONGLLAVA_{op.upper()}"), "backends": answers}
+
+
+def difference(got: Any, truth: Any) -> float:
+    """Largest absolute difference over the outputs, relative to the truth's largest entry."""
+    pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (got, truth)))
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in pairs if b is not None]
+    return max(errors)
+
+
+def packages(verdicts: list[Verdict]) -> list[dict[str, str]]:
+    return [
+        {
+            "package": v.probe.package,
+            "serves": v.probe.serves,
+            "state": v.state,
+            "why": v.why,
+            "mend": v.probe.mend,
+        }
+        for v in verdicts
+    ]
+
+
+def show(report: dict[str, Any], *, as_json: bool = False) -> None:
+    """Print `examine()`'s report as three tables, or as one JSON object."""
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    about = Table(title=f"longllava {report['longllava']}", title_justify="left", show_header=False)
+    for name, value in report["machine"].items():
+        about.add_row(name, str(value))
+    console.print(about)
+
+    table = Table("op", "uses", "backend", "its answer", title="ops", title_justify="left")
+    for op, found in report["ops"].items():
+        uses = found["uses"] + (f" (LONGLLAVA_{op.upper()})" if found["forced"] else "")
+        for i, (backend, answer) in enumerate(found["backends"].items()):
+            table.add_row(*((op, uses) if i == 0 else ("", "")), backend, answer)
+        table.add_section()
+    console.print(table)
+
+    table = Table("package", "serves", "state", "to mend", title="optional packages", title_justify="left")
+    for row in report["packages"]:
+        state = row["state"] + (f": {row['why']}" if row["why"] else "")
+        table.add_row(row["package"], row["serves"], state, "" if row["state"] == "works" else row["mend"])
+    console.print(table)
