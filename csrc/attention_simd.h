@@ -52,7 +52,7 @@ LONGLLAVA_INLINE Bits broadcast(uint32_t value) { return value + Bits{}; }
 // The second operand when either is NaN, as the processor's own instruction does.
 LONGLLAVA_INLINE Vec maximum(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+  return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);  // unmasked, GCC 12 warns in its own header
 #elif defined(__AVX2__)
   return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
 #else

@@ -21,43 +21,17 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
 
   static int64_t padded(int64_t n_floats) { return round_up(n_floats, 16); }
-  float* floats(int64_t n) {
-    float* piece = next_;
+  template <class Element>  // of 32 bits
+  Element* get(int64_t n) {
+    Element* piece = reinterpret_cast<Element*>(next_);
     next_ += padded(n);
     return piece;
   }
-  int32_t* ints(int64_t n) { return reinterpret_cast<int32_t*>(floats(n)); }
 
  private:
   float* start_;
   float* next_;
 };
-
-// fp32: one number of a and one vector of b at a time.
-struct Single {
-  typedef float Element;
-  typedef Vec Vector;
-  static constexpr int DEPTH = 1;
-  LONGLLAVA_INLINE Vec add_product(Vec sum, float a, Vec b) { return sum + broadcast(a) * b; }
-};
-
-#if defined(__AVX512BF16__) || defined(LONGLLAVA_EMULATE_BF16)
-// bf16: two numbers of a and two of b at a time, the first in the low half of 32 bits.
-struct Pair {
-  typedef uint32_t Element;
-  typedef Bits Vector;
-  static constexpr int DEPTH = 2;
-  LONGLLAVA_INLINE Vec add_product(Vec sum, uint32_t a, Bits b) {
-#if defined(__AVX512BF16__)
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)broadcast(a), (__m512bh)b);
-#else
-    const Bits wide = broadcast(a);
-    sum += (Vec)(wide & 0xffff0000u) * (Vec)(b & 0xffff0000u);
-    return sum + (Vec)(wide << 16) * (Vec)(b << 16);
-#endif
-  }
-};
-#endif
 
 // sums[i][j] += a[i * a_row + t * a_step] * b[t * b_step + j's vector] over t < depth.
 template <class Dot, int N>
@@ -83,14 +57,250 @@ struct Panels {
   int64_t start(int64_t panel) const { return panel * n_vectors / n_panels; }  // in vectors
 };
 
-// Calls run<1>, run<2> or run<3>: the number of vectors becomes a constant of the compiled loop.
+template <int N>
+struct Width {
+  static constexpr int value = N;
+};
+
+// Calls run(Width<1>{}), run(Width<2>{}) or run(Width<3>{}): the number of vectors is a constant in the loop.
 template <class Run>
 LONGLLAVA_INLINE void with_width(int64_t n_vectors, const Run& run) {
   switch (n_vectors) {
-    case 1: run.template operator()<1>(); break;
-    case 2: run.template operator()<2>(); break;
-    default: run.template operator()<TILE_VECTORS>(); break;
+    case 1: run(Width<1>{}); break;
+    case 2: run(Width<2>{}); break;
+    default: run(Width<TILE_VECTORS>{}); break;
   }
+}
+
+// What the rows of one panel may see. `ids` are the rows' seq_idx, with HIDDEN for a row that sees nothing.
+constexpr int32_t HIDDEN = -2;  // no key has it: a key's padding is -1
+
+struct PanelView {
+  int64_t first_end, last_end;  // the first and the last row see keys below these, as far as order goes
+  int32_t low, high;            // the rows' seq_idx >= 0
+  bool has_hidden;
+
+  PanelView(const int32_t* ends, const int32_t* ids, int64_t n_rows)
+      : first_end(ends[0]), last_end(ends[n_rows - 1]), low(INT32_MAX), high(-1), has_hidden(false) {
+    for (int64_t i = 0; i < n_rows; ++i) {
+      if (ids[i] < 0) {
+        has_hidden = true;
+      } else {
+        low = ids[i] < low ? ids[i] : low;
+        high = ids[i] > high ? ids[i] : high;
+      }
+    }
+  }
+  bool may_see(const KeyRange& keys) const { return keys.low <= high && low <= keys.high; }
+  bool sees_all(const KeyRange& keys) const {
+    return low == high && keys.low == low && keys.high == low && !has_hidden && !keys.has_padding;
+  }
+};
+
+// Fills, for a task's rows, where their keys end and their seq_idx; places up to n_padded repeat the last row.
+LONGLLAVA_INLINE void describe_rows(const AttentionCall& call, const AttentionTask& task, int64_t n_padded,
+                                    int32_t* ends, int32_t* ids) {
+  for (int64_t row = 0; row < n_padded; ++row) {
+    const int64_t real = row < task.n_rows ? row : task.n_rows - 1;
+    const int64_t query = task.first_query + real / call.heads_per_group;
+    const int64_t end = call.end_of_keys(query);
+    ends[row] = static_cast<int32_t>(end < task.end_key ? end : task.end_key);
+    const int32_t id = call.seq_q == nullptr ? 0 : call.seq_q[task.batch * call.n_queries + query];
+    ids[row] = id < 0 ? HIDDEN : id;
+  }
+}
+
+constexpr float LOG2_E = 1.44269504088896f, LN_2 = 0.693147180559945f;
+
+// Where a task's row begins in q, y or their gradients.
+template <class Element, class Pointer>
+LONGLLAVA_INLINE Element* row_of(Pointer start, const AttentionStrides& strides, const AttentionCall& call,
+                                 const AttentionTask& task, int64_t row) {
+  const int64_t query = task.first_query + row / call.heads_per_group;
+  const int64_t head = task.group * call.heads_per_group + row % call.heads_per_group;
+  return static_cast<Element*>(start) + task.batch * strides.batch + query * strides.token + head * strides.head;
+}
+// The same in lse and what else is (B, L, H).
+LONGLLAVA_INLINE int64_t row_number(const AttentionCall& call, const AttentionTask& task, int64_t row) {
+  const int64_t query = task.first_query + row / call.heads_per_group;
+  return (task.batch * call.n_queries + query) * call.n_heads + task.group * call.heads_per_group +
+         row % call.heads_per_group;
+}
+
+LONGLLAVA_INLINE const KeyRange* key_range(const AttentionCall& call, const AttentionTask& task, int64_t first_key) {
+  if (call.key_ranges == nullptr) return nullptr;
+  return call.key_ranges + task.batch * call.n_key_blocks + first_key / KEY_BLOCK;
+}
+
+// Copies n rows of `width` numbers as fp32 into rows of `stride` floats. A row whose seq_idx is padding becomes 0,
+// so what it holds cannot matter; so do columns up to `stride` and rows up to n_padded. True if all is finite.
+template <class Input>
+LONGLLAVA_INLINE bool stage(float* target, int64_t stride, const Input* source, int64_t source_stride, int64_t n,
+                            int64_t n_padded, int64_t width, const int32_t* ids) {
+  Vec spoiled{};
+  float spoiled_one = 0;
+  for (int64_t i = 0; i < n_padded; ++i, source += source_stride, target += stride) {
+    int64_t c = 0;
+    if (i < n && (ids == nullptr || ids[i] >= 0)) {
+      for (; c + LANES <= width; c += LANES) {
+        const Vec value = load_wide(source + c);
+        spoiled += value - value;
+        store(target + c, value);
+      }
+      for (; c < width; ++c) {
+        target[c] = load_one(source + c);
+        spoiled_one += target[c] - target[c];
+      }
+    }
+    for (; c < stride; ++c) target[c] = 0;
+  }
+  return sum_of_lanes(spoiled) + spoiled_one == 0;
+}
+
+// How products are taken. fp32: one number of a and one vector of b at a time.
+struct Single {
+  typedef float Element;
+  typedef Vec Vector;
+  static constexpr int DEPTH = 1;
+  LONGLLAVA_INLINE Vec add_product(Vec sum, float a, Vec b) { return sum + broadcast(a) * b; }
+  LONGLLAVA_INLINE Vec part(Vec b, int) { return b; }
+  LONGLLAVA_INLINE Vec part(float a, int) { return broadcast(a); }
+  LONGLLAVA_INLINE Vec join(const Vec (&parts)[1]) { return parts[0]; }
+  template <class Input>
+  LONGLLAVA_INLINE float element(const Input* row, int64_t t, int64_t) {
+    return load_one(row + t);
+  }
+  template <class Input>
+  LONGLLAVA_INLINE void stage_keys(float* k, int64_t depth, const Input* source, int64_t source_stride, int64_t n,
+                                   int64_t n_padded, int64_t width, const int32_t* ids) {
+    stage(k, depth, source, source_stride, n, n_padded, width, ids);
+  }
+  template <class Input>
+  LONGLLAVA_INLINE bool stage_values(float* v, int64_t stride, const Input* source, int64_t source_stride, int64_t n,
+                                     int64_t n_padded, int64_t width, const int32_t* ids) {
+    return stage(v, stride, source, source_stride, n, n_padded, width, ids);
+  }
+};
+
+#if defined(LONGLLAVA_PAIRS)
+// bf16: two numbers of a and two of b at a time, the first in the low half of 32 bits.
+struct Pair {
+  typedef uint32_t Element;
+  typedef Bits Vector;
+  static constexpr int DEPTH = 2;
+
+  LONGLLAVA_INLINE Vec add_product(Vec sum, uint32_t a, Bits b) {
+#if !defined(LONGLLAVA_EMULATE)
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)broadcast(a), (__m512bh)b);
+#else
+    for (int half = 1; half >= 0; --half) sum += part(a, half) * part(b, half);
+    return sum;
+#endif
+  }
+  LONGLLAVA_INLINE Vec part(Bits b, int half) { return (Vec)(half == 0 ? b << 16 : b & 0xffff0000u); }
+  LONGLLAVA_INLINE Vec part(uint32_t a, int half) { return part(broadcast(a), half); }
+
+  // To nearest; ties go up, which p >= 0 meets once in 65,536 times.
+  LONGLLAVA_INLINE Bits join(const Vec (&parts)[2]) {
+    return (((Bits)parts[0] + 0x8000u) >> 16) | (((Bits)parts[1] + 0x8000u) & 0xffff0000u);
+  }
+  LONGLLAVA_INLINE uint32_t word(uint16_t low, uint16_t high) { return low | static_cast<uint32_t>(high) << 16; }
+  LONGLLAVA_INLINE uint32_t element(const uint16_t* row, int64_t t, int64_t width) {
+    return word(row[2 * t], 2 * t + 1 < width ? row[2 * t + 1] : 0);
+  }
+  LONGLLAVA_INLINE void stage_keys(uint32_t* k, int64_t depth, const uint16_t* source, int64_t source_stride, int64_t n,
+                                   int64_t n_padded, int64_t width, const int32_t* ids) {
+    for (int64_t i = 0; i < n_padded; ++i, source += source_stride, k += depth) {
+      const bool wanted = i < n && (ids == nullptr || ids[i] >= 0);
+      k[depth - 1] = 0;
+      __builtin_memset(k, 0, wanted ? 0 : 4 * depth);
+      __builtin_memcpy(k, source, wanted ? 2 * width : 0);
+    }
+  }
+  // v[t][d] holds channel d of keys 2 t and 2 t + 1.
+  LONGLLAVA_INLINE bool stage_values(uint32_t* v, int64_t stride, const uint16_t* source, int64_t source_stride,
+                                     int64_t n, int64_t n_padded, int64_t width, const int32_t* ids) {
+    bool finite = true;
+    for (int64_t i = 0; i < n_padded; i += 2, v += stride) {
+      const bool first = i < n && (ids == nullptr || ids[i] >= 0);
+      const bool second = i + 1 < n && (ids == nullptr || ids[i + 1] >= 0);
+      const uint16_t* low = source + i * source_stride;
+      const uint16_t* high = low + source_stride;
+      int64_t d = 0;
+      if (first && second) {
+        Bits spoiled{};
+        for (; d + LANES <= width; d += LANES) {
+          const Bits a = __builtin_convertvector(load_as<Halves>(low + d), Bits);
+          const Bits b = __builtin_convertvector(load_as<Halves>(high + d), Bits);
+          spoiled |= (Bits)((a & 0x7f80u) == 0x7f80u) | (Bits)((b & 0x7f80u) == 0x7f80u);
+          store(v + d, a | b << 16);
+        }
+        for (int i = 0; i < LANES; ++i) finite = finite && spoiled[i] == 0;
+      }
+      for (; d < width; ++d) {
+        v[d] = word(first ? low[d] : 0, second ? high[d] : 0);
+        finite = finite && (v[d] & 0x7f80u) != 0x7f80u && (v[d] & 0x7f800000u) != 0x7f800000u;
+      }
+      for (; d < stride; ++d) v[d] = 0;
+    }
+    return finite;
+  }
+};
+#endif
+
+// One row's numbers to a lane, panel by panel: packed[panel][t][row]. Lanes beyond the rows are 0.
+template <class Input, class Dot>
+LONGLLAVA_INLINE void pack_rows(typename Dot::Element* packed, const AttentionCall& call, const AttentionTask& task,
+                                const Panels& panels, int64_t depth) {
+  for (int64_t panel = 0; panel < panels.n_panels; ++panel) {
+    const int64_t start = panels.start(panel) * LANES, n = panels.start(panel + 1) * LANES - start;
+    typename Dot::Element* target = packed + start * depth;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = start + i;
+      const Input* source = row < task.n_rows ? row_of<const Input>(call.q, call.q_strides, call, task, row) : nullptr;
+      for (int64_t t = 0; t < depth; ++t) target[t * n + i] = source != nullptr ? Dot::element(source, t, call.head_dim) : 0;
+    }
+  }
+}
+
+// Hides what a panel's rows must not see: scores (key, row) of invisible pairs become -infinity.
+template <int N>
+LONGLLAVA_INLINE void mask_scores(float* scores, int64_t n_keys, int64_t first_key, const int32_t* key_ids,
+                                  int64_t n_ids, const int32_t* ends, const int32_t* ids) {
+  Int row_end[N], row_id[N];
+  for (int j = 0; j < N; ++j) {
+    row_end[j] = load_as<Int>(ends + j * LANES);
+    row_id[j] = load_as<Int>(ids + j * LANES);
+  }
+  for (int64_t key = 0; key < n_keys; ++key) {
+    const Int position = broadcast(static_cast<int32_t>(first_key + key));
+    const Int id = broadcast(key_ids == nullptr ? 0 : key < n_ids ? key_ids[key] : -1);
+    for (int j = 0; j < N; ++j) {
+      float* place = scores + (key * N + j) * LANES;
+      const Int visible = (position < row_end[j]) & (id == row_id[j]);
+      store(place, visible ? load(place) : broadcast(NEGATIVE_INFINITY));
+    }
+  }
+}
+
+// Writes one row's result: y and lse where the keys were not split, else its part.
+// `sums` are p v over the keys, `step` apart; p = 2^(score - top), total = sum of p.
+template <class Input>
+LONGLLAVA_INLINE void finish_row(const AttentionCall& call, const AttentionTask& task, int64_t index, int64_t row,
+                                 const float* sums, int64_t step, float top, float total) {
+  const int64_t width = call.head_dim;
+  if (call.n_splits > 1) {
+    float* part = call.partial + (index * call.tile_queries * call.heads_per_group + row) * (width + 2);
+    for (int64_t d = 0; d < width; ++d) part[d] = sums[d * step];
+    part[width] = top;
+    part[width + 1] = total;
+    return;
+  }
+  Input* y = row_of<Input>(call.y, call.y_strides, call, task, row);
+  const float scale = total == 0 ? 0 : 1 / total;  // a row that sees nothing; NaN passes on
+  for (int64_t d = 0; d < width; ++d) store_one(y + d, sums[d * step] * scale);
+  if (call.lse != nullptr)
+    call.lse[row_number(call, task, row)] = total == 0 ? NEGATIVE_INFINITY : (top + __builtin_log2f(total)) * LN_2;
 }
 
 }  // namespace LONGLLAVA_FORM

@@ -1,0 +1,147 @@
+// Attention: how a call is cut into tasks, and how the parts of split keys are merged. The kernels' form is in
+// attention_forward.h, attention_few_rows_kernels.cpp and attention_backward_kernels.cpp.
+//
+// The cut depends on the shapes alone, never on the number of threads, so neither do the results.
+#include "attention.h"
+
+#include <math.h>
+
+#include <algorithm>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "attention_plan.h"
+#include "threads.h"
+
+#if defined(__x86_64__)
+namespace longllava {
+namespace avx512bf16 {
+void attention_tile(const AttentionCall& call, int64_t index);
+}
+}  // namespace longllava
+#endif
+
+namespace longllava {
+namespace {
+
+constexpr int64_t FEW_ROWS = 8;           // up to here a dot product per key beats a tile of mostly empty lanes
+constexpr int64_t TILE_ROWS = 240;        // whole panels in AVX2 (24 rows) and AVX-512 (48): scratch fits in 512 KiB
+constexpr int64_t MIN_TILE_ROWS = 48;
+constexpr int64_t WANTED_TASKS = 16;      // with fewer, tiles shrink and then keys are split
+constexpr int64_t MIN_SPLIT_KEYS = 1024;  // merging a part costs less than 1 % of what it holds
+
+typedef void (*Kernel)(const AttentionCall&, int64_t);
+
+void plan_forward(AttentionCall& call) {
+  call.heads_per_group = call.n_heads / call.n_groups;
+  const int64_t groups = call.batch * call.n_groups;
+  const bool few = call.n_queries * call.heads_per_group <= FEW_ROWS;
+  call.tile_queries = few ? call.n_queries : std::max<int64_t>(1, TILE_ROWS / call.heads_per_group);
+  const auto n_tiles = [&] { return (call.n_queries + call.tile_queries - 1) / call.tile_queries; };
+  while (!few && groups * n_tiles() < WANTED_TASKS && call.tile_queries * call.heads_per_group > MIN_TILE_ROWS)
+    call.tile_queries = (call.tile_queries + 1) / 2;
+  call.n_tiles = n_tiles();
+  const int64_t tasks = groups * call.n_tiles;
+  const int64_t wanted = tasks < WANTED_TASKS ? (WANTED_TASKS + tasks - 1) / tasks : 1;
+  const int64_t splits = std::max<int64_t>(1, std::min(wanted, call.n_keys / MIN_SPLIT_KEYS));
+  const int64_t keys = std::max<int64_t>(1, (call.n_keys + splits - 1) / splits);
+  call.split_keys = (keys + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
+  call.n_splits = std::max<int64_t>(1, (call.n_keys + call.split_keys - 1) / call.split_keys);
+}
+
+Kernel pick_forward(const AttentionCall& call, bool bf16) {
+  const bool few = call.n_queries * call.heads_per_group <= FEW_ROWS;
+  if (few) return bf16 ? LONGLLAVA_PICK(attention_few_rows_bf16) : LONGLLAVA_PICK(attention_few_rows_float);
+#if defined(__x86_64__)
+  if (bf16 && has_avx512_bf16()) return avx512bf16::attention_tile;
+#endif
+  return bf16 ? LONGLLAVA_PICK(attention_tile_bf16) : LONGLLAVA_PICK(attention_tile_float);
+}
+
+void store_rounded(float* target, float value) { *target = value; }
+void store_rounded(uint16_t* target, float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  *target = static_cast<uint16_t>(is_nan ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+// One (batch, group, tile): adds up what its splits found, each scaled to the common maximum.
+template <class Output>
+void merge_splits(const AttentionCall& call, int64_t index) {
+  const AttentionTask task(call, index * call.n_splits);
+  const int64_t width = call.head_dim, tile_rows = call.tile_queries * call.heads_per_group;
+  std::vector<float> sums(width);
+  for (int64_t row = 0; row < task.n_rows; ++row) {
+    const float* parts = call.partial + (index * call.n_splits * tile_rows + row) * (width + 2);
+    const int64_t step = tile_rows * (width + 2);
+    float top = -std::numeric_limits<float>::infinity(), total = 0;
+    for (int64_t i = 0; i < call.n_splits; ++i) top = std::max(top, parts[i * step + width]);
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t i = 0; i < call.n_splits; ++i) {
+      const float* part = parts + i * step;
+      if (part[width + 1] == 0) continue;  // this part saw no key
+      const float scale = exp2f(part[width] - top);
+      total += part[width + 1] * scale;
+      for (int64_t d = 0; d < width; ++d) sums[d] += part[d] * scale;
+    }
+    const int64_t query = task.first_query + row / call.heads_per_group;
+    const int64_t head = task.group * call.heads_per_group + row % call.heads_per_group;
+    const AttentionStrides& strides = call.y_strides;
+    Output* y = static_cast<Output*>(call.y) + task.batch * strides.batch + query * strides.token + head * strides.head;
+    for (int64_t d = 0; d < width; ++d) store_rounded(y + d, total == 0 ? 0 : sums[d] / total);
+    if (call.lse != nullptr)
+      call.lse[(task.batch * call.n_queries + query) * call.n_heads + head] =
+          total == 0 ? -std::numeric_limits<float>::infinity() : (top + log2f(total)) * 0.693147180559945f;
+  }
+}
+
+struct ForwardRun {
+  AttentionCall call;
+  Kernel kernel, merge;
+};
+
+int run_forward(const void* q, const void* k, const void* v, void* y, float* lse, const int64_t* numbers,
+                const int32_t* seq_q, const int32_t* seq_k, float scale, int causal, int bf16, int n_threads) {
+  ForwardRun run{};
+  AttentionCall& call = run.call;
+  read_numbers(call, numbers);
+  call.q = q, call.k = k, call.v = v, call.y = y, call.lse = lse, call.scale = scale, call.causal = causal != 0;
+  call.seq_q = seq_q, call.seq_k = seq_k;
+  if (call.batch == 0 || call.n_queries == 0 || call.n_heads == 0) return 0;
+  plan_forward(call);
+  std::vector<KeyRange> ranges = key_ranges(call);
+  call.key_ranges = seq_k == nullptr ? nullptr : ranges.data();
+  std::vector<float> partial;
+  if (call.n_splits > 1)
+    partial.resize(call.n_tasks() * call.tile_queries * call.heads_per_group * (call.head_dim + 2));
+  call.partial = partial.data();
+  run.kernel = pick_forward(call, bf16 != 0);
+  run.merge = bf16 ? merge_splits<uint16_t> : merge_splits<float>;
+  n_threads = useful_threads(call, n_threads);
+  parallel_for(call.n_tasks(), n_threads, [](void* context, int64_t i) {
+    const ForwardRun& self = *static_cast<ForwardRun*>(context);
+    self.kernel(self.call, i);
+  }, &run);
+  if (call.n_splits > 1)
+    parallel_for(call.n_tasks() / call.n_splits, call.n_queries > FEW_ROWS ? n_threads : 1, [](void* context, int64_t i) {
+      const ForwardRun& self = *static_cast<ForwardRun*>(context);
+      self.merge(self.call, i);
+    }, &run);
+  return 0;
+}
+
+}  // namespace
+}  // namespace longllava
+
+// Pointers to the first element; `numbers` as in attention_plan.h. Returns 0, or 1 when memory ran out.
+LONGLLAVA_EXPORT int longllava_attention_forward(const void* q, const void* k, const void* v, void* y, float* lse,
+                                                 const int64_t* numbers, const int32_t* seq_q, const int32_t* seq_k,
+                                                 float scale, int causal, int bf16, int n_threads) {
+  try {
+    return longllava::run_forward(q, k, v, y, lse, numbers, seq_q, seq_k, scale, causal, bf16, n_threads);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}

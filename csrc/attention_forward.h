@@ -1,0 +1,164 @@
+// Attention of a tile of queries over blocks of keys, with a running softmax (Dao et al. 2022, arXiv:2205.14135).
+//
+// Rows (query, head) lie in the lanes of vectors, keys and channels are broadcast. So scores (key, row) and sums
+// (channel, row) need no transposition and no sum across lanes, all heads of a group share a block of keys, and
+// a block is brought to fp32 (or paired bf16) once for some 240 rows:
+//     scores = k q' : TILE_HEIGHT keys x 1-3 vectors of rows in registers, K steps
+//     p = 2^(scores - top), total, top                      the running softmax, elementwise
+//     sums = sums * 2^(old top - top) + v' p : TILE_HEIGHT channels x the same rows, KEY_BLOCK steps
+// Scores, sums and softmax are fp32. For bf16 input on AVX512_BF16 the products are bf16 pairs summed in fp32, and
+// p is rounded to bf16 for its product with v (the total takes it unrounded).
+#pragma once
+
+#include "attention_tile.h"
+
+namespace longllava {
+namespace LONGLLAVA_FORM {
+
+// scores[key][row] = scale * k . q
+template <class Dot, int N>
+LONGLLAVA_INLINE void score_keys(float* scores, const typename Dot::Element* k, int64_t depth,
+                                 const typename Dot::Element* q_panel, int64_t n_keys, float scale) {
+  for (int64_t key = 0; key < n_keys; key += TILE_HEIGHT) {
+    Vec sums[TILE_HEIGHT][N] = {};
+    add_products<Dot>(sums, k + key * depth, depth, 1, q_panel, N * LANES, depth);
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_HEIGHT; ++i)
+      for (int j = 0; j < N; ++j) store(scores + ((key + i) * N + j) * LANES, sums[i][j] * scale);
+  }
+}
+
+// sums[d][row] = sums[d][row] * shrink[row] + sum over keys of v[key][d] p[key][row]
+template <class Dot, int N>
+LONGLLAVA_INLINE void add_values(float* sums_panel, int64_t width, const typename Dot::Element* v, int64_t v_stride,
+                                 const typename Dot::Element* p, int64_t depth, const Vec (&shrink)[N]) {
+  for (int64_t d = 0; d < width; d += TILE_HEIGHT) {
+    Vec sums[TILE_HEIGHT][N];
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_HEIGHT; ++i)
+      for (int j = 0; j < N; ++j) sums[i][j] = load(sums_panel + ((d + i) * N + j) * LANES) * shrink[j];
+    add_products<Dot>(sums, v + d, 1, v_stride, p, N * LANES, depth);
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_HEIGHT; ++i)
+      for (int j = 0; j < N; ++j) store(sums_panel + ((d + i) * N + j) * LANES, sums[i][j]);
+  }
+}
+
+// The same where some v is NaN or infinite and some p is 0: a key that a row does not see adds nothing to it.
+template <class Dot, int N>
+LONGLLAVA_INLINE void add_values_seen(float* sums_panel, int64_t width, const typename Dot::Element* v,
+                                      int64_t v_stride, const typename Dot::Element* p, int64_t depth,
+                                      const Vec (&shrink)[N]) {
+  for (int64_t d = 0; d < width; ++d) {
+    for (int j = 0; j < N; ++j) {
+      float* place = sums_panel + (d * N + j) * LANES;
+      Vec sum = load(place) * shrink[j];
+      for (int64_t t = 0; t < depth; ++t) {
+        const typename Dot::Vector weight = load_as<typename Dot::Vector>(p + (t * N + j) * LANES);
+        for (int part = 0; part < Dot::DEPTH; ++part) {
+          const Vec one = Dot::part(weight, part);
+          sum += one == 0.0f ? Vec{} : one * Dot::part(v[t * v_stride + d], part);
+        }
+      }
+      store(place, sum);
+    }
+  }
+}
+
+// Turns scores into p in place (for Pair: two keys to a word), brings top and total up to date, and returns by
+// how much earlier sums shrink.
+template <class Dot, int N>
+LONGLLAVA_INLINE void softmax_step(float* scores, int64_t n_keys, float* tops, float* totals, Vec (&shrink)[N]) {
+  for (int j = 0; j < N; ++j) {
+    const Vec old_top = load(tops + j * LANES);
+    Vec top = old_top;
+    for (int64_t key = 0; key < n_keys; ++key) top = maximum(load(scores + (key * N + j) * LANES), top);
+    store(tops + j * LANES, top);
+    const Vec base = top == NEGATIVE_INFINITY ? Vec{} : top;  // nothing seen so far: p is 0, not NaN
+    shrink[j] = exp2_of(old_top - base);
+    Vec total = load(totals + j * LANES) * shrink[j];
+    for (int64_t t = 0; t < n_keys / Dot::DEPTH; ++t) {
+      Vec p[Dot::DEPTH];
+      for (int part = 0; part < Dot::DEPTH; ++part) {
+        p[part] = exp2_of(load(scores + ((t * Dot::DEPTH + part) * N + j) * LANES) - base);
+        total += p[part];
+      }
+      store(scores + (t * N + j) * LANES, Dot::join(p));
+    }
+    store(totals + j * LANES, total);
+  }
+}
+
+template <class Input, class Dot>
+void attend_tile(const AttentionCall& call, int64_t index) {
+  typedef typename Dot::Element Element;
+  const AttentionTask task(call, index);
+  const Panels panels(task.n_rows);
+  const int64_t width = call.head_dim, n_padded = panels.n_vectors * LANES;
+  const int64_t depth = round_up(width, Dot::DEPTH) / Dot::DEPTH;  // of a score's product, in Elements
+  const int64_t v_width = round_up(width, TILE_HEIGHT);
+  const int64_t v_stride = round_up(v_width, 16) + 16;  // not a power of two: that would fill few sets of the cache
+
+  Scratch scratch(Scratch::padded(n_padded * depth) + Scratch::padded(n_padded * v_width) + 4 * n_padded +
+                  Scratch::padded(KEY_BLOCK * depth) + KEY_BLOCK * (v_stride + TILE_VECTORS * LANES) + 256);
+  Element* q = scratch.get<Element>(n_padded * depth);
+  float* sums = scratch.get<float>(n_padded * v_width);
+  float* tops = scratch.get<float>(n_padded);
+  float* totals = scratch.get<float>(n_padded);
+  int32_t* ends = scratch.get<int32_t>(n_padded);
+  int32_t* ids = scratch.get<int32_t>(n_padded);
+  Element* k = scratch.get<Element>(KEY_BLOCK * depth);
+  Element* v = scratch.get<Element>(KEY_BLOCK / Dot::DEPTH * v_stride);
+  float* scores = scratch.get<float>(KEY_BLOCK * TILE_VECTORS * LANES);
+
+  describe_rows(call, task, n_padded, ends, ids);
+  for (int64_t i = 0; i < n_padded * v_width; ++i) sums[i] = 0;
+  for (int64_t i = 0; i < n_padded; ++i) tops[i] = NEGATIVE_INFINITY, totals[i] = 0;
+  pack_rows<Input, Dot>(q, call, task, panels, depth);
+
+  const AttentionStrides &k_strides = call.k_strides, &v_strides = call.v_strides;
+  const Input* k_source = static_cast<const Input*>(call.k) + task.batch * k_strides.batch + task.group * k_strides.head;
+  const Input* v_source = static_cast<const Input*>(call.v) + task.batch * v_strides.batch + task.group * v_strides.head;
+  const PanelView tile(ends, ids, task.n_rows);
+
+  for (int64_t first = task.first_key; first < task.end_key; first += KEY_BLOCK) {
+    const KeyRange* range = key_range(call, task, first);
+    if (range != nullptr && !tile.may_see(*range)) continue;
+    const int32_t* key_ids = call.seq_k == nullptr ? nullptr : call.seq_k + task.batch * call.n_keys + first;
+    const int64_t n_block = task.end_key - first < KEY_BLOCK ? task.end_key - first : KEY_BLOCK;
+    const int64_t n_staged = round_up(n_block, TILE_HEIGHT);
+    Dot::stage_keys(k, depth, k_source + first * k_strides.token, k_strides.token, n_block, n_staged, width, key_ids);
+    const bool finite = Dot::stage_values(v, v_stride, v_source + first * v_strides.token, v_strides.token, n_block,
+                                          n_staged, width, key_ids);
+    for (int64_t panel = 0; panel < panels.n_panels; ++panel) {
+      const int64_t start = panels.start(panel) * LANES, end = panels.start(panel + 1) * LANES;
+      const PanelView view(ends + start, ids + start, (end < task.n_rows ? end : task.n_rows) - start);
+      if (view.last_end <= first || (range != nullptr && !view.may_see(*range))) continue;
+      const int64_t n_seen = view.last_end - first < n_block ? view.last_end - first : n_block;
+      const int64_t n_keys = round_up(n_seen, TILE_HEIGHT);
+      const bool masked = view.first_end < first + n_keys || (range != nullptr && !view.sees_all(*range));
+      with_width(panels.start(panel + 1) - panels.start(panel), [&](auto vectors) {
+        constexpr int N = decltype(vectors)::value;
+        Vec shrink[N];
+        score_keys<Dot, N>(scores, k, depth, q + start * depth, n_keys, call.scale * LOG2_E);
+        if (masked) mask_scores<N>(scores, n_keys, first, key_ids, n_block, ends + start, ids + start);
+        softmax_step<Dot, N>(scores, n_keys, tops + start, totals + start, shrink);
+        const Element* p = reinterpret_cast<const Element*>(scores);
+        if (masked && !finite) {
+          add_values_seen<Dot, N>(sums + start * v_width, width, v, v_stride, p, n_keys / Dot::DEPTH, shrink);
+        } else {
+          add_values<Dot, N>(sums + start * v_width, v_width, v, v_stride, p, n_keys / Dot::DEPTH, shrink);
+        }
+      });
+    }
+  }
+
+  for (int64_t panel = 0; panel < panels.n_panels; ++panel) {
+    const int64_t start = panels.start(panel) * LANES, end = panels.start(panel + 1) * LANES;
+    for (int64_t row = start; row < end && row < task.n_rows; ++row)
+      finish_row<Input>(call, task, index, row, sums + start * v_width + (row - start), end - start, tops[row], totals[row]);
+  }
+}
+
+}  // namespace LONGLLAVA_FORM
+}  // namespace longllava
