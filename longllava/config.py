@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -26,7 +27,7 @@ class EncoderConfig:
     """A vision tower. Defaults: openai/clip-vit-large-patch14-336, the tower of LongLLaVA.
 
     kind "vit": patch embedding, class token, pre-norm blocks (CLIP). With `stem_widths` the patches come
-    from a residual convolution stem instead (one stride of 2 per width), without a class token.
+    from a convolution stem instead (per width its stride and its residual blocks), without a class token.
     select_layer: which layer's output is the feature, counted as transformers counts hidden_states.
     weights: the shipped model or folder whose encoder is used when a checkpoint does not carry its own.
     """
@@ -41,6 +42,8 @@ class EncoderConfig:
     activation: str = "quick_gelu"
     select_layer: int = -2
     stem_widths: tuple[int, ...] = ()
+    stem_strides: tuple[int, ...] = ()
+    stem_blocks: tuple[int, ...] = ()
     norm_eps: float = 1e-5
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
@@ -51,10 +54,12 @@ class EncoderConfig:
         divides(self, "patch_size", "image_size")
         divides(self, "n_heads", "width")
         one_of(self, "activation", ("quick_gelu", "gelu", "gelu_tanh"))
-        if self.stem_widths and 2 ** len(self.stem_widths) != self.patch_size:
+        if not len(self.stem_widths) == len(self.stem_strides) == len(self.stem_blocks):
+            raise ConfigError("encoder: stem_widths, stem_strides and stem_blocks must be of one length")
+        if self.stem_widths and math.prod(self.stem_strides) != self.patch_size:
             raise ConfigError(
-                f"encoder.stem_widths: {len(self.stem_widths)} strides of 2 make {2 ** len(self.stem_widths)}"
-                f" pixels a token, patch_size is {self.patch_size}; make them equal"
+                f"encoder.stem_strides: {list(self.stem_strides)} make {math.prod(self.stem_strides)} pixels a"
+                f" token, patch_size is {self.patch_size}; make them equal"
             )
         if not -self.n_layers - 1 <= self.select_layer <= self.n_layers:
             raise ConfigError(f"encoder.select_layer: {self.select_layer} of {self.n_layers} layers")

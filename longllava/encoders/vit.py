@@ -1,0 +1,134 @@
+"""A vision transformer: CLIP's, or with a residual convolution stem for small pictures.
+
+Shapes: N images, S pixels a side, T tokens (the square grid), C width, H heads.
+Source of the CLIP form: Radford et al. 2021 (arXiv:2103.00020); layer names follow transformers' CLIPVisionModel.
+The stem: small patches of small pictures carry too little to start from; convolutions learn shapes from a
+hundred times fewer pictures (Xiao et al. 2021, "Early convolutions help transformers see better",
+arXiv:2106.14881).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longllava.config import EncoderConfig
+from longllava.errors import InputError
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+class VisionTransformer(nn.Module):
+    """Pixels to features: uint8 or float (N, 3, S, S) -> (N, T, C), class token dropped.
+
+    uint8 pixels are scaled to [0, 1] here and normalised with the config's mean and std, so that a thousand
+    waiting pictures take one byte a value. Float pixels are taken as already normalised.
+    """
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1) * 255, persistent=False)
+        n_tokens = config.grid() ** 2
+        if config.stem_widths:
+            self.patches: nn.Module = Stem(config)
+            self.class_embedding = None
+        else:
+            self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
+            self.class_embedding = nn.Parameter(torch.zeros(config.width))
+            n_tokens += 1
+        self.position_embedding = nn.Parameter(torch.randn(n_tokens, config.width) * 0.02)
+        self.pre_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        # layers after the selected one are never run: they are not built (CLIP at -2 saves one of 24)
+        self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layers_used()))
+
+    def forward(self, pixels_N3SS: Tensor) -> Tensor:
+        side = self.config.image_size
+        if pixels_N3SS.shape[1:] != (3, side, side):
+            raise InputError(f"encoder: pixels are {tuple(pixels_N3SS.shape)}, expected (N, 3, {side}, {side})")
+        dtype = self.position_embedding.dtype
+        if pixels_N3SS.dtype == torch.uint8:
+            pixels_N3SS = (pixels_N3SS.to(self.mean.dtype) - self.mean) / self.std
+        x_NCGG = self.patches(pixels_N3SS.to(dtype).contiguous(memory_format=torch.channels_last))
+        x_NTC = x_NCGG.flatten(2).transpose(1, 2)
+        if self.class_embedding is not None:
+            first = self.class_embedding.to(x_NTC.dtype).expand(len(x_NTC), 1, -1)
+            x_NTC = torch.cat([first, x_NTC], dim=1)
+        x_NTC = self.pre_norm(x_NTC + self.position_embedding)
+        for layer in self.layers:
+            x_NTC = layer(x_NTC)
+        return x_NTC[:, 1:] if self.class_embedding is not None else x_NTC
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm attention and MLP, biases everywhere, as CLIP."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.activation = ACTIVATIONS[config.activation]
+        self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.up = nn.Linear(config.width, config.mlp_width)
+        self.down = nn.Linear(config.mlp_width, config.width)
+
+    def forward(self, x_NTC: Tensor) -> Tensor:
+        x_NTC = x_NTC + self.out(self.attend(self.attention_norm(x_NTC)))
+        return x_NTC + self.down(self.activation(self.up(self.mlp_norm(x_NTC))))
+
+    def attend(self, x_NTC: Tensor) -> Tensor:
+        n, t, c = x_NTC.shape
+        q, k, v = self.qkv(x_NTC).view(n, t, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        # two products and a softmax: torch's CPU SDPA takes 38 % of a training step in its backward
+        weights_NHTT = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
+        return (weights_NHTT @ v).transpose(1, 2).reshape(n, t, c)
+
+
+class Stem(nn.Module):
+    """Convolutions that shrink the picture by each stride in turn, with residual blocks; then 1 x 1 to the width."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        stages: list[nn.Module] = []
+        previous = 3
+        for width, stride, n_blocks in zip(
+            config.stem_widths, config.stem_strides, config.stem_blocks, strict=True
+        ):
+            stages.append(ConvNorm(previous, width, 2 * stride, stride))
+            stages += [ResidualConv(width) for _ in range(n_blocks)]
+            previous = width
+        self.stages = nn.Sequential(*stages)
+        self.out = nn.Conv2d(previous, config.width, 1)
+
+    def forward(self, x_N3SS: Tensor) -> Tensor:
+        return self.out(self.stages(x_N3SS))
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution, batch norm, ReLU. An even kernel of twice the stride, padded by half of it, divides exactly."""
+
+    def __init__(self, n_in: int, n_out: int, kernel: int = 3, stride: int = 1):
+        padding = stride // 2 if stride > 1 else kernel // 2
+        super().__init__(
+            nn.Conv2d(n_in, n_out, kernel, stride, padding, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)
+        )
+
+
+class ResidualConv(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.first = ConvNorm(width, width)
+        self.second = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.second(self.first(x)))

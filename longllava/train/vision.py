@@ -1,0 +1,276 @@
+"""The vision foundation of nano: an encoder whose every token tells what is on the whole picture.
+
+It stands where CLIP stands in the real recipe. Two phases, both on pictures drawn as they are needed:
+
+  crops    the stem alone names the thing on a 56-pixel crop (a third of the cost of a picture), from the
+           mean of its tokens; shapes are learned here
+  whole    the whole encoder on whole pictures; thing, digit, frame colour, count and place are read from the
+           mean of a random few of the pooled tokens, so that every token comes to carry everything
+
+    python -m longllava.train.vision configs/train/nano/foundation-vision.yaml
+
+Batch i is a pure function of (seed, phase, i), so a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from longllava.bridges.pool import pool_features
+from longllava.config import EncoderConfig, ModelConfig, load
+from longllava.data.worlds.pictures import draw_spec
+from longllava.data.worlds.render import COLOURS, FRAME, MAX_COUNT, PLACES, SIDE, PictureSpec, render
+from longllava.data.worlds.sheets import STYLES, sprites, things
+from longllava.encoders import build_encoder
+from longllava.errors import TrainingError
+from longllava.files import write_atomic, write_json
+
+CROP = 56
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTrainConfig:
+    """One run of the vision foundation. pool_tokens: the tokens a picture is read through."""
+
+    model: str
+    out: str = "runs/nano/foundation-vision"
+    seed: int = 0
+    batch: int = 64
+    crop_steps: int = 2800
+    whole_steps: int = 2200
+    crop_learning_rate: float = 2e-3
+    whole_learning_rate: float = 1.2e-3
+    weight_decay: float = 0.05
+    pool_tokens: int = 36
+    max_tokens_read: int = 12
+    restyle: float = 0.25
+    save_seconds: float = 60.0
+    n_threads: int = 0
+    n_test: int = 2000
+
+
+class Readout(nn.Module):
+    """Linear heads over a token mean: (N, C) -> logits by name. The thing's head is the table of names."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        sizes = {"thing": len(things()), "digit": 10, "colour": len(COLOURS), "count": MAX_COUNT, "place": len(PLACES)}
+        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+
+    def forward(self, x_NC: Tensor) -> dict[str, Tensor]:
+        x_NC = self.norm(x_NC)
+        return {name: head(x_NC) for name, head in self.heads.items()}
+
+
+class VisionFoundation(nn.Module):
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.encoder = build_encoder(config)
+        self.readout = Readout(config.width)
+        self.crop_readout = Readout(config.width)
+
+    def crops(self, pixels: Tensor) -> Tensor:
+        """Logits of the thing from the stem's mean token: (N, 3, 56, 56) uint8 -> (N, n_things)."""
+        encoder = self.encoder
+        x = (pixels.float() - encoder.mean) / encoder.std
+        x = encoder.patches(x.contiguous(memory_format=torch.channels_last))
+        return self.crop_readout(x.mean(dim=(2, 3)))["thing"]
+
+    def whole(self, pixels: Tensor, pool_tokens: int, pick_NT: Tensor) -> dict[str, Tensor]:
+        tokens_NTC = pool_features(self.encoder(pixels), pool_tokens, "2d")
+        return self.readout(torch.einsum("nt,ntc->nc", pick_NT, tokens_NTC))
+
+
+class Pictures(Dataset):
+    """Batches of drawn pictures with what is on them, by number."""
+
+    def __init__(self, config: VisionTrainConfig, phase: str, split: str, styles: tuple[str, ...], first: int, n: int):
+        self.config, self.phase, self.split, self.styles, self.first, self.n = config, phase, split, styles, first, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        rng = random.Random(f"{self.config.seed}/{self.phase}/{self.split}/{self.first + step}")
+        pixels, labels = [], []
+        for _ in range(self.config.batch):
+            spec = random_spec(rng, self.split, self.styles, self.config.restyle if self.split == "train" else 0.0)
+            if self.phase == "crops":
+                spec = replace(spec, place=rng.randrange(4) if spec.count == 1 else spec.place)
+            picture = render(spec)
+            if self.phase == "crops":
+                picture = picture.crop(crop_box(spec, rng))
+            pixels.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+            labels.append((spec.thing, none_is(spec.digit), none_is(spec.colour), spec.count - 1,
+                           spec.place if spec.count == 1 else -100))  # fmt: skip
+        columns = torch.tensor(labels).T
+        return torch.stack(pixels), dict(zip(("thing", "digit", "colour", "count", "place"), columns, strict=True))
+
+
+def none_is(value: int | None) -> int:
+    return -100 if value is None else value
+
+
+def random_spec(rng: random.Random, split: str, styles: tuple[str, ...], restyle: float) -> PictureSpec:
+    style = rng.choice(styles)
+    thing = rng.randrange(len(things()))
+    while sprites(style)[thing] is None:  # a style that draws fewer things (a sheet given by path)
+        thing = rng.randrange(len(things()))
+    return draw_spec(rng, thing, split, style, plain=False, restyle=restyle)
+
+
+def crop_box(spec: PictureSpec, rng: random.Random) -> tuple[int, int, int, int]:
+    """A 56-pixel window on the corner of the single copy, or on a place where one of several is likely."""
+    slot = spec.place if spec.count == 1 else rng.randrange(4)
+    x, y = (FRAME - 2 + rng.randint(-3, 5) for _ in range(2))
+    left = x if slot % 2 == 0 else SIDE - CROP - x
+    top = y if slot < 2 else SIDE - CROP - y
+    return left, top, left + CROP, top + CROP
+
+
+def train(config: VisionTrainConfig) -> None:
+    torch.manual_seed(config.seed)
+    if config.n_threads:
+        torch.set_num_threads(config.n_threads)
+    model_config = load(ModelConfig, config.model)
+    if model_config.encoder is None:
+        raise TrainingError(f"{config.model}: has no encoder to train")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    model = VisionFoundation(model_config.encoder).to(memory_format=torch.channels_last)
+    progress = {"crops": 0, "whole": 0}
+    for phase, steps in (("crops", config.crop_steps), ("whole", config.whole_steps)):
+        run_phase(config, model, phase, steps, progress, out)
+    results = {style: evaluate(config, model, style) for style in STYLES}
+    save_encoder(model, out)
+    write_json(out / "results.json", results)
+    for style, accuracy in results.items():
+        print(style, {name: round(value, 4) for name, value in accuracy.items()})
+
+
+def run_phase(config: VisionTrainConfig, model: VisionFoundation, phase: str, steps: int, progress: dict, out: Path):
+    parameters = [p for p in model.parameters()] if phase == "whole" else [
+        *model.encoder.patches.parameters(), *model.crop_readout.parameters()]  # fmt: skip
+    peak = config.whole_learning_rate if phase == "whole" else config.crop_learning_rate
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    resume(model, optimizer, phase, progress, out)
+    start = progress[phase]
+    if start >= steps:
+        return
+    loader = DataLoader(Pictures(config, phase, "train", STYLES, start, steps - start), batch_size=None, num_workers=1,
+                        prefetch_factor=8)  # fmt: skip
+    bar = tqdm(loader, desc=f"vision: {phase}", initial=start, total=steps, unit="batch", mininterval=5)
+    log = open(out / "log.jsonl", "a", encoding="utf-8")
+    last_save, means = time.time(), {}
+    for step, (pixels, labels) in enumerate(bar, start):
+        for group in optimizer.param_groups:
+            group["lr"] = one_cycle(peak, step, steps)
+        model.train()
+        losses, rights = losses_of(config, model, phase, pixels, labels, step)
+        loss = sum(losses.values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not torch.isfinite(loss):
+            raise TrainingError(f"vision {phase}: loss is {loss.item()} at step {step}; lower the learning rate")
+        optimizer.step()
+        progress[phase] = step + 1
+        for name, value in (("loss", loss.item()), *rights.items()):
+            means[name] = value if name not in means else means[name] * 0.98 + value * 0.02
+        bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()}, refresh=False)
+        if (step + 1) % 50 == 0:
+            row = {"phase": phase, "step": step + 1, "time": round(time.time(), 1), **{k: round(v, 4) for k, v in means.items()}}
+            print(json.dumps(row), file=log, flush=True)
+        if time.time() - last_save > config.save_seconds or step + 1 == steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "phase": phase, "progress": progress}
+            write_atomic(out / "last.pt", lambda file, state=state: torch.save(state, file))
+            last_save = time.time()
+
+
+def losses_of(config: VisionTrainConfig, model: VisionFoundation, phase: str, pixels: Tensor, labels: dict, step: int):
+    if phase == "crops":
+        logits = {"thing": model.crops(pixels)}
+    else:
+        pick = random_means(len(pixels), config.pool_tokens, config.max_tokens_read, config.seed * 1_000_003 + step)
+        logits = model.whole(pixels, config.pool_tokens, pick)
+    losses = {name: F.cross_entropy(value, labels[name], ignore_index=-100) for name, value in logits.items()}
+    with torch.no_grad():
+        rights = {name: accuracy(value, labels[name]) for name, value in logits.items()}
+    return losses, rights
+
+
+def random_means(n: int, n_tokens: int, most: int, seed: int) -> Tensor:
+    """Weights (N, T) that average a random 1 to `most` of T tokens, another choice for each picture."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(n, n_tokens, generator=generator).argsort(1).argsort(1)
+    counts = torch.randint(1, most + 1, (n, 1), generator=generator)
+    return (order < counts).float() / counts
+
+
+def one_cycle(peak: float, step: int, steps: int) -> float:
+    """Warm-up over 5 %, then a cosine to zero."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + float(np.cos(np.pi * (step - warm) / max(1, steps - warm))))
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    known = labels >= 0
+    return float((logits.argmax(-1) == labels)[known].float().mean()) if known.any() else 0.0
+
+
+@torch.no_grad()
+def evaluate(config: VisionTrainConfig, model: VisionFoundation, style: str) -> dict[str, float]:
+    """Accuracy by label on unseen pictures of the test split, read from the mean of all tokens."""
+    model.eval()
+    totals: dict[str, list[float]] = {}
+    pictures = Pictures(config, "whole", "test", (style,), 0, max(1, config.n_test // config.batch))
+    for pixels, labels in DataLoader(pictures, batch_size=None, num_workers=1):
+        mean = torch.full((len(pixels), config.pool_tokens), 1 / config.pool_tokens)
+        for name, logits in model.whole(pixels, config.pool_tokens, mean).items():
+            totals.setdefault(name, []).append(accuracy(logits, labels[name]))
+    return {name: float(np.mean(values)) for name, values in totals.items()}
+
+
+def resume(model: nn.Module, optimizer: torch.optim.Optimizer, phase: str, progress: dict, out: Path) -> None:
+    path = out / "last.pt"
+    if not path.is_file():
+        return
+    state = torch.load(path, weights_only=True)
+    if state["progress"].get(phase, 0) == 0 and state["phase"] != phase:
+        return  # the file is of the phase before: its weights are already in the model
+    model.load_state_dict(state["model"])
+    if state["phase"] == phase:
+        optimizer.load_state_dict(state["optimizer"])
+    progress.update(state["progress"])
+
+
+def save_encoder(model: VisionFoundation, out: Path) -> None:
+    from safetensors.torch import save
+
+    tensors = {f"encoder.{k}": v.contiguous() for k, v in model.encoder.state_dict().items() if v.is_floating_point()}
+    write_atomic(out / "encoder.safetensors", lambda file: file.write(save(tensors)))
+    readout = {k: v.contiguous() for k, v in model.readout.state_dict().items()}
+    write_atomic(out / "readout.safetensors", lambda file: file.write(save(readout)))
+
+
+def main(path: str, *overrides: str) -> None:
+    train(load(VisionTrainConfig, path, overrides))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
