@@ -15,51 +15,65 @@ enum TokenFlag : uint8_t { TOKEN_PLAIN = 0, TOKEN_RESET = 1, TOKEN_PADDING = 2 }
 
 namespace LONGLLAVA_FORM {
 
+// A piece of a tensor: `n_tokens` tokens from `token` on, `columns` columns from `column` on. As vectors it is laid
+// out [block][token], with `pitch` vectors from one block to the next; a block is WIDTH columns.
+struct Piece {
+  int64_t batch, token, column;
+  int columns, n_tokens, pitch;
+  const uint8_t* flags;  // TokenFlag of each token
+  int64_t next;          // tokens from here to the piece that is wanted next (may be negative), 0 if none
+};
+
 template <class T>
-LONGLLAVA_INLINE void read_lanes_as(const T* p, int64_t row_stride, int lanes, const uint8_t* flags, int n_tokens,
-                                    vec* out) {
-  for (int t = 0; t < n_tokens; ++t, p += row_stride) {
-    if (flags[t] == TOKEN_PADDING) out[t] = vec{};
-    else out[t] = lanes == WIDTH ? load(p) : load_some(p, lanes);
+LONGLLAVA_INLINE void read_as(const T* p, const Rows& rows, const Piece& piece, vec* out) {
+  const int whole = piece.columns / WIDTH, rest = piece.columns % WIDTH;
+  for (int t = 0; t < piece.n_tokens; ++t, p += rows.row_stride) {
+    // rows lie pages apart, where the processor does not fetch ahead by itself; this is worth a factor of 1.6
+    if (piece.next != 0)
+      for (int i = 0; i < piece.columns; i += 64 / int(sizeof(T)))
+        __builtin_prefetch(p + piece.next * rows.row_stride + i, 0, 2);
+    vec* to = out + t;
+    if (piece.flags[t] == TOKEN_PADDING) {
+      for (int block = 0; block < whole + (rest != 0); ++block) to[block * piece.pitch] = vec{};
+      continue;
+    }
+    for (int block = 0; block < whole; ++block) to[block * piece.pitch] = load(p + block * WIDTH);
+    if (rest != 0) to[whole * piece.pitch] = load_some(p + whole * WIDTH, rest);
   }
 }
 
-// out[t] = `lanes` columns from `column` on of token `first + t`; 0 at padding, which is not read.
-static inline void read_lanes(const Rows& rows, int64_t batch, int64_t first, int64_t column, int lanes,
-                              const uint8_t* flags, int n_tokens, vec* out) {
-  const int64_t offset = batch * rows.batch_stride + first * rows.row_stride + column;
-  if (rows.dtype == DTYPE_FLOAT32)
-    read_lanes_as(static_cast<const float*>(rows.data) + offset, rows.row_stride, lanes, flags, n_tokens, out);
-  else
-    read_lanes_as(static_cast<const uint16_t*>(rows.data) + offset, rows.row_stride, lanes, flags, n_tokens, out);
+// Padding is not read: 0 stands there, as in missing lanes.
+static inline void read_piece(const Rows& rows, const Piece& piece, vec* out) {
+  const int64_t offset = piece.batch * rows.batch_stride + piece.token * rows.row_stride + piece.column;
+  if (rows.dtype == DTYPE_FLOAT32) read_as(static_cast<const float*>(rows.data) + offset, rows, piece, out);
+  else read_as(static_cast<const uint16_t*>(rows.data) + offset, rows, piece, out);
 }
 
 template <class T>
-LONGLLAVA_INLINE void write_lanes_as(T* p, int64_t row_stride, int lanes, const uint8_t* flags, int n_tokens,
-                                     const vec* in) {
-  for (int t = 0; t < n_tokens; ++t, p += row_stride) {
-    const vec x = flags[t] == TOKEN_PADDING ? vec{} : in[t];
-    if (lanes == WIDTH) store(p, x);
-    else store_some(p, x, lanes);
+LONGLLAVA_INLINE void write_as(T* p, const Rows& rows, const Piece& piece, const vec* in) {
+  const int whole = piece.columns / WIDTH, rest = piece.columns % WIDTH;
+  for (int t = 0; t < piece.n_tokens; ++t, p += rows.row_stride) {
+    if (piece.flags[t] == TOKEN_PADDING) {
+      __builtin_memset(p, 0, piece.columns * sizeof(T));
+      continue;
+    }
+    for (int block = 0; block < whole; ++block) store(p + block * WIDTH, in[block * piece.pitch + t]);
+    if (rest != 0) store_some(p + whole * WIDTH, in[whole * piece.pitch + t], rest);
   }
 }
 
-// The reverse of read_lanes; writes 0 at padding.
-static inline void write_lanes(const Rows& rows, int64_t batch, int64_t first, int64_t column, int lanes,
-                               const uint8_t* flags, int n_tokens, const vec* in) {
-  const int64_t offset = batch * rows.batch_stride + first * rows.row_stride + column;
-  if (rows.dtype == DTYPE_FLOAT32)
-    write_lanes_as(static_cast<float*>(rows.data) + offset, rows.row_stride, lanes, flags, n_tokens, in);
-  else
-    write_lanes_as(static_cast<uint16_t*>(rows.data) + offset, rows.row_stride, lanes, flags, n_tokens, in);
+// The reverse of read_piece; writes 0 at padding.
+static inline void write_piece(const Rows& rows, const Piece& piece, const vec* in) {
+  const int64_t offset = piece.batch * rows.batch_stride + piece.token * rows.row_stride + piece.column;
+  if (rows.dtype == DTYPE_FLOAT32) write_as(static_cast<float*>(rows.data) + offset, rows, piece, in);
+  else write_as(static_cast<uint16_t*>(rows.data) + offset, rows, piece, in);
 }
 
-// out[t * columns + i] = column i of token `first + t`, as fp32; padding is not read and its place not written.
-static inline void read_rows(const Rows& rows, int64_t batch, int64_t first, int columns, const uint8_t* flags,
-                             int n_tokens, float* out) {
-  const int64_t offset = batch * rows.batch_stride + first * rows.row_stride;
-  for (int t = 0; t < n_tokens; ++t, out += columns) {
-    if (flags[t] == TOKEN_PADDING) continue;
+// All `columns` of the piece's tokens as fp32, row after row; padding is not read and its place not written.
+static inline void read_rows(const Rows& rows, const Piece& piece, int columns, float* out) {
+  const int64_t offset = piece.batch * rows.batch_stride + piece.token * rows.row_stride;
+  for (int t = 0; t < piece.n_tokens; ++t, out += columns) {
+    if (piece.flags[t] == TOKEN_PADDING) continue;
     if (rows.dtype == DTYPE_FLOAT32) {
       __builtin_memcpy(out, static_cast<const float*>(rows.data) + offset + t * rows.row_stride, columns * 4);
     } else {

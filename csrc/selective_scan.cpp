@@ -31,9 +31,9 @@ int useful_threads(const ScanArguments& a) {
   return static_cast<int>(std::max(1.0, std::min(double(a.threads), work)));
 }
 
-void sum_over_batch(const std::vector<float>& partial, int64_t batch, float* out) {
+// out (n) = the sum of partial (batch, n) over its rows, in order
+void sum_over_batch(const std::vector<float>& partial, int64_t batch, int64_t n, float* out) {
   if (out == nullptr) return;
-  const int64_t n = static_cast<int64_t>(partial.size()) / std::max<int64_t>(batch, 1);
   for (int64_t i = 0; i < n; ++i) {
     float sum = 0;
     for (int64_t b = 0; b < batch; ++b) sum += partial[b * n + i];
@@ -99,9 +99,9 @@ LONGLLAVA_EXPORT int longllava_scan_backward(const ScanArguments* args) {
     const int threads = useful_threads(a);
     parallel_for(a.batch * plan.n_slices, threads, LONGLLAVA_PICK(scan_backward_task), &plan);
     parallel_for(a.batch * ceil_div(a.length, SCAN_REDUCE_ROWS), threads, LONGLLAVA_PICK(scan_reduce_task), &plan);
-    sum_over_batch(partial_A, a.batch, a.grad_A);
-    sum_over_batch(partial_D, a.batch, a.grad_D);
-    sum_over_batch(partial_bias, a.batch, a.grad_bias);
+    sum_over_batch(partial_A, a.batch, a.channels * a.states, a.grad_A);
+    sum_over_batch(partial_D, a.batch, a.channels, a.grad_D);
+    sum_over_batch(partial_bias, a.batch, a.channels, a.grad_bias);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

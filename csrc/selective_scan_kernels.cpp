@@ -25,21 +25,26 @@ const uint8_t ALL_PLAIN[SCAN_CHUNK] = {};
 // Where one tile of channels lies, and its parameters as vectors: [block][state].
 struct Tile {
   int64_t batch, first_channel;
-  int n_blocks, n_states;
-  int lanes[BLOCKS_MAX];
+  int channels, n_blocks, n_states;
   vec D[BLOCKS_MAX], bias[BLOCKS_MAX], most_A[BLOCKS_MAX];
   vec A[BLOCKS_MAX * SCAN_MAX_STATES];      // times log2(e)
   vec state[BLOCKS_MAX * SCAN_MAX_STATES];  // backward: the gradient of the state
 };
 
+int lanes_of(const Tile& tile, int block) {
+  const int left = tile.channels - block * WIDTH;
+  return left < WIDTH ? left : WIDTH;
+}
+
 // from: (E, N) rows of the tile's channels -> to[block][state], lanes of missing channels 0
 void transpose_in(const Tile& tile, const float* from, vec* to) {
   const int n = tile.n_states;
   for (int block = 0; block < tile.n_blocks; ++block, from += n * WIDTH, to += n) {
-    if (tile.lanes[block] < WIDTH)
+    const int n_lanes = lanes_of(tile, block);
+    if (n_lanes < WIDTH)
       for (int i = 0; i < n; ++i) to[i] = vec{};
     float* lanes = reinterpret_cast<float*>(to);
-    for (int lane = 0; lane < tile.lanes[block]; ++lane)
+    for (int lane = 0; lane < n_lanes; ++lane)
       for (int i = 0; i < n; ++i) lanes[i * WIDTH + lane] = from[lane * n + i];
   }
 }
@@ -48,22 +53,21 @@ void transpose_out(const Tile& tile, const vec* from, float* to) {
   const int n = tile.n_states;
   for (int block = 0; block < tile.n_blocks; ++block, from += n, to += n * WIDTH) {
     const float* lanes = reinterpret_cast<const float*>(from);
-    for (int lane = 0; lane < tile.lanes[block]; ++lane)
+    for (int lane = 0; lane < lanes_of(tile, block); ++lane)
       for (int i = 0; i < n; ++i) to[lane * n + i] = lanes[i * WIDTH + lane];
   }
 }
 
 void open_tile(const ScanArguments& a, int64_t batch, int64_t first_channel, int tile_channels, Tile& tile) {
   const int64_t left = a.channels - first_channel;
-  const int channels = left < tile_channels ? int(left) : tile_channels;
+  tile.channels = left < tile_channels ? int(left) : tile_channels;
   tile.batch = batch;
   tile.first_channel = first_channel;
   tile.n_states = int(a.states);
-  tile.n_blocks = (channels + WIDTH - 1) / WIDTH;
+  tile.n_blocks = (tile.channels + WIDTH - 1) / WIDTH;
   for (int block = 0; block < tile.n_blocks; ++block) {
-    const int lanes = channels - block * WIDTH < WIDTH ? channels - block * WIDTH : WIDTH;
+    const int lanes = lanes_of(tile, block);
     const int64_t channel = first_channel + block * WIDTH;
-    tile.lanes[block] = lanes;
     tile.D[block] = a.D == nullptr ? vec{} : load_some(a.D + channel, lanes);
     tile.bias[block] = a.bias == nullptr ? vec{} : load_some(a.bias + channel, lanes);
   }
@@ -103,7 +107,7 @@ bool step_sizes(const ScanArguments& a, const Tile& tile, int block, int n_token
 
 // The recurrence of G states of one block over a chunk: y[t] += C . h, states updated.
 template <int G, bool CLAMP>
-void walk(const vec* __restrict A, vec* __restrict state, const vec* __restrict d, const vec* __restrict du,
+__attribute__((noinline)) void walk(const vec* __restrict A, vec* __restrict state, const vec* __restrict d, const vec* __restrict du,
           const float* __restrict B, const float* __restrict C, int n_states, const uint8_t* __restrict flags,
           int n_tokens, vec* __restrict y) {
   vec h[G];
@@ -136,8 +140,19 @@ void walk_all(const vec* A, vec* state, const vec* d, const vec* du, const float
     if (i < n_states) walk_all<G / 2, CLAMP>(A, state, d, du, B, C, n_states, flags, n_tokens, y, i);
 }
 
-int chunk_tokens(const ScanArguments& a, int64_t first) {
-  return a.length - first < SCAN_CHUNK ? int(a.length - first) : SCAN_CHUNK;
+// The tokens of one chunk and the channels of a tile. step: SCAN_CHUNK forward, -SCAN_CHUNK backward.
+Piece chunk_piece(const ScanPlan& plan, const Tile& tile, int64_t first, int step) {
+  const int64_t length = plan.args.length, left = length - first, next = first + step;
+  Piece piece;
+  piece.batch = tile.batch;
+  piece.token = first;
+  piece.column = tile.first_channel;
+  piece.columns = tile.channels;
+  piece.n_tokens = left < SCAN_CHUNK ? int(left) : SCAN_CHUNK;
+  piece.pitch = SCAN_CHUNK;
+  piece.flags = plan.flags == nullptr ? ALL_PLAIN : plan.flags + tile.batch * length + first;
+  piece.next = next >= 0 && next + SCAN_CHUNK <= length ? step : 0;
+  return piece;
 }
 
 }  // namespace
@@ -153,51 +168,52 @@ void scan_forward_task(void* context, int64_t task) {
   else
     for (int i = 0; i < tile.n_blocks * n; ++i) tile.state[i] = vec{};
 
+  constexpr int TILE_VECTORS = SCAN_CHUNK * SCAN_FORWARD_TILE / WIDTH;
   float B[SCAN_CHUNK * SCAN_MAX_STATES], C[SCAN_CHUNK * SCAN_MAX_STATES];
-  vec u[SCAN_CHUNK], d[SCAN_CHUNK], y[SCAN_CHUNK], z[SCAN_CHUNK];
+  vec tile_u[TILE_VECTORS], tile_d[TILE_VECTORS], tile_y[TILE_VECTORS], tile_z[TILE_VECTORS];
   for (int64_t first = 0; first < a.length; first += SCAN_CHUNK) {
-    const int n_tokens = chunk_tokens(a, first);
-    const uint8_t* flags = plan.flags == nullptr ? ALL_PLAIN : plan.flags + tile.batch * a.length + first;
-    read_rows(a.B, tile.batch, first, n, flags, n_tokens, B);
-    read_rows(a.C, tile.batch, first, n, flags, n_tokens, C);
+    const Piece piece = chunk_piece(plan, tile, first, SCAN_CHUNK);
+    const int n_tokens = piece.n_tokens;
+    read_rows(a.B, piece, n, B);
+    read_rows(a.C, piece, n, C);
+    read_piece(a.u, piece, tile_u);
+    read_piece(a.delta, piece, tile_d);
+    if (a.z.data != nullptr) read_piece(a.z, piece, tile_z);
     for (int block = 0; block < tile.n_blocks; ++block) {
-      const int64_t column = tile.first_channel + block * WIDTH;
-      const int lanes = tile.lanes[block];
+      vec *u = tile_u + block * SCAN_CHUNK, *d = tile_d + block * SCAN_CHUNK;
+      vec *y = tile_y + block * SCAN_CHUNK, *z = tile_z + block * SCAN_CHUNK;
       vec* state = tile.state + block * n;
       if (a.checkpoints != nullptr) {
         float* saved = checkpoint(a, tile, first / SCAN_CHUNK, block);
         for (int i = 0; i < n; ++i) store(saved + i * WIDTH, state[i]);
       }
-      read_lanes(a.u, tile.batch, first, column, lanes, flags, n_tokens, u);
-      read_lanes(a.delta, tile.batch, first, column, lanes, flags, n_tokens, d);
       const bool clamp = step_sizes(a, tile, block, n_tokens, d);
       for (int t = 0; t < n_tokens; ++t) {
         y[t] = tile.D[block] * u[t];
         u[t] *= d[t];
       }
       const vec* A = tile.A + block * n;
-      if (clamp) walk_all<FORWARD_GROUP, true>(A, state, d, u, B, C, n, flags, n_tokens, y);
-      else walk_all<FORWARD_GROUP, false>(A, state, d, u, B, C, n, flags, n_tokens, y);
-      if (a.z.data != nullptr) {
-        read_lanes(a.z, tile.batch, first, column, lanes, flags, n_tokens, z);
+      if (clamp) walk_all<FORWARD_GROUP, true>(A, state, d, u, B, C, n, piece.flags, n_tokens, y);
+      else walk_all<FORWARD_GROUP, false>(A, state, d, u, B, C, n, piece.flags, n_tokens, y);
+      if (a.z.data != nullptr)
         for (int t = 0; t < n_tokens; ++t) y[t] *= z[t] * sigmoid(z[t]);
-      }
-      write_lanes(a.y, tile.batch, first, column, lanes, flags, n_tokens, y);
     }
+    write_piece(a.y, piece, tile_y);
   }
   transpose_out(tile, tile.state, a.state_out + state_offset(a, tile));
 }
 
 namespace {
 
-// What backward keeps of one block over a chunk.
+// What backward keeps of one tile over a chunk: [block][token].
 struct Chunk {
-  vec u[SCAN_CHUNK], raw[SCAN_CHUNK], d[SCAN_CHUNK], du[SCAN_CHUNK], z[SCAN_CHUNK], grad[SCAN_CHUNK];
-  vec g[SCAN_CHUNK];           // gradient of the ungated y
-  vec y[SCAN_CHUNK];           // the ungated y
-  vec sum_gB[SCAN_CHUNK];      // sum over states of (gradient of h) B
-  vec sum_step[SCAN_CHUNK];    // sum over states of the gradient of (d A) times A
-  bool clamp;
+  typedef vec Plane[BLOCKS_MAX][SCAN_CHUNK];
+  Plane u, raw, d, du, z, grad;
+  Plane g;         // gradient of the ungated y
+  Plane y;         // the ungated y
+  Plane sum_gB;    // sum over states of (gradient of h) B
+  Plane sum_step;  // sum over states of the gradient of (d A) times A
+  bool clamp[BLOCKS_MAX];
 };
 
 // Forward again over a chunk for G states, keeping decay and decayed state; then back. Adds to y, sum_gB, sum_step,
@@ -205,8 +221,8 @@ struct Chunk {
 template <int G, bool CLAMP>
 void walk_back(const vec* __restrict A, const float* __restrict saved, const float* __restrict B,
                const float* __restrict C, int n_states, const uint8_t* __restrict flags, int n_tokens,
-               Chunk& __restrict chunk, vec* __restrict grad_state, vec* __restrict grad_A, vec* __restrict sum_B,
-               vec* __restrict sum_C) {
+               Chunk& __restrict chunk, int block, vec* __restrict grad_state, vec* __restrict grad_A,
+               vec* __restrict sum_B, vec* __restrict sum_C) {
   vec decay[SCAN_CHUNK * G], kept[SCAN_CHUNK * G];
   {
     vec h[G];
@@ -216,24 +232,24 @@ void walk_back(const vec* __restrict A, const float* __restrict saved, const flo
         if (flags[t] == TOKEN_PADDING) continue;
         for (int i = 0; i < G; ++i) h[i] = vec{};
       }
-      vec y = chunk.y[t];
+      vec y = chunk.y[block][t];
 #pragma GCC unroll 16
       for (int i = 0; i < G; ++i) {
-        const vec a = exp2_vec<CLAMP>(chunk.d[t] * A[i]);
+        const vec a = exp2_vec<CLAMP>(chunk.d[block][t] * A[i]);
         const vec old = a * h[i];
         decay[t * G + i] = a;
         kept[t * G + i] = old;
-        h[i] = old + chunk.du[t] * B[t * n_states + i];
+        h[i] = old + chunk.du[block][t] * B[t * n_states + i];
         y += h[i] * C[t * n_states + i];
       }
-      chunk.y[t] = y;
+      chunk.y[block][t] = y;
     }
   }
   vec gh[G], gA[G];
   for (int i = 0; i < G; ++i) gh[i] = grad_state[i], gA[i] = vec{};
   for (int t = n_tokens - 1; t >= 0; --t) {
     if (flags[t] == TOKEN_PADDING) continue;
-    const vec d = chunk.d[t], du = chunk.du[t], g = chunk.g[t];
+    const vec d = chunk.d[block][t], du = chunk.du[block][t], g = chunk.g[block][t];
     vec gB = {}, step = {};
 #pragma GCC unroll 16
     for (int i = 0; i < G; ++i) {
@@ -248,8 +264,8 @@ void walk_back(const vec* __restrict A, const float* __restrict saved, const flo
       gA[i] += through * d;
       gh[i] *= decay[t * G + i];
     }
-    chunk.sum_gB[t] += gB;
-    chunk.sum_step[t] += step;
+    chunk.sum_gB[block][t] += gB;
+    chunk.sum_step[block][t] += step;
     if (flags[t] == TOKEN_RESET)
       for (int i = 0; i < G; ++i) gh[i] = vec{};
   }
@@ -259,15 +275,15 @@ void walk_back(const vec* __restrict A, const float* __restrict saved, const flo
 // One group of states for all blocks of the tile, then the sums over its channels.
 template <int G>
 void group_back(const ScanArguments& a, const Tile& tile, Tile& grad, int64_t first, int i, const float* B,
-                const float* C, const uint8_t* flags, int n_tokens, Chunk* chunks, float* partial_B, float* partial_C) {
+                const float* C, const uint8_t* flags, int n_tokens, Chunk& chunk, float* partial_B, float* partial_C) {
   const int n = tile.n_states;
   vec sum_B[SCAN_CHUNK * G], sum_C[SCAN_CHUNK * G];
   for (int k = 0; k < n_tokens * G; ++k) sum_B[k] = sum_C[k] = vec{};
   for (int block = 0; block < tile.n_blocks; ++block) {
     const int at = block * n + i;
     const float* saved = checkpoint(a, tile, first / SCAN_CHUNK, block) + i * WIDTH;
-    const auto run = chunks[block].clamp ? walk_back<G, true> : walk_back<G, false>;
-    run(tile.A + at, saved, B + i, C + i, n, flags, n_tokens, chunks[block], grad.state + at, grad.A + at, sum_B,
+    const auto run = chunk.clamp[block] ? walk_back<G, true> : walk_back<G, false>;
+    run(tile.A + at, saved, B + i, C + i, n, flags, n_tokens, chunk, block, grad.state + at, grad.A + at, sum_B,
         sum_C);
   }
   for (int t = 0; t < n_tokens; ++t)
@@ -279,61 +295,63 @@ void group_back(const ScanArguments& a, const Tile& tile, Tile& grad, int64_t fi
 
 template <int G>
 void groups_back(const ScanArguments& a, const Tile& tile, Tile& grad, int64_t first, const float* B, const float* C,
-                 const uint8_t* flags, int n_tokens, Chunk* chunks, float* partial_B, float* partial_C, int i = 0) {
+                 const uint8_t* flags, int n_tokens, Chunk& chunk, float* partial_B, float* partial_C, int i = 0) {
   for (; i + G <= tile.n_states; i += G)
-    group_back<G>(a, tile, grad, first, i, B, C, flags, n_tokens, chunks, partial_B, partial_C);
+    group_back<G>(a, tile, grad, first, i, B, C, flags, n_tokens, chunk, partial_B, partial_C);
   if constexpr (G > 1)
     if (i < tile.n_states)
-      groups_back<G / 2>(a, tile, grad, first, B, C, flags, n_tokens, chunks, partial_B, partial_C, i);
+      groups_back<G / 2>(a, tile, grad, first, B, C, flags, n_tokens, chunk, partial_B, partial_C, i);
 }
 
-void open_chunk(const ScanArguments& a, const Tile& tile, int64_t first, int block, const uint8_t* flags, int n_tokens,
-                Chunk& chunk) {
-  const int64_t column = tile.first_channel + block * WIDTH;
-  const int lanes = tile.lanes[block];
-  read_lanes(a.u, tile.batch, first, column, lanes, flags, n_tokens, chunk.u);
-  read_lanes(a.delta, tile.batch, first, column, lanes, flags, n_tokens, chunk.raw);
-  read_lanes(a.grad_y, tile.batch, first, column, lanes, flags, n_tokens, chunk.grad);
-  if (a.z.data != nullptr) read_lanes(a.z, tile.batch, first, column, lanes, flags, n_tokens, chunk.z);
-  for (int t = 0; t < n_tokens; ++t) chunk.d[t] = chunk.raw[t];
-  chunk.clamp = step_sizes(a, tile, block, n_tokens, chunk.d);
-  for (int t = 0; t < n_tokens; ++t) {
-    chunk.du[t] = chunk.d[t] * chunk.u[t];
-    chunk.y[t] = tile.D[block] * chunk.u[t];
-    chunk.g[t] = a.z.data == nullptr ? chunk.grad[t] : chunk.grad[t] * chunk.z[t] * sigmoid(chunk.z[t]);
-    chunk.sum_gB[t] = chunk.sum_step[t] = vec{};
+void open_chunk(const ScanArguments& a, const Tile& tile, const Piece& piece, Chunk& chunk) {
+  const bool gated = a.z.data != nullptr;
+  read_piece(a.u, piece, chunk.u[0]);
+  read_piece(a.delta, piece, chunk.raw[0]);
+  read_piece(a.grad_y, piece, chunk.grad[0]);
+  if (gated) read_piece(a.z, piece, chunk.z[0]);
+  for (int block = 0; block < tile.n_blocks; ++block) {
+    for (int t = 0; t < piece.n_tokens; ++t) chunk.d[block][t] = chunk.raw[block][t];
+    chunk.clamp[block] = step_sizes(a, tile, block, piece.n_tokens, chunk.d[block]);
+    for (int t = 0; t < piece.n_tokens; ++t) {
+      const vec u = chunk.u[block][t], grad = chunk.grad[block][t], z = chunk.z[block][t];
+      chunk.du[block][t] = chunk.d[block][t] * u;
+      chunk.y[block][t] = tile.D[block] * u;
+      chunk.g[block][t] = gated ? grad * z * sigmoid(z) : grad;
+      chunk.sum_gB[block][t] = chunk.sum_step[block][t] = vec{};
+    }
   }
 }
 
-// grad: A, D and bias collect gradients; D and bias are used as sums of one block each.
-void close_chunk(const ScanArguments& a, const Tile& tile, Tile& grad, int64_t first, int block, const uint8_t* flags,
-                 int n_tokens, Chunk& chunk) {
-  const int64_t column = tile.first_channel + block * WIDTH;
-  const int lanes = tile.lanes[block];
-  vec sum_D = {}, sum_bias = {};
-  for (int t = 0; t < n_tokens; ++t) {
-    if (flags[t] == TOKEN_PADDING) continue;
-    const vec u = chunk.u[t];
-    sum_D += chunk.g[t] * u;
-    if (a.z.data != nullptr) {
-      const vec z = chunk.z[t], gate = sigmoid(z);
-      chunk.z[t] = chunk.grad[t] * chunk.y[t] * gate * (1.0f + z * (1.0f - gate));
+// Turns what the walks left in the chunk into gradients and writes them; grad.D and grad.bias collect sums.
+void close_chunk(const ScanArguments& a, const Tile& tile, const Piece& piece, Tile& grad, Chunk& chunk) {
+  const bool gated = a.z.data != nullptr;
+  for (int block = 0; block < tile.n_blocks; ++block) {
+    vec sum_D = {}, sum_bias = {};
+    for (int t = 0; t < piece.n_tokens; ++t) {
+      if (piece.flags[t] == TOKEN_PADDING) continue;
+      vec &u = chunk.u[block][t], &d = chunk.d[block][t], &z = chunk.z[block][t];
+      const vec g = chunk.g[block][t], sum_gB = chunk.sum_gB[block][t];
+      sum_D += g * u;
+      if (gated) {
+        const vec gate = sigmoid(z);
+        z = chunk.grad[block][t] * chunk.y[block][t] * gate * (1.0f + z * (1.0f - gate));
+      }
+      // A was scaled by log2(e) for exp2; the gradient wants it back
+      vec grad_d = chunk.sum_step[block][t] * (1.0f / LOG2_E) + u * sum_gB;
+      if (a.softplus) {
+        const vec raw = chunk.raw[block][t] + tile.bias[block];
+        grad_d *= raw > 20.0f ? splat(1.0f) : sigmoid(raw);
+      }
+      sum_bias += grad_d;
+      u = g * tile.D[block] + d * sum_gB;
+      d = grad_d;
     }
-    // A was scaled by log2(e) for exp2; the gradient wants it back
-    vec grad_d = chunk.sum_step[t] * (1.0f / LOG2_E) + u * chunk.sum_gB[t];
-    if (a.softplus) {
-      const vec raw = chunk.raw[t] + tile.bias[block];
-      grad_d *= raw > 20.0f ? splat(1.0f) : sigmoid(raw);
-    }
-    sum_bias += grad_d;
-    chunk.u[t] = chunk.g[t] * tile.D[block] + chunk.d[t] * chunk.sum_gB[t];
-    chunk.d[t] = grad_d;
+    grad.D[block] += sum_D;
+    grad.bias[block] += sum_bias;
   }
-  grad.D[block] += sum_D;
-  grad.bias[block] += sum_bias;
-  write_lanes(a.grad_u, tile.batch, first, column, lanes, flags, n_tokens, chunk.u);
-  write_lanes(a.grad_delta, tile.batch, first, column, lanes, flags, n_tokens, chunk.d);
-  if (a.z.data != nullptr) write_lanes(a.grad_z, tile.batch, first, column, lanes, flags, n_tokens, chunk.z);
+  write_piece(a.grad_u, piece, chunk.u[0]);
+  write_piece(a.grad_delta, piece, chunk.d[0]);
+  if (gated) write_piece(a.grad_z, piece, chunk.z[0]);
 }
 
 void tile_back(const ScanPlan& plan, const Tile& tile, float* partial_B, float* partial_C) {
@@ -345,24 +363,21 @@ void tile_back(const ScanPlan& plan, const Tile& tile, float* partial_B, float* 
   if (a.grad_state_out != nullptr) transpose_in(tile, a.grad_state_out + state_offset(a, tile), grad.state);
 
   float B[SCAN_CHUNK * SCAN_MAX_STATES], C[SCAN_CHUNK * SCAN_MAX_STATES];
-  Chunk chunks[BLOCKS_MAX];
+  Chunk chunk;
   for (int64_t first = (a.length - 1) / SCAN_CHUNK * SCAN_CHUNK; first >= 0 && a.length > 0; first -= SCAN_CHUNK) {
-    const int n_tokens = chunk_tokens(a, first);
-    const uint8_t* flags = plan.flags == nullptr ? ALL_PLAIN : plan.flags + tile.batch * a.length + first;
-    read_rows(a.B, tile.batch, first, n, flags, n_tokens, B);
-    read_rows(a.C, tile.batch, first, n, flags, n_tokens, C);
-    for (int block = 0; block < tile.n_blocks; ++block)
-      open_chunk(a, tile, first, block, flags, n_tokens, chunks[block]);
-    groups_back<BACKWARD_GROUP>(a, tile, grad, first, B, C, flags, n_tokens, chunks, partial_B, partial_C);
-    for (int block = 0; block < tile.n_blocks; ++block)
-      close_chunk(a, tile, grad, first, block, flags, n_tokens, chunks[block]);
+    const Piece piece = chunk_piece(plan, tile, first, -SCAN_CHUNK);
+    read_rows(a.B, piece, n, B);
+    read_rows(a.C, piece, n, C);
+    open_chunk(a, tile, piece, chunk);
+    groups_back<BACKWARD_GROUP>(a, tile, grad, first, B, C, piece.flags, piece.n_tokens, chunk, partial_B, partial_C);
+    close_chunk(a, tile, piece, grad, chunk);
   }
   const int64_t channels = tile.batch * a.channels + tile.first_channel;
   transpose_out(tile, grad.A, plan.partial_A + channels * n);
   if (a.grad_state != nullptr) transpose_out(tile, grad.state, a.grad_state + channels * n);
   for (int block = 0; block < tile.n_blocks; ++block) {
-    store_some(plan.partial_D + channels + block * WIDTH, grad.D[block], tile.lanes[block]);
-    store_some(plan.partial_bias + channels + block * WIDTH, grad.bias[block], tile.lanes[block]);
+    store_some(plan.partial_D + channels + block * WIDTH, grad.D[block], lanes_of(tile, block));
+    store_some(plan.partial_bias + channels + block * WIDTH, grad.bias[block], lanes_of(tile, block));
   }
 }
 
@@ -389,7 +404,6 @@ void scan_reduce_task(void* context, int64_t task) {
   const int64_t last = first + SCAN_REDUCE_ROWS < a.length ? first + SCAN_REDUCE_ROWS : a.length;
   const int64_t slice_stride = a.batch * a.length * a.states;
   for (int side = 0; side < 2; ++side) {
-    const Rows& out = side == 0 ? a.grad_B : a.grad_C;
     for (int64_t t = first; t < last; ++t) {
       const float* from = (side == 0 ? plan.partial_B : plan.partial_C) + (batch * a.length + t) * a.states;
       for (int64_t i = 0; i < a.states; i += WIDTH) {
@@ -397,7 +411,7 @@ void scan_reduce_task(void* context, int64_t task) {
         vec sum = {};
         for (int64_t slice = 0; slice < plan.n_slices; ++slice)
           sum += load_some(from + slice * slice_stride + i, lanes);
-        write_lanes(out, batch, t, i, lanes, ALL_PLAIN, 1, &sum);
+        write_piece(side == 0 ? a.grad_B : a.grad_C, Piece{batch, t, i, lanes, 1, 1, ALL_PLAIN, 0}, &sum);
       }
     }
   }

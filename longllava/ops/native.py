@@ -11,10 +11,13 @@ import functools
 import logging
 from pathlib import Path
 
+import torch
+
 from longllava.errors import BackendError
 
 PATH = Path(__file__).resolve().parent.parent / "lib" / "liblongllava_cpu.so"
 ABI = 1  # csrc/isa.h holds the same number; raise both when the C interface changes
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in csrc/vector.h
 
 
 @functools.lru_cache(maxsize=1)
@@ -45,7 +48,7 @@ def library() -> ctypes.CDLL:
 
 
 def why_not() -> str | None:
-    """None when the kernels can be used, else one sentence. An impossible LONGLLAVA_ISA raises BackendError."""
+    """None when the kernels can be used, else one sentence. Raises for an impossible LONGLLAVA_ISA."""
     return _load()[1]
 
 
@@ -59,3 +62,34 @@ def say_once_if_missing() -> None:
     """For the plain torch stand-ins: one line on stderr, once per process, when the kernels are missing."""
     if (reason := why_not()) is not None:
         logging.getLogger("longllava").warning("longllava runs its slower plain-torch code: %s", reason)
+
+
+def readable(x_BLE: torch.Tensor) -> torch.Tensor:
+    """`x` itself if the kernels can read it in place (fp32 or bf16, last stride 1), else a copy they can."""
+    if x_BLE.dtype not in DTYPES:
+        x_BLE = x_BLE.float()
+    return x_BLE if x_BLE.stride(2) == 1 or x_BLE.shape[2] <= 1 else x_BLE.contiguous()
+
+
+def plain(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """`x` itself if it is contiguous and of `dtype`, else a copy that is."""
+    return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
+def rows(x_BLE: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """The fields of csrc/rows.h's Rows: address, element type, stride of batch and of token in elements."""
+    if x_BLE is None:
+        return 0, 0, 0, 0
+    return x_BLE.data_ptr(), DTYPES[x_BLE.dtype], x_BLE.stride(0), x_BLE.stride(1)
+
+
+def address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def succeed(status: int, op: str) -> None:
+    """Turn a kernel's return code into an exception."""
+    if status == 1:
+        raise MemoryError(f"{op}: out of memory")
+    if status:
+        raise BackendError(f"{op}: the compiled kernels are of another version; run `python csrc/build.py`")

@@ -1,0 +1,90 @@
+"""Selective scan (Mamba-1): the recurrence of state-space layers, forward and backward, state in and out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longllava.errors import LongLLaVAError
+from longllava.ops.dispatch import Backend, choose
+from longllava.ops.selective_scan import blocked, cpu, reference
+
+# best first; the last is the judge
+BACKENDS = tuple(
+    Backend(name, module.run, module.why_not)
+    for name, module in (("cpu", cpu), ("blocked", blocked), ("reference", reference))
+)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(d_t A) h_(t-1) + d_t u_t B_t ;  y_t = (C_t . h_t + D u_t) silu(z_t) ;  d = softplus(delta + bias).
+
+    Shapes:  B batch, L tokens, E channels, N states. u, delta, z (B, L, E); A (E, N); B, C (B, L, N); D,
+             delta_bias (E); state (B, E, N); seq_idx (B, L). Without z there is no gate, without
+             delta_softplus no softplus. Views are read in place as long as their last stride is 1.
+    dtypes:  u, delta, z, B, C fp32, bf16 or fp16, each its own (fp64 runs in plain torch); the rest fp32.
+             Computed in fp32.
+    seq_idx: int32. -1 is padding: the state stays, y is 0, and what stands there (NaN too) reaches nothing. A
+             change of value from one real token to the next empties the state. `state` continues the sequence
+             of the row's first real token.
+    Returns: y (B, L, E) in u's dtype; the state after each row's last real token, fp32, always a new tensor.
+    Gradients go to every float input, the initial state included, and come from y and the returned state.
+    The same call gives the same bits, whatever the number of threads.
+    Raises:  LongLLaVAError if shapes disagree; BackendError if the backend asked for cannot run.
+    Source:  Gu & Dao 2023, arXiv:2312.00752, section 3.3 (Euler for B, as their code does); argument names are
+             those of mamba-ssm's selective_scan_fn, whose tensors are channel-major where these are token-major.
+    """
+    _check(u, delta, A, B, C, D, z, delta_bias, state, seq_idx)
+    args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, seq_idx)
+    return choose("selective_scan", BACKENDS, *args, forced=backend).run(*args)
+
+
+def _check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> None:
+    if u.ndim != 3 or A.ndim != 2:
+        raise LongLLaVAError(
+            f"selective_scan: u must be (B, L, E) and A (E, N), got {tuple(u.shape)} and {tuple(A.shape)}"
+        )
+    batch, length, channels = u.shape
+    n_states = A.shape[1]
+    for name, x, letters, shape in (
+        ("delta", delta, "(B, L, E)", (batch, length, channels)),
+        ("A", A, "(E, N)", (channels, n_states)),
+        ("B", B, "(B, L, N)", (batch, length, n_states)),
+        ("C", C, "(B, L, N)", (batch, length, n_states)),
+        ("D", D, "(E,)", (channels,)),
+        ("z", z, "(B, L, E)", (batch, length, channels)),
+        ("delta_bias", delta_bias, "(E,)", (channels,)),
+        ("state", state, "(B, E, N)", (batch, channels, n_states)),
+        ("seq_idx", seq_idx, "(B, L)", (batch, length)),
+    ):
+        if x is not None and x.shape != shape:
+            raise LongLLaVAError(
+                f"selective_scan: {name} must be {letters} = {shape}, got {tuple(x.shape)}"
+            )
+    if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
+        raise LongLLaVAError(f"selective_scan: seq_idx must be int32, got {seq_idx.dtype}")
