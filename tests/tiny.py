@@ -45,6 +45,9 @@ def tiny_tokenizer(prompt: PromptConfig | None = None) -> Tokenizer:
         models.Unigram(list(zip(pieces, scores)), unk_id=len(pieces) - 1, byte_fallback=True)
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")])
+    # not decoders.Metaspace: it drops every "▁" of the first piece, also the inner one of "▁red▁heart"
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     backend.add_special_tokens(list(SPECIALS))
     return Tokenizer(backend.to_str(), prompt or PromptConfig())

@@ -6,7 +6,7 @@ Plain text is what a person wrote and is never read as anything else. Template t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,21 +115,27 @@ def string_pieces(text: str, n_images: int, n_frames: int, prompt: PromptConfig)
 
 
 def messages_of_dicts(
-    messages: Sequence[Mapping[str, Any]], images: Sequence[Any]
+    messages: Sequence[Mapping[str, Any]],
+    images: Sequence[Any],
+    prompt: PromptConfig,
+    open_video: Callable[[Any], Sequence[Any]],
 ) -> tuple[list[Message], list[Any]]:
     """Messages as dictionaries {"role", "content"} -> messages, and all images in order.
 
-    content is a string, or a list of parts {"type": "text", "text"} and {"type": "image", "image" | "path"}.
-    An image part without a source takes the next one of `images`. Text is never searched for marks.
+    content is a string, or a list of parts: {"type": "text", "text"}, {"type": "image", "image" | "path"} and
+    {"type": "video", "video" | "path"}. An image part without a source takes the next one of `images`. Text
+    is never searched for marks. open_video: a video's source -> its frames.
     """
-    if not messages:
-        raise InputError("messages: the list is empty; give at least one user message")
-    given, sources, result = list(images), [], []
+    if isinstance(messages, Mapping) or not messages:
+        raise InputError("messages: expected a list with at least one user message")
+    given, sources, result = list(images), list[Any](), list[Message]()
     for number, message in enumerate(messages, 1):
         where = f"message {number}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise InputError(f"{where}: expected a dictionary with 'role' and 'content', got {message!r:.80}")
         check_role(message["role"])
+        if message["role"] != ROLES[(number - 1) % 2]:
+            raise InputError(f"{where}: role {message['role']!r}; user and assistant take turns, user first")
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, Sequence):
@@ -141,25 +147,31 @@ def messages_of_dicts(
                 check_text(part.get("text"), f"{where}: text")
                 pieces.append(Plain(part["text"]))
             elif kind == "image" and message["role"] == "user":
-                source = next((part[key] for key in ("image", "path") if part.get(key) is not None), None)
-                if source is None and not given:
-                    raise InputError(f"{where}: an image part has neither 'image' nor 'path'")
+                if (source := source_of(part, kind)) is None and not given:
+                    raise InputError(
+                        f"{where}: an image part has neither 'image' nor 'path', and no image is left"
+                    )
                 pieces.append(Mark(len(sources)))
-                sources.append(source if source is not None else given.pop(0))
+                sources.append(given.pop(0) if source is None else source)
+            elif kind == "video" and message["role"] == "user":
+                frames = open_video(source_of(part, kind))
+                pieces += media_pieces(0, len(frames), prompt, first=len(sources))
+                sources += frames
             else:
-                raise InputError(f"{where}: part {part!r:.80}; allowed: text, and image in a user's message")
+                raise InputError(
+                    f"{where}: part {part!r:.80}; allowed: text; image and video in a user's message"
+                )
         result.append(Message(message["role"], tuple(pieces)))
     if given:
         raise InputError(
             f"messages: {len(given)} of {len(images)} images have no image part; add parts or drop them"
         )
-    for number, item in enumerate(result):
-        if item.role != ROLES[number % 2]:
-            raise InputError(
-                f"message {number + 1}: role {item.role!r}; user and assistant take turns, user first"
-            )
     if result[-1].role != "user":
         raise InputError("messages: the last one is the assistant's; end with a user's message")
-    if not any(isinstance(p, Mark) or (isinstance(p, Plain) and p.text.strip()) for p in result[-1].pieces):
+    if not any(not isinstance(piece, Plain) or piece.text.strip() for piece in result[-1].pieces):
         raise InputError("prompt: the last message is empty; write a question")
     return result, sources
+
+
+def source_of(part: Mapping[str, Any], kind: str) -> Any:
+    return next((part[key] for key in (kind, "path") if part.get(key) is not None), None)

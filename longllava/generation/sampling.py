@@ -1,0 +1,98 @@
+"""The next token from logits: the likeliest, or drawn by temperature, top-k and top-p.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longllava.errors import InputError, LongLLaVAError
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How answers are drawn. temperature 0: the likeliest token; top_k 0, top_p 1: any token.
+
+    seed: same seed, same answer; None draws anew each time. Raises: InputError for unusable values.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_number(self, "max_new_tokens", int, 1, 1_000_000)
+        check_number(self, "temperature", (int, float), 0, 100)
+        check_number(self, "top_p", (int, float), 0, 1)
+        check_number(self, "top_k", int, 0, MAX_SEED)
+        if self.top_p == 0:
+            raise InputError("top_p: got 0, must be above 0; for the likeliest token set temperature=0")
+        if self.seed is not None:
+            check_number(self, "seed", int, 0, MAX_SEED)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if not all(isinstance(text, str) and text for text in stop):
+            raise InputError(f"stop: got {self.stop!r}, expected strings that are not empty")
+        object.__setattr__(self, "stop", stop)
+
+    def generator(self) -> torch.Generator:
+        generator = torch.Generator("cpu")
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+def check_number(
+    settings: Sampling, name: str, kinds: type | tuple[type, ...], low: float, high: float
+) -> None:
+    value = getattr(settings, name)
+    if (
+        isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high
+    ):  # NaN fails the last
+        kind = "a whole number" if kinds is int else "a number"
+        raise InputError(f"{name}: got {value!r}, expected {kind} from {low} to {high}")
+
+
+def next_tokens(logits_BV: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+    """(B, V) logits -> (B,) int64 token ids on the CPU. Each row draws from its own generator.
+
+    Raises: LongLLaVAError when logits are NaN, which a damaged model or an overflow makes.
+    """
+    logits_BV = logits_BV.float().cpu()
+    if torch.isnan(logits_BV).any():
+        raise LongLLaVAError(
+            "the model's logits are NaN; its weights are damaged or its dtype overflows (try float32)"
+        )
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    probabilities_BV = kept(torch.softmax(logits_BV / sampling.temperature, -1), sampling)
+    return torch.stack([
+        torch.multinomial(row_V, 1, generator=generator)[0]
+        for row_V, generator in zip(probabilities_BV, generators)
+    ])  # fmt: skip
+
+
+def kept(probabilities_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities with those outside top-k and top-p set to 0 (not rescaled: multinomial does that).
+
+    top_p keeps the smallest set of likeliest tokens whose mass reaches top_p, at least one
+    (Holtzman et al. 2020, arXiv:1904.09751, section 3.1).
+    """
+    if not sampling.top_k and sampling.top_p == 1:
+        return probabilities_BV
+    sorted_BV, order_BV = probabilities_BV.sort(-1, descending=True)
+    if sampling.top_k:
+        sorted_BV[:, sampling.top_k :] = 0
+    mass_before_BV = (sorted_BV.cumsum(-1) - sorted_BV) / sorted_BV.sum(-1, keepdim=True)
+    sorted_BV[mass_before_BV >= sampling.top_p] = 0
+    return torch.zeros_like(probabilities_BV).scatter(-1, order_BV, sorted_BV)

@@ -1,0 +1,57 @@
+"""Tokens to text, piece by piece. Text handed out is final: no split characters, no part of a stop string."""
+
+from __future__ import annotations
+
+from longllava.inputs.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are not (yet) UTF-8
+
+
+class TextStream:
+    """Feed token ids, get text that can no longer change. `done` once a stop string has come.
+
+    All pieces joined are the answer, by construction: the answer that is not streamed is made the same way.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.ids: list[int] = []
+        self.begin = 0  # ids[begin:read] are decoded again as context: a first token loses its leading space
+        self.read = 0
+        self.waiting = ""  # decoded, but perhaps the beginning of a stop string
+        self.done = False
+
+    def push(self, token: int) -> str:
+        """Text that is certain after this token, often empty."""
+        self.ids.append(token)
+        before = self.tokenizer.decode(self.ids[self.begin : self.read])
+        now = self.tokenizer.decode(self.ids[self.begin :])
+        if len(now) <= len(before) or now.endswith(REPLACEMENT):
+            return ""
+        self.begin, self.read = self.read, len(self.ids)
+        return self.release(now[len(before) :])
+
+    def finish(self) -> str:
+        """The rest, when no more tokens come."""
+        if self.done:
+            return ""
+        before = self.tokenizer.decode(self.ids[self.begin : self.read])
+        now = self.tokenizer.decode(self.ids[self.begin :])
+        text = self.release(now[len(before) :])
+        text += "" if self.done else self.waiting
+        self.waiting = ""
+        return text
+
+    def release(self, text: str) -> str:
+        """Hold back what may become a stop string; cut at one."""
+        text = self.waiting + text
+        cuts = [at for at in (text.find(word) for word in self.stop) if at >= 0]
+        if cuts:
+            self.done, self.waiting = True, ""
+            return text[: min(cuts)]
+        held = max(
+            (n for word in self.stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0
+        )
+        self.waiting = text[len(text) - held :]
+        return text[: len(text) - held]

@@ -1,0 +1,215 @@
+"""Pictures of every mode and fault. Expected pixels are worked out by hand."""
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from longllava.errors import InputError
+from longllava.inputs.image import named, open_image, square, square_pixels
+from longllava.inputs.processor import Processor
+from tests.tiny import tiny_config, tiny_tokenizer
+
+MEAN = (0.5, 0.25, 0.75)
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def picture(width=6, height=4):
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def pixels(source):
+    return np.asarray(open_image(source))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_lossless_formats_keep_their_pixels(kind, tmp_path):
+    image = picture()
+    data = encoded(image, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    (tmp_path / "a").write_bytes(data)
+    for source in (data, bytearray(data), tmp_path / "a", str(tmp_path / "a"), image, np.asarray(image)):
+        assert np.array_equal(pixels(source), np.asarray(image))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_pictures_upright(orientation):
+    image = picture()
+    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
+            7: "TRANSVERSE", 8: "ROTATE_270"}  # fmt: skip
+    turned = image.transpose(Image.Transpose[undo[orientation]]) if orientation > 1 else image
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(pixels(encoded(turned, exif=exif)), np.asarray(image))
+
+
+def test_alpha_lies_on_white():
+    rgba = Image.fromarray(np.array([[[200, 100, 0, 255], [200, 100, 0, 0], [0, 0, 0, 51]]], np.uint8))
+    assert pixels(encoded(rgba)).tolist() == [[[200, 100, 0], [255, 255, 255], [204, 204, 204]]]
+    grey = Image.fromarray(np.array([[[80, 255], [80, 0]]], np.uint8), "LA")
+    assert pixels(encoded(grey)).tolist() == [[[80] * 3, [255] * 3]]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    assert pixels(encoded(palette, transparency=1)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    keyed = Image.fromarray(np.array([[[1, 2, 3], [9, 9, 9]]], np.uint8))
+    assert pixels(encoded(keyed, transparency=(1, 2, 3))).tolist() == [[[255] * 3, [9] * 3]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(kind):
+    deep = Image.fromarray(np.array([[0, 128 * 257, 65535]], np.uint16))
+    assert pixels(encoded(deep, kind))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_float_pictures():
+    assert pixels(Image.fromarray(np.array([[0, 0.5, 1]], np.float32)))[0, :, 1].tolist() == [0, 128, 255]
+    assert pixels(Image.fromarray(np.array([[0, 7, 255]], np.float32)))[0, :, 1].tolist() == [0, 7, 255]
+    for bad in (np.nan, np.inf, -1, 256):
+        with pytest.raises(InputError, match="NaN|pixels from"):
+            open_image(Image.fromarray(np.array([[0, bad]], np.float32)))
+
+
+def test_other_modes_become_rgb():
+    assert pixels(Image.new("1", (2, 2), 1)).tolist() == [[[255] * 3] * 2] * 2
+    assert pixels(Image.new("CMYK", (1, 1), (255, 0, 0, 0))).tolist() == [[[0, 255, 255]]]
+
+
+def test_the_first_frame_of_a_gif():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    assert pixels(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))[0, 0].tolist() == [
+        255,
+        0,
+        0,
+    ]
+
+
+def test_sources_stay_untouched():
+    image, array = picture(), np.asarray(picture())
+    for source in (image, array):
+        opened = open_image(source)
+        opened.paste((1, 2, 3), (0, 0, 6, 4))
+    assert np.array_equal(np.asarray(image), np.asarray(picture()))
+    read_only = np.asarray(picture())
+    read_only.setflags(write=False)
+    assert np.array_equal(pixels(read_only[:, ::-1]), read_only[:, ::-1])
+
+
+def test_every_cut_of_every_format_is_an_error():
+    """A torn file never comes back as a half-grey picture."""
+    image = picture(40, 30)
+    for kind in ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP"):
+        data = encoded(image, kind)
+        for cut in [*range(0, len(data) - 64, 64), len(data) * 9 // 10]:
+            with pytest.raises(InputError, match=r"broken picture|known format|cannot be read"):
+                open_image(data[:cut])
+
+
+@settings(max_examples=150)
+@given(
+    st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]), st.integers(0, 10**6), st.integers(1, 255)
+)
+def test_flipped_bytes_give_a_picture_or_one_error(kind, position, flip):
+    data = bytearray(encoded(picture(20, 10), kind))
+    data[position % len(data)] ^= flip
+    try:
+        assert open_image(bytes(data)).mode == "RGB"
+    except InputError as error:
+        assert "0x" not in str(error)
+
+
+def bomb(width, height):
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 9) + b"IDAT"
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (b"", "not a picture of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF", "not a picture of a known format; allowed: JPEG, PNG"),
+        (bomb(50_000, 50_000), "89,478,485"),
+        (bomb(9_500, 9_500), "89,478,485"),
+        (encoded(Image.new("1", (1, 201))), "over 200 times the other"),
+        ("missing.png", "no such file"),
+        ("/", "not a regular file"),
+        ("https://example.org/a.png", "not downloaded"),
+        (7, "got int"),
+        (np.zeros((2, 2), np.uint8), r"expected uint8 of shape \(H, W, 3\)"),
+        (np.zeros((2, 2, 3), np.float32), "array float32"),
+        (np.zeros((0, 2, 3), np.uint8), "it is empty"),
+    ],
+)
+def test_bad_pictures_get_a_sentence(source, sentence):
+    with pytest.raises(InputError, match=sentence):
+        open_image(source)
+
+
+def test_pipes_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="not a regular file"):
+        open_image(tmp_path / "pipe")
+
+
+def test_references_go_through_the_callable(tmp_path):
+    image = picture()
+    assert np.array_equal(
+        np.asarray(open_image("world:7", open_reference=lambda text: image)), np.asarray(image)
+    )
+    with pytest.raises(InputError, match="no such file"):
+        open_image("world:7")
+
+
+def test_fit_pads_with_the_mean_colour():
+    out = np.asarray(square(Image.new("RGB", (8, 4), (10, 20, 30)), 8, MEAN))
+    assert out.shape == (8, 8, 3)
+    assert (
+        (out[2:6] == (10, 20, 30)).all()
+        and (out[:2] == (127, 63, 191)).all()
+        and (out[6:] == (127, 63, 191)).all()
+    )
+
+
+@given(st.integers(1, 90), st.integers(1, 90))
+def test_any_size_fits(width, height):
+    tensor = square_pixels(Image.new("RGB", (width, height)), 16, MEAN)
+    assert tuple(tensor.shape) == (3, 16, 16)
+
+
+def test_big_jpegs_are_decoded_small():
+    """DCT-scaled decoding: what comes back is at least twice the wanted side, and far below the whole."""
+    data = encoded(Image.linear_gradient("L").resize((2048, 1024)).convert("RGB"), "JPEG")
+    small = open_image(data, wanted_side=96)
+    assert small.size == (256, 128)
+    full = np.asarray(square(open_image(data), 96, MEAN)).astype(int)
+    assert abs(np.asarray(square(small, 96, MEAN)) - full).mean() < 2
+
+
+def test_pixels_name_the_bad_picture(tmp_path):
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"image 2 of 3: .*b\.png: not a picture"):
+        Processor(tiny_config(), tiny_tokenizer()).pixels([picture(), tmp_path / "b.png", picture()])
+    with pytest.raises(InputError, match="^image 5 of 9: torn$"), named(4, 9, b"bytes"):
+        raise InputError("torn")
+
+
+def test_pixels_are_the_pictures():
+    wide, exact = picture(32, 16), picture(16, 16)
+    batch = Processor(tiny_config(), tiny_tokenizer()).pixels([wide, exact])
+    assert np.array_equal(batch[1].permute(1, 2, 0).numpy(), np.asarray(exact))
+    assert tuple(batch[0, :, 0, 0]) == (
+        122,
+        116,
+        104,
+    )  # CLIP's mean colour, cut to whole numbers as LLaVA does
