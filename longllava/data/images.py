@@ -35,7 +35,7 @@ def open_reference(reference: str, root: str | Path | None = None) -> Image.Imag
 
 
 def safe_path(reference: str, root: str | Path) -> Path:
-    """`reference` below `root`, links resolved. Raises: InputError when it is absolute or leaves the folder."""
+    """`reference` below `root`, links resolved. Raises: InputError when it is absolute or leads out."""
     relative = Path(reference)
     if relative.is_absolute() or ".." in relative.parts or "\\" in reference or "\0" in reference:
         raise InputError(f"image path {reference!r} must be relative and stay below the source's folder")

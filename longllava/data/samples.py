@@ -1,4 +1,4 @@
-"""What training data is: turns of talk, references to pictures, and (as an aid) which picture answers what."""
+"""What training data is: turns of talk, references to pictures, and (as an aid) what answers what."""
 
 from __future__ import annotations
 

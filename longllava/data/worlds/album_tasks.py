@@ -55,7 +55,9 @@ class Needle:
     def make(self, rng: random.Random, pool: PicturePool) -> Conversation:
         indices = album(rng, pool, draw_range(rng, self.n_images, by_ratio=True), self.siblings)
         conversation = Conversation([pool.reference(index) for index in indices])
-        ask_needles(conversation, [pool.spec(index) for index in indices], draw_range(rng, self.n_questions), rng)
+        ask_needles(
+            conversation, [pool.spec(index) for index in indices], draw_range(rng, self.n_questions), rng
+        )
         return conversation
 
 

@@ -13,7 +13,16 @@ from longllava.data.worlds.settings import between, draw_range
 from longllava.data.worlds.words import group_of
 
 # How often each kind is asked; what a thing is, and its number and colour, carry the later stages.
-KINDS = {"thing": 4, "number": 3, "colour": 3, "copies": 1, "place": 1, "kind": 1, "describe": 2, "yes or no": 3}
+KINDS = {
+    "thing": 4,
+    "number": 3,
+    "colour": 3,
+    "copies": 1,
+    "place": 1,
+    "kind": 1,
+    "describe": 2,
+    "yes or no": 3,
+}
 YES_OR_NO = ("thing", "thing", "number", "colour", "kind")
 SIBLINGS = 0.3  # share of wrong suggestions that are of the right kind
 

@@ -1,8 +1,8 @@
 """Which pictures there are: pools of specs, the split into train and test, and references as text.
 
-Train and test never share a combination of (thing, digit, colour), nor a rendering seed; every thing, digit and
-colour occurs in both. A pool is fixed: index -> picture is a pure function of (split, seed, thing, number), so
-that features of a pool can be cached once and used by every stage.
+Train and test never share a combination of (thing, digit, colour), nor a rendering seed; every thing, digit
+and colour occurs in both. A pool is fixed: index -> picture is a pure function of (split, seed, thing,
+number), so that features of a pool can be cached once and used by every stage.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PREFIX = "world:"
 GRID = "grid:"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def combinations(thing: int, split: str, whole: bool) -> tuple[tuple[int | None, int | None], ...]:
     """The (digit, colour) pairs of a thing in a split; whole: with both, else with one or none."""
     digits, colours = range(N_DIGITS), range(len(COLOUR_NAMES))
@@ -41,9 +41,10 @@ def combinations(thing: int, split: str, whole: bool) -> tuple[tuple[int | None,
 class PoolSettings:
     """Which pictures a pool holds.
 
-    per_thing: pictures of each thing. styles: drawing styles, taken in turn ("noto", "fluent", or the path of
-    a sheet). restyle: share of pictures with drawing-style augmentation. plain: every picture holds one thing,
-    a digit and a frame; otherwise one in four holds several copies and one in eight lacks a digit or a frame.
+    per_thing: pictures of each thing. styles: drawing styles, taken in turn ("noto", "fluent", or the path
+    of a sheet). restyle: share of pictures with drawing-style augmentation (train only). plain: every picture
+    holds one thing, a digit and a frame; otherwise one in four holds several copies, and one in eight lacks a
+    digit or a frame or both.
     """
 
     per_thing: int = 60
@@ -60,7 +61,9 @@ class PoolSettings:
             raise ConfigError(f"restyle: got {self.restyle}, must be a share between 0 and 1")
 
 
-def draw_spec(rng: random.Random, thing: int, split: str, style: str, *, plain: bool, restyle: float) -> PictureSpec:
+def draw_spec(
+    rng: random.Random, thing: int, split: str, style: str, *, plain: bool, restyle: float
+) -> PictureSpec:
     """A picture of a thing, everything else drawn from `rng`."""
     digit, colour = rng.choice(combinations(thing, split, plain or rng.random() < 0.875))
     count = 1 if plain or rng.random() < 0.75 else rng.randint(2, MAX_COUNT)
@@ -158,9 +161,8 @@ def reference(spec: PictureSpec) -> str:
     """ "world:THING.DIGIT.COLOUR.COUNT.PLACE.SEED.RESTYLE@STYLE", with "-" for no digit or no frame."""
     digit = "-" if spec.digit is None else spec.digit
     colour = "-" if spec.colour is None else spec.colour
-    return (
-        f"{PREFIX}{spec.thing}.{digit}.{colour}.{spec.count}.{spec.place}.{spec.seed}.{int(spec.restyle)}@{spec.style}"
-    )
+    values = (spec.thing, digit, colour, spec.count, spec.place, spec.seed, int(spec.restyle))
+    return f"{PREFIX}{'.'.join(map(str, values))}@{spec.style}"
 
 
 def grid_reference(n_columns: int, references: tuple[str, ...]) -> str:
@@ -187,14 +189,16 @@ def parse_reference(text: str) -> PictureSpec:
     except ValueError:
         known = False
     if not known:
-        raise InputError(f"{text!r} names no picture of the world; expected world:THING.DIGIT.COLOUR.COUNT.PLACE"
-                         ".SEED.RESTYLE@STYLE within the world's ranges")  # fmt: skip
+        raise InputError(
+            f"{text!r:.200} names no picture of the world; expected"
+            " world:THING.DIGIT.COLOUR.COUNT.PLACE.SEED.RESTYLE@STYLE within the world's ranges"
+        )
     return spec
 
 
 def parse_grid(text: str) -> tuple[int, list[PictureSpec]]:
     """Columns and pictures of a grid reference. Raises: InputError."""
-    columns, separator, rest = text.removeprefix(PREFIX + GRID).partition(":")
-    if not text.startswith(PREFIX + GRID) or not separator or not columns.isdecimal() or not 1 <= int(columns) <= 64:
-        raise InputError(f"{text!r} names no grid of pictures; expected world:grid:COLUMNS:PICTURE|PICTURE|...")
+    columns, _, rest = text.removeprefix(PREFIX + GRID).partition(":")
+    if not text.startswith(PREFIX + GRID) or columns not in map(str, range(1, 65)):
+        raise InputError(f"{text!r:.200} names no grid; expected world:grid:COLUMNS:PICTURE|PICTURE|...")
     return int(columns), [parse_reference(PREFIX + part) for part in rest.split("|")]

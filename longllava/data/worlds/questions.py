@@ -13,31 +13,53 @@ from longllava.data.worlds.render import COLOUR_NAMES, PLACES, PictureSpec
 from longllava.data.worlds.words import COUNTS, caption, group_of, name_of, one, one_of_group
 
 # Asked by the thing, which one picture alone shows.
-BY_THING = {
-    "number": ("What number is on the picture with the {}?", "Which number goes with the {}?", "Number of the {}?"),
-    "colour": ("What colour is the frame of the picture with the {}?", "Which colour is the frame around the {}?",
-               "Colour of the {}?"),
+BY_THING: dict[str, tuple[str, ...]] = {
+    "number": (
+        "What number is on the picture with the {}?",
+        "Which number goes with the {}?",
+        "Number of the {}?",
+    ),
+    "colour": (
+        "What colour is the frame of the picture with the {}?",
+        "Which colour is the frame around the {}?",
+        "Colour of the {}?",
+    ),
     "place": ("Where on its picture is the {}?", "Which place has the {}?", "Place of the {}?"),
-    "copies": ("How many things are on the picture with the {}?", "Which count goes with the {}?", "Count of the {}?"),
-}  # fmt: skip
+    "copies": (
+        "How many things are on the picture with the {}?",
+        "Which count goes with the {}?",
+        "Count of the {}?",
+    ),
+}
 # Asked by a number or colour, where one picture alone has it; the answer is the thing.
 BY_NUMBER = ("What is on the picture with the number {}?", "Which thing goes with the number {}?")
 BY_COLOUR = ("What is on the picture with the frame in {}?", "Which thing goes with the frame in {}?")
 BY_ORDINAL = ("What is on the {} picture?", "Which thing does the {} picture show?")
-WHICH_PICTURE = ("In which picture is the {}?", "Which picture shows the {}?", "Find the picture with the {}.")
+WHICH_PICTURE = (
+    "In which picture is the {}?",
+    "Which picture shows the {}?",
+    "Find the picture with the {}.",
+)
 HOW_MANY_PICTURES = ("How many pictures show {}?", "On how many pictures is there {}?")
 FIRST_OF_TWO = ("Which comes first, the {} or the {}?", "Which of the two is seen first, the {} or the {}?")
 LAST_OF_TWO = ("Which comes last, the {} or the {}?", "Which of the two is seen last, the {} or the {}?")
 SAME = {
     "thing": ("Do the two pictures show the same thing?", "Is it the same thing on both pictures?"),
     "number": ("Do the two pictures have the same number?", "Is it the same number on both pictures?"),
-    "colour": ("Do the two pictures have frames of the same colour?", "Is it the same frame on both pictures?"),
+    "colour": (
+        "Do the two pictures have frames of the same colour?",
+        "Is it the same frame on both pictures?",
+    ),
 }
 # About the only picture.
 ALONE = {
     "thing": ("What is on the picture?", "What is this?", "Which thing does the picture show?"),
     "number": ("What number is on the picture?", "Which number is shown?", "What number do you see?"),
-    "colour": ("What colour is the frame?", "Which colour has the frame?", "What is the colour of the frame?"),
+    "colour": (
+        "What colour is the frame?",
+        "Which colour has the frame?",
+        "What is the colour of the frame?",
+    ),
     "copies": ("How many things are on the picture?", "How many are shown?", "How many do you see?"),
     "place": ("Where is it on the picture?", "Where is the thing?", "Which place has the thing?"),
     "kind": ("What kind of thing is it?", "Which kind of thing is this?", "What kind of thing is shown?"),
@@ -94,8 +116,10 @@ def describe(spec: PictureSpec, wording: int = 0) -> Question:
     return Question(DESCRIBE[wording], caption(spec))
 
 
-def yes_or_no(spec: PictureSpec, truth: bool, other: PictureSpec, kind: str, rng: random.Random) -> Question | None:
-    """ "Is it a cat?" about `spec`; when not `truth`, about what `other` shows. None where they do not differ."""
+def yes_or_no(
+    spec: PictureSpec, truth: bool, other: PictureSpec, kind: str, rng: random.Random
+) -> Question | None:
+    """ "Is it a cat?" about `spec`, or, when not `truth`, what `other` shows. None where both agree."""
     own, asked = value(spec, kind), value(spec if truth else other, kind)
     if own is None or asked is None or (own == asked) != truth:
         return None

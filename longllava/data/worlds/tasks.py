@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from longllava.config import build
 from longllava.data.samples import Sample
 from longllava.data.worlds.album_tasks import Count, Needle, Order, Retrieval, Same, SubImage
+from longllava.data.worlds.conversation import Conversation
 from longllava.data.worlds.image_tasks import Caption, Single
 from longllava.data.worlds.pictures import PicturePool
 from longllava.data.worlds.text_tasks import Facts, TagsCaption, TagsRecall, Text
 from longllava.errors import ConfigError
 
-TASKS: dict[str, type] = {
+
+class Maker(Protocol):
+    """A task's settings (fields of a frozen dataclass), and one sample from a random state."""
+
+    def make(self, rng: random.Random, pool: PicturePool) -> Conversation: ...
+
+
+TASKS: dict[str, type[Maker]] = {
     "tags-caption": TagsCaption, "tags-recall": TagsRecall, "facts": Facts, "text": Text,
     "caption": Caption, "single": Single,
-    "needle": Needle, "same": Same, "order": Order, "count": Count, "retrieval": Retrieval, "subimage": SubImage,
+    "needle": Needle, "same": Same, "order": Order, "count": Count, "retrieval": Retrieval,
+    "subimage": SubImage,
 }  # fmt: skip
 
 
@@ -35,11 +44,13 @@ class WorldTask:
         if name not in TASKS:
             raise ConfigError(f"task: got {name!r}, allowed: {', '.join(TASKS)}")
         self.name, self.seed = name, seed
-        self.maker = build(TASKS[name], dict(settings or {}), f"task {name}")
+        self.maker: Maker = build(TASKS[name], dict(settings or {}), f"task {name}")
         self.pool = pool or PicturePool(split)
         self.split = self.pool.split
         if self.split != split:
-            raise ConfigError(f"task {name}: split {split!r}, but its pictures are of the {self.split!r} split")
+            raise ConfigError(
+                f"task {name}: split {split!r}, but its pictures are of the {self.split!r} split"
+            )
 
     def sample(self, index: int) -> Sample:
         """Sample number `index`, counted from 0 without an end."""

@@ -14,8 +14,8 @@ from longllava.data.worlds.conversation import Conversation
 from longllava.data.worlds.pictures import PicturePool, draw_spec
 from longllava.data.worlds.questions import BY_COLOUR, BY_NUMBER, BY_THING, DESCRIBE, Question, put, value
 from longllava.data.worlds.render import COLOUR_NAMES, PLACES, PictureSpec
-from longllava.data.worlds.sheets import thing_index, things
 from longllava.data.worlds.settings import between, draw_range
+from longllava.data.worlds.sheets import thing_index
 from longllava.data.worlds.words import caption, group_of, name_of, one, one_of_group, plural
 
 OPEN, CLOSE = "<img>", "</img>"
@@ -100,11 +100,11 @@ def questions_about(specs: list[PictureSpec], rng: random.Random) -> list[tuple[
         for kind, wordings in BY_THING.items():
             if (answer := value(spec, kind)) is not None:
                 found.append((index, put(rng.choice(wordings), name_of(spec.thing), answer)))
-    for kind, wordings in (("number", BY_NUMBER), ("colour", BY_COLOUR)):
+    for kind, asked in (("number", BY_NUMBER), ("colour", BY_COLOUR)):
         keys = [value(spec, kind) for spec in specs]
         for index in alone_with(keys):
             if (key := keys[index]) is not None:
-                found.append((index, put(rng.choice(wordings), key, name_of(specs[index].thing))))
+                found.append((index, put(rng.choice(asked), key, name_of(specs[index].thing))))
     return found
 
 
@@ -142,7 +142,9 @@ class Facts:
                 text = f"Is {one(name)} {one_of_group(asked)}?"
                 conversation.ask(Question(text, "yes" if asked == group else "no"))
             else:
-                other = rng.choice([t for t in rng.sample(pool.things, 16) if group_of(t) != group] or [thing])
+                other = rng.choice(
+                    [t for t in rng.sample(pool.things, 16) if group_of(t) != group] or [thing]
+                )
                 pair = [name, name_of(other)]
                 rng.shuffle(pair)
                 text = f"Which is {one_of_group(group)}, the {pair[0]} or the {pair[1]}?"
@@ -199,5 +201,9 @@ def nth(rng: random.Random, pool: PicturePool) -> tuple[Turn, Turn]:
     index = rng.randrange(len(names))
     listed = ", ".join(names)
     if rng.random() < 0.5:
-        return Turn("user", f"{listed}\nWhich is the {words.ORDINALS[index]}?"), Turn("assistant", names[index])
-    return Turn("user", f"{listed}\nWhich word is the {names[index]}?"), Turn("assistant", words.ORDINALS[index])
+        return Turn("user", f"{listed}\nWhich is the {words.ORDINALS[index]}?"), Turn(
+            "assistant", names[index]
+        )
+    return Turn("user", f"{listed}\nWhich word is the {names[index]}?"), Turn(
+        "assistant", words.ORDINALS[index]
+    )

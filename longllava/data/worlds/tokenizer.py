@@ -2,10 +2,10 @@
 
     python -m longllava.data.worlds.tokenizer            # writes longllava/assets/nano/tokenizer.json
 
-A Unigram model over bytes, without splitting at spaces: the segmentation of fewest pieces wins, so "red heart"
-is one token and "red hearts" two. Any text comes back as it was: every byte is a piece.
-Each line begins with a space of the tokenizer's own, so that a word is the same token at the start of a line and
-inside it. It is taken away again in decoding.
+A Unigram model over bytes, without splitting at spaces: the segmentation of fewest pieces wins, so
+"water buffalo" is one token and "water buffalos" two. Every byte is a piece: any text comes back as it was.
+Each line begins with a space of the tokenizer's own, so that a word is the same token at the start of a line
+and inside it; decoding takes it away again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from longllava.files import write_text
 PATH = Path(__file__).parents[2] / "assets" / "nano" / "tokenizer.json"
 # More words for text about the world, beside those of the questions' wordings.
 WORDS = """
-a an and are as at be both but by can do does find for from has have here how I in into is it its kind like many me
-more much my next no none not number of on one or other out picture pictures say see show shows so some tell than that
-the their them then there these they thing things this those to too up us was we what where which who why with word
-words write yes you your after again all also any before between come comes count describe each else every first follow
-following last list look name names nothing only order please put read same second seen show shown sort these third two
-three write about another called known neither either belong belongs repeat false true correct wrong image images photo
-answer question video frame tile row column left right top bottom middle corner centre side big small new old many few
+a an and are as at be both but by can do does find for from has have here how I in into is it its kind like
+many me more much my next no none not number of on one or other out picture pictures say see show shows so
+some tell than that the their them then there these they thing things this those to too up us was we what
+where which who why with word words write yes you your after again all also any before between come comes
+count describe each else every first follow following last list look name names nothing only order please
+put read same second seen shown sort third two three about another called known neither either belong
+belongs repeat false true correct wrong image images photo answer question video frame tile row column left
+right top bottom middle corner centre side big small new old few
 """.split()
 PUNCTUATION = [".", ",", "?", "!", ":", ";", "...", " -", " (", ")", "'s", "s", "es", '"', ' "']
 # Scores: a path's is the sum of its pieces', so one long piece beats any two, and bytes are a last resort.
@@ -75,7 +76,8 @@ def pieces() -> list[str]:
 
 def build_tokenizer() -> str:
     """The text of tokenizer.json; the same bytes on every machine."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers.processors import ByteLevel
 
     prompt = PromptConfig()
     specials = [prompt.pad_token, prompt.bos_token, prompt.eos_token]
@@ -90,7 +92,7 @@ def build_tokenizer() -> str:
         normalizers.Replace(Regex(r"\n(?=[^\n])"), "\n "),
     ])  # fmt: skip
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.post_processor = ByteLevel(trim_offsets=True)
     tokenizer.decoder = decoders.Sequence([
         decoders.ByteLevel(), decoders.Replace("\n ", "\n"), decoders.Strip(" ", 1, 0),
     ])  # fmt: skip

@@ -48,13 +48,13 @@ def plural(noun: str) -> str:
 
 
 def shown(spec: PictureSpec) -> str:
-    """ "a red heart", or "two red hearts"."""
+    """ "a water buffalo", or "two water buffalos"."""
     name = name_of(spec.thing)
     return one(name) if spec.count == 1 else f"{COUNTS[spec.count]} {plural(name)}"
 
 
 def caption(spec: PictureSpec) -> str:
-    """ "a red heart at the top left with the number 7 in a blue frame"; what is not on the picture is not said."""
+    """ "a water buffalo at the top left with the number 7 in a blue frame"; only what is on the picture."""
     words = [shown(spec)]
     if spec.count == 1 and PLACES[spec.place] != "middle":
         words.append(f"at the {PLACES[spec.place]}")

@@ -1,0 +1,244 @@
+"""A recipe: which sources a stage reads, and in which proportions. YAML only; an unknown key is an error.
+
+    name: nano-stage2
+    about: single pictures
+    pictures: {per_thing: 60}             # the world's pool, see PoolSettings
+    sources:
+      - {name: single, kind: world, task: single, weight: 9, licence: Apache-2.0, origin: the picture world}
+      - {name: cats, kind: llava, path: cats.json, image_root: cats, weight: 1, licence: CC0, origin: ...}
+
+Paths are relative to the recipe. Shares follow the weights, or, where no source has one, the numbers of
+samples. The n-th sample of a run is a pure function of (recipe, seed, n): nothing needs saving to resume.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from longllava.config import build, one_of, read_mapping
+from longllava.data.samples import Sample
+from longllava.data.sources import MAX_BAD, LlavaSource, Source
+from longllava.data.worlds.pictures import PicturePool, PoolSettings
+from longllava.data.worlds.tasks import WorldTask
+from longllava.errors import ConfigError, DataError
+from longllava.files import write_text
+
+BLOCK = 1000  # shares are exact in every block of so many samples, to a thousandth
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source. kind "world": task, split, seed, settings. kind "llava": path, image_root, seed, max_bad.
+
+    weight: its share, relative to the others'. count: use so many different samples, again and again (a world
+    task has no end otherwise). licence, origin: of the data, for people and for model cards.
+    """
+
+    name: str
+    kind: str
+    licence: str
+    origin: str
+    weight: float | None = None
+    count: int | None = None
+    task: str | None = None
+    split: str = "train"
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    path: str | None = None
+    image_root: str | None = None
+    max_bad: float = MAX_BAD
+
+    def __post_init__(self) -> None:
+        one_of(self, "kind", ("world", "llava"))
+        needed, foreign = (
+            ("task", ("path", "image_root")) if self.kind == "world" else ("path", ("task", "settings"))
+        )
+        if getattr(self, needed) is None:
+            raise ConfigError(f"source {self.name!r}: {needed} is missing; kind {self.kind!r} needs it")
+        for name in foreign:
+            if getattr(self, name):
+                raise ConfigError(
+                    f"source {self.name!r}: {name} does not go with kind {self.kind!r}; leave it out"
+                )
+        for name in ("weight", "count"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"source {self.name!r}: {name} is {value}, must be above 0")
+        if not 0 <= self.max_bad <= 1:
+            raise ConfigError(f"source {self.name!r}: max_bad is {self.max_bad}, a share between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """A recipe's file."""
+
+    name: str
+    sources: list[SourceConfig]
+    about: str = ""
+    pictures: PoolSettings = field(default_factory=PoolSettings)
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("sources: the list is empty; name at least one")
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"sources: two are named {name!r}; names tell them apart in logs")
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ConfigError(f"sources: {names[weighted.index(False)]!r} has no weight, others have one;"
+                              " give every source a weight, or none")  # fmt: skip
+        for source in self.sources:
+            if source.kind == "world" and source.weight is None and source.count is None:
+                raise ConfigError(
+                    f"source {source.name!r}: give a weight or a count; a world task has no end"
+                )
+
+
+class WorldSource:
+    """A world task as a source; `count` different samples, or without end."""
+
+    def __init__(self, config: SourceConfig, pool: PicturePool) -> None:
+        self.name, self.n_samples = config.name, config.count
+        self.task = WorldTask(
+            config.task or "", split=config.split, seed=config.seed, settings=config.settings, pool=pool
+        )
+
+    def sample(self, index: int) -> Sample:
+        return self.task.sample(index)
+
+
+class Recipe:
+    """Sources and their shares: `Recipe.load(path)`, then `draw(seed, n)` or `sample(seed, number)`."""
+
+    def __init__(self, config: RecipeConfig, folder: Path, sources: Sequence[Source]) -> None:
+        self.config, self.folder, self.sources = config, folder, tuple(sources)
+        sizes = [row.weight or source.n_samples or 0 for row, source in zip(config.sources, self.sources)]
+        self.counts = block_counts([size / sum(sizes) for size in sizes])
+
+    @classmethod
+    def load(cls, path: str | Path, tasks: Mapping[str, Mapping[str, Any]] | None = None) -> Recipe:
+        """Read a recipe and open its sources (files are read through and checked now).
+
+        tasks: source name -> settings that replace the file's ({"needle": {"n_images": [64, 256]}}), also
+        "weight". Raises: ConfigError naming file and key; DataError for a source that cannot be used.
+        """
+        config = build(RecipeConfig, read_mapping(path), str(path))
+        folder = Path(path).parent
+        return cls(config, folder, open_sources(config, folder)).with_tasks(tasks or {})
+
+    def with_tasks(self, tasks: Mapping[str, Mapping[str, Any]]) -> Recipe:
+        """This recipe with other settings of some sources; files are not read again."""
+        known = [row.name for row in self.config.sources]
+        for name in tasks:
+            if name not in known:
+                raise ConfigError(f"recipe {self.config.name!r}: no source {name!r}; have {', '.join(known)}")
+        if not tasks:
+            return self
+        rows, sources = [], []
+        pools = {s.task.split: s.task.pool for s in self.sources if isinstance(s, WorldSource)}
+        for row, source in zip(self.config.sources, self.sources):
+            changes = dict(tasks.get(row.name, {}))
+            weight = changes.pop("weight", row.weight)
+            row = replace(row, weight=weight, settings={**row.settings, **changes})
+            rows.append(row)
+            sources.append(WorldSource(row, pools[row.split]) if row.kind == "world" else source)
+        return Recipe(replace(self.config, sources=rows), self.folder, sources)
+
+    def at(self, seed: int, number: int) -> tuple[int, int]:
+        """(source, index in it) of a run's sample `number`, counted from 0."""
+        block, place = divmod(number, BLOCK)
+        order, ranks = block_order(tuple(self.counts), seed, block)
+        chosen = order[place]
+        nth_use = block * self.counts[chosen] + ranks[place]
+        source = self.sources[chosen]
+        if source.n_samples is None:
+            return chosen, first_index(seed, source.name) + nth_use
+        epoch, place = divmod(nth_use, source.n_samples)
+        return chosen, permutation(source.n_samples, f"{seed}/{source.name}/{epoch}")[place]
+
+    def draw(self, seed: int, n: int, first: int = 0) -> list[tuple[Source, int]]:
+        """The plan of samples first .. first + n: which source, which of its samples."""
+        places = (self.at(seed, number) for number in range(first, first + n))
+        return [(self.sources[source], index) for source, index in places]
+
+    def sample(self, seed: int, number: int) -> tuple[Sample, str]:
+        """A run's sample `number`, and its source's name."""
+        source, index = self.at(seed, number)
+        return self.sources[source].sample(index), self.sources[source].name
+
+    def rejected(self) -> list[str]:
+        """file:line: reason of every record that was left out."""
+        return [
+            str(item)
+            for source in self.sources
+            if isinstance(source, LlavaSource)
+            for item in source.rejected
+        ]
+
+    def write_rejected(self, path: str | Path) -> int:
+        """Write `rejected` to a file, one a line, if there are any. Returns how many."""
+        lines = self.rejected()
+        if lines:
+            write_text(path, "".join(f"{line}\n" for line in lines))
+        return len(lines)
+
+
+def open_sources(config: RecipeConfig, folder: Path) -> list[Source]:
+    pools: dict[str, PicturePool] = {}
+    sources: list[Source] = []
+    for row in config.sources:
+        if row.kind == "world":
+            if row.split not in pools:
+                pools[row.split] = PicturePool(row.split, settings=config.pictures)
+            sources.append(WorldSource(row, pools[row.split]))
+            continue
+        root = folder / row.image_root if row.image_root else None
+        try:
+            sources.append(LlavaSource(row.name, folder / str(row.path), root, count=row.count, seed=row.seed,
+                                       max_bad=row.max_bad))  # fmt: skip
+        except DataError as error:
+            raise DataError(f"recipe {config.name!r}: {error}") from None
+    return sources
+
+
+def block_counts(shares: Sequence[float]) -> list[int]:
+    """How many of a block's samples each source gives: by largest remainder, at least one each."""
+    counts = [max(1, int(share * BLOCK)) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i] * BLOCK)
+    missing = BLOCK - sum(counts)
+    for step in range(abs(missing)):
+        index = by_remainder[step % len(shares)] if missing > 0 else counts.index(max(counts))
+        counts[index] += 1 if missing > 0 else -1
+    return counts
+
+
+@functools.lru_cache(maxsize=8)
+def block_order(counts: tuple[int, ...], seed: int, block: int) -> tuple[list[int], list[int]]:
+    """The source of each of a block's samples, and how often it came before in the block."""
+    order = [source for source, count in enumerate(counts) for _ in range(count)]
+    random.Random(f"block {seed} {block}").shuffle(order)
+    seen = [0] * len(counts)
+    ranks = []
+    for source in order:
+        ranks.append(seen[source])
+        seen[source] += 1
+    return order, ranks
+
+
+@functools.lru_cache(maxsize=64)
+def permutation(n: int, key: str) -> list[int]:
+    order = list(range(n))
+    random.Random(key).shuffle(order)
+    return order
+
+
+@functools.lru_cache(maxsize=1024)
+def first_index(seed: int, name: str) -> int:
+    """Where a run begins in an endless source: runs of different seeds read different samples."""
+    return random.Random(f"first {seed} {name}").randrange(1 << 40)
