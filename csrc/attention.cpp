@@ -34,7 +34,6 @@ constexpr int64_t MIN_SPLIT_KEYS = 1024;  // merging a part costs less than 1 % 
 typedef void (*Kernel)(const AttentionCall&, int64_t);
 
 void plan_forward(AttentionCall& call) {
-  call.heads_per_group = call.n_heads / call.n_groups;
   const int64_t groups = call.batch * call.n_groups;
   const bool few = call.n_queries * call.heads_per_group <= FEW_ROWS;
   call.tile_queries = few ? call.n_queries : std::max<int64_t>(1, TILE_ROWS / call.heads_per_group);
@@ -59,18 +58,10 @@ Kernel pick_forward(const AttentionCall& call, bool bf16) {
   return bf16 ? LONGLLAVA_PICK(attention_tile_bf16) : LONGLLAVA_PICK(attention_tile_float);
 }
 
-void store_rounded(float* target, float value) { *target = value; }
-void store_rounded(uint16_t* target, float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  *target = static_cast<uint16_t>(is_nan ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
 // One (batch, group, tile): adds up what its splits found, each scaled to the common maximum.
 template <class Output>
 void merge_splits(const AttentionCall& call, int64_t index) {
-  const AttentionTask task(call, index * call.n_splits);
+  const AttentionTask task = forward_task(call, index * call.n_splits);
   const int64_t width = call.head_dim, tile_rows = call.tile_queries * call.heads_per_group;
   std::vector<float> sums(width);
   for (int64_t row = 0; row < task.n_rows; ++row) {
@@ -102,24 +93,21 @@ struct ForwardRun {
   Kernel kernel, merge;
 };
 
-int run_forward(const void* q, const void* k, const void* v, void* y, float* lse, const int64_t* numbers,
-                const int32_t* seq_q, const int32_t* seq_k, float scale, int causal, int bf16, int n_threads) {
+void run_forward(const AttentionArguments& from) {
   ForwardRun run{};
   AttentionCall& call = run.call;
-  read_numbers(call, numbers);
-  call.q = q, call.k = k, call.v = v, call.y = y, call.lse = lse, call.scale = scale, call.causal = causal != 0;
-  call.seq_q = seq_q, call.seq_k = seq_k;
-  if (call.batch == 0 || call.n_queries == 0 || call.n_heads == 0) return 0;
+  read_arguments(call, from);
+  if (call.batch == 0 || call.n_queries == 0) return;
   plan_forward(call);
   std::vector<KeyRange> ranges = key_ranges(call);
-  call.key_ranges = seq_k == nullptr ? nullptr : ranges.data();
+  call.key_ranges = call.seq_k == nullptr ? nullptr : ranges.data();
   std::vector<float> partial;
   if (call.n_splits > 1)
     partial.resize(call.n_tasks() * call.tile_queries * call.heads_per_group * (call.head_dim + 2));
   call.partial = partial.data();
-  run.kernel = pick_forward(call, bf16 != 0);
-  run.merge = bf16 ? merge_splits<uint16_t> : merge_splits<float>;
-  n_threads = useful_threads(call, n_threads);
+  run.kernel = pick_forward(call, from.bf16 != 0);
+  run.merge = from.bf16 ? merge_splits<uint16_t> : merge_splits<float>;
+  const int n_threads = useful_threads(call, static_cast<int>(from.n_threads));
   parallel_for(call.n_tasks(), n_threads, [](void* context, int64_t i) {
     const ForwardRun& self = *static_cast<ForwardRun*>(context);
     self.kernel(self.call, i);
@@ -129,19 +117,18 @@ int run_forward(const void* q, const void* k, const void* v, void* y, float* lse
       const ForwardRun& self = *static_cast<ForwardRun*>(context);
       self.merge(self.call, i);
     }, &run);
-  return 0;
 }
 
 }  // namespace
 }  // namespace longllava
 
-// Pointers to the first element; `numbers` as in attention_plan.h. Returns 0, or 1 when memory ran out.
-LONGLLAVA_EXPORT int longllava_attention_forward(const void* q, const void* k, const void* v, void* y, float* lse,
-                                                 const int64_t* numbers, const int32_t* seq_q, const int32_t* seq_k,
-                                                 float scale, int causal, int bf16, int n_threads) {
+// Writes y, and lse if its address is given. Returns 0; 1: out of memory; 2: the caller's struct is another one.
+LONGLLAVA_EXPORT int longllava_attention_forward(const longllava::AttentionArguments* arguments) {
+  if (arguments->size != sizeof *arguments) return 2;
   try {
-    return longllava::run_forward(q, k, v, y, lse, numbers, seq_q, seq_k, scale, causal, bf16, n_threads);
+    longllava::run_forward(*arguments);
   } catch (const std::bad_alloc&) {
     return 1;
   }
+  return 0;
 }

@@ -25,8 +25,8 @@ struct KeyRange {
 
 struct AttentionCall {
   const void *q, *k, *v;
-  void* y;
-  float* lse;  // (B, L, H) contiguous, or null
+  void* y;     // written by the forward pass, read by the backward pass; so is lse
+  float* lse;  // (B, L, H) contiguous, or null in the forward pass
   AttentionStrides q_strides, k_strides, v_strides, y_strides;
   int64_t batch, n_queries, n_keys, n_heads, n_groups, head_dim;
   float scale;
@@ -48,21 +48,35 @@ struct AttentionCall {
 
 // Where one task stands in the call.
 struct AttentionTask {
-  int64_t batch, group, first_query, n_queries, first_key, end_key, n_rows;
+  int64_t batch, group, first_query, n_queries, n_rows, first_key, end_key;
+};
 
-  AttentionTask(const AttentionCall& call, int64_t index) {
-    const int64_t split = index % call.n_splits;
-    // the last tiles of a causal call see the most keys: they start first, so that the threads end together
-    const int64_t tile = call.n_tiles - 1 - index / call.n_splits % call.n_tiles;
-    group = index / (call.n_splits * call.n_tiles) % call.n_groups;
-    batch = index / (call.n_splits * call.n_tiles * call.n_groups);
-    first_query = tile * call.tile_queries;
-    n_queries = call.n_queries - first_query < call.tile_queries ? call.n_queries - first_query : call.tile_queries;
-    n_rows = n_queries * call.heads_per_group;
-    first_key = split * call.split_keys;
-    end_key = call.end_of_keys(first_query + n_queries - 1);
-    if (end_key > first_key + call.split_keys) end_key = first_key + call.split_keys;
-  }
+inline AttentionTask forward_task(const AttentionCall& call, int64_t index) {
+  AttentionTask task;
+  const int64_t split = index % call.n_splits;
+  // the last tiles of a causal call see the most keys: they start first, so that the threads end together
+  const int64_t tile = call.n_tiles - 1 - index / call.n_splits % call.n_tiles;
+  task.group = index / (call.n_splits * call.n_tiles) % call.n_groups;
+  task.batch = index / (call.n_splits * call.n_tiles * call.n_groups);
+  task.first_query = tile * call.tile_queries;
+  const int64_t left = call.n_queries - task.first_query;
+  task.n_queries = left < call.tile_queries ? left : call.tile_queries;
+  task.n_rows = task.n_queries * call.heads_per_group;
+  task.first_key = split * call.split_keys;
+  const int64_t end = call.end_of_keys(task.first_query + task.n_queries - 1);
+  task.end_key = end < task.first_key + call.split_keys ? end : task.first_key + call.split_keys;
+  return task;
+}
+
+// The backward pass. Work is cut into batch x group x lane; a lane takes every n_lanes-th chunk of keys in turn
+// and adds its part of q's gradient to its own (B, L, H, K) fp32 of `grad_q_parts`, unscaled.
+struct AttentionBackwardCall : AttentionCall {
+  const void* grad_y;
+  const float* grad_lse;  // (B, L, H), or null
+  void *grad_q, *grad_k, *grad_v;
+  AttentionStrides grad_y_strides, grad_q_strides, grad_k_strides, grad_v_strides;
+  float* grad_q_parts;
+  int64_t chunk_keys, n_chunks, n_lanes;
 };
 
 }  // namespace longllava
@@ -72,3 +86,6 @@ LONGLLAVA_DECLARE(void, attention_tile_float, (const AttentionCall& call, int64_
 LONGLLAVA_DECLARE(void, attention_tile_bf16, (const AttentionCall& call, int64_t index))
 LONGLLAVA_DECLARE(void, attention_few_rows_float, (const AttentionCall& call, int64_t index))
 LONGLLAVA_DECLARE(void, attention_few_rows_bf16, (const AttentionCall& call, int64_t index))
+
+LONGLLAVA_DECLARE(void, attention_backward_float, (const AttentionBackwardCall& call, int64_t index))
+LONGLLAVA_DECLARE(void, attention_backward_bf16, (const AttentionBackwardCall& call, int64_t index))

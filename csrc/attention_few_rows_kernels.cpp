@@ -113,7 +113,7 @@ LONGLLAVA_INLINE void by_rows(int64_t n_rows, const Run& run) {
 
 template <class Input>
 void attend_few_rows(const AttentionCall& call, int64_t index) {
-  const AttentionTask task(call, index);
+  const AttentionTask task = forward_task(call, index);
   const int64_t width = call.head_dim, stride = round_up(width, 16), n_rows = task.n_rows;
   Scratch scratch(2 * n_rows * stride + MOST_ROWS * KEY_BLOCK);
   float* q = scratch.get<float>(n_rows * stride);

@@ -10,60 +10,10 @@
 // p is rounded to bf16 for its product with v (the total takes it unrounded).
 #pragma once
 
-#include "attention_tile.h"
+#include "attention_products.h"
 
 namespace longllava {
 namespace LONGLLAVA_FORM {
-
-// scores[key][row] = scale * k . q
-template <class Dot, int N>
-LONGLLAVA_INLINE void score_keys(float* scores, const typename Dot::Element* k, int64_t depth,
-                                 const typename Dot::Element* q_panel, int64_t n_keys, float scale) {
-  for (int64_t key = 0; key < n_keys; key += TILE_HEIGHT) {
-    Vec sums[TILE_HEIGHT][N] = {};
-    add_products<Dot>(sums, k + key * depth, depth, 1, q_panel, N * LANES, depth);
-#pragma GCC unroll 8
-    for (int i = 0; i < TILE_HEIGHT; ++i)
-      for (int j = 0; j < N; ++j) store(scores + ((key + i) * N + j) * LANES, sums[i][j] * scale);
-  }
-}
-
-// sums[d][row] = sums[d][row] * shrink[row] + sum over keys of v[key][d] p[key][row]
-template <class Dot, int N>
-LONGLLAVA_INLINE void add_values(float* sums_panel, int64_t width, const typename Dot::Element* v, int64_t v_stride,
-                                 const typename Dot::Element* p, int64_t depth, const Vec (&shrink)[N]) {
-  for (int64_t d = 0; d < width; d += TILE_HEIGHT) {
-    Vec sums[TILE_HEIGHT][N];
-#pragma GCC unroll 8
-    for (int i = 0; i < TILE_HEIGHT; ++i)
-      for (int j = 0; j < N; ++j) sums[i][j] = load(sums_panel + ((d + i) * N + j) * LANES) * shrink[j];
-    add_products<Dot>(sums, v + d, 1, v_stride, p, N * LANES, depth);
-#pragma GCC unroll 8
-    for (int i = 0; i < TILE_HEIGHT; ++i)
-      for (int j = 0; j < N; ++j) store(sums_panel + ((d + i) * N + j) * LANES, sums[i][j]);
-  }
-}
-
-// The same where some v is NaN or infinite and some p is 0: a key that a row does not see adds nothing to it.
-template <class Dot, int N>
-LONGLLAVA_INLINE void add_values_seen(float* sums_panel, int64_t width, const typename Dot::Element* v,
-                                      int64_t v_stride, const typename Dot::Element* p, int64_t depth,
-                                      const Vec (&shrink)[N]) {
-  for (int64_t d = 0; d < width; ++d) {
-    for (int j = 0; j < N; ++j) {
-      float* place = sums_panel + (d * N + j) * LANES;
-      Vec sum = load(place) * shrink[j];
-      for (int64_t t = 0; t < depth; ++t) {
-        const typename Dot::Vector weight = load_as<typename Dot::Vector>(p + (t * N + j) * LANES);
-        for (int part = 0; part < Dot::DEPTH; ++part) {
-          const Vec one = Dot::part(weight, part);
-          sum += one == 0.0f ? Vec{} : one * Dot::part(v[t * v_stride + d], part);
-        }
-      }
-      store(place, sum);
-    }
-  }
-}
 
 // Turns scores into p in place (for Pair: two keys to a word), brings top and total up to date, and returns by
 // how much earlier sums shrink.
@@ -92,7 +42,7 @@ LONGLLAVA_INLINE void softmax_step(float* scores, int64_t n_keys, float* tops, f
 template <class Input, class Dot>
 void attend_tile(const AttentionCall& call, int64_t index) {
   typedef typename Dot::Element Element;
-  const AttentionTask task(call, index);
+  const AttentionTask task = forward_task(call, index);
   const Panels panels(task.n_rows);
   const int64_t width = call.head_dim, n_padded = panels.n_vectors * LANES;
   const int64_t depth = round_up(width, Dot::DEPTH) / Dot::DEPTH;  // of a score's product, in Elements
@@ -114,7 +64,7 @@ void attend_tile(const AttentionCall& call, int64_t index) {
   describe_rows(call, task, n_padded, ends, ids);
   for (int64_t i = 0; i < n_padded * v_width; ++i) sums[i] = 0;
   for (int64_t i = 0; i < n_padded; ++i) tops[i] = NEGATIVE_INFINITY, totals[i] = 0;
-  pack_rows<Input, Dot>(q, call, task, panels, depth);
+  pack_rows<Input, Dot>(q, call.q, call.q_strides, call, task, panels, depth);
 
   const AttentionStrides &k_strides = call.k_strides, &v_strides = call.v_strides;
   const Input* k_source = static_cast<const Input*>(call.k) + task.batch * k_strides.batch + task.group * k_strides.head;
@@ -140,14 +90,14 @@ void attend_tile(const AttentionCall& call, int64_t index) {
       with_width(panels.start(panel + 1) - panels.start(panel), [&](auto vectors) {
         constexpr int N = decltype(vectors)::value;
         Vec shrink[N];
-        score_keys<Dot, N>(scores, k, depth, q + start * depth, n_keys, call.scale * LOG2_E);
+        score_keys<Dot, N>(scores, k, depth, q + start * depth, depth, n_keys, call.scale * LOG2_E);
         if (masked) mask_scores<N>(scores, n_keys, first, key_ids, n_block, ends + start, ids + start);
         softmax_step<Dot, N>(scores, n_keys, tops + start, totals + start, shrink);
         const Element* p = reinterpret_cast<const Element*>(scores);
         if (masked && !finite) {
-          add_values_seen<Dot, N>(sums + start * v_width, width, v, v_stride, p, n_keys / Dot::DEPTH, shrink);
+          add_values_seen<Dot, N>(sums + start * v_width, width, v, v_stride, p, N * LANES, n_keys / Dot::DEPTH, shrink);
         } else {
-          add_values<Dot, N>(sums + start * v_width, v_width, v, v_stride, p, n_keys / Dot::DEPTH, shrink);
+          add_values<Dot, N>(sums + start * v_width, v_width, v, v_stride, p, N * LANES, n_keys / Dot::DEPTH, shrink);
         }
       });
     }
