@@ -99,7 +99,7 @@ def examine_op(op: str) -> dict[str, Any]:
 def difference(got: Any, truth: Any) -> float:
     """Largest absolute difference over the outputs, relative to the truth's largest entry."""
     pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (got, truth)))
-    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in pairs if b is not None]
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in pairs if a is not None and b is not None]
     return max(errors)
 
 

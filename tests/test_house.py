@@ -111,7 +111,7 @@ def build_wheel(folder: Path, **environment: str) -> tuple[Path, str]:
     done = python(*command, env={**os.environ, **environment})
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.glob("*.whl")
-    return wheel, done.stdout
+    return wheel, done.stdout + done.stderr
 
 
 def test_the_wheel_of_a_machine_without_compiler(tmp_path: Path) -> None:

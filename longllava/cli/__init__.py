@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command()(talk.generate)
 app.command()(talk.chat)
 app.command()(work.train)
+app.command()(work.world)
 app.command()(work.doctor)
 
 

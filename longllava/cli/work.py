@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from longllava.cli.talk import Device, Model
-
 
 def train(
     config: Annotated[str, typer.Argument(help="A stage's YAML, or the name of a shipped one: nano/stage1.")],
@@ -22,6 +20,21 @@ def train(
 
     is_path = Path(config).is_file() or config.endswith(".yaml")
     main(config if is_path else str(shipped("configs", f"train/{config}")), list(overrides or ()))
+
+
+def world(
+    out: Annotated[str, typer.Argument(help="Folder to write into.")],
+    n: Annotated[int, typer.Option("--number", "-n", min=1, help="How many samples.")] = 24,
+    seed: Annotated[int, typer.Option(help="Another seed, another world.")] = 0,
+    task: Annotated[str | None, typer.Option(help="needle, order ...; default: caption and single.")] = None,
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+) -> None:
+    """Write a sample of the picture world: pictures, their conversations as JSON, and a contact sheet."""
+    from longllava.data.worlds.export import export_world
+
+    written = export_world(out, n, seed, task, split=split)
+    for path in written[-2:]:
+        print(path)
 
 
 def doctor(
