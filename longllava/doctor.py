@@ -20,6 +20,8 @@ from longllava.version import __version__
 if TYPE_CHECKING:
     import torch
 
+    from longllava.ops.dispatch import Backend
+
 Make = Callable[..., "torch.Tensor"]
 
 
@@ -48,10 +50,24 @@ CALLS: dict[str, Callable[[Make], tuple]] = {
 
 def examine() -> dict[str, Any]:
     """Everything `show` prints, as values that JSON can hold."""
-    return {"longllava": __version__, "machine": machine(), "ops": ops(), "packages": packages(try_all())}
+    report: dict[str, Any] = {"longllava": __version__, "machine": machine(), "ops": {}}
+    try:
+        report["machine"] |= torch_facts()
+        report["ops"] = {op: examine_op(op) for op in CALLS}
+    except (ImportError, OSError) as error:  # a torch that is missing, or lacks a library of the system
+        report["machine"]["torch"] = f"cannot be imported: {error}; pip install --force-reinstall torch"
+    return {**report, "packages": packages(try_all())}
 
 
 def machine() -> dict[str, Any]:
+    return {
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "system": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def torch_facts() -> dict[str, Any]:
     import torch
 
     from longllava.ops import native
@@ -59,9 +75,6 @@ def machine() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     kernels = native.why_not()
     return {
-        "python": f"{platform.python_version()} ({sys.executable})",
-        "system": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "gpu": ", ".join(gpus) or "none",
@@ -69,38 +82,42 @@ def machine() -> dict[str, Any]:
     }
 
 
-def ops() -> dict[str, dict[str, Any]]:
-    return {op: examine_op(op) for op in CALLS}
-
-
 def examine_op(op: str) -> dict[str, Any]:
-    """uses: the backend chosen for the example call, None if none can; forced: the variable that says so;
-    backends: each one's answer, "runs" with its difference from the reference, or why not."""
+    """uses: the backend chosen for the example call, or why there is none; forced: what LONGLLAVA_<OP> says;
+    backends: each one's answer: that it runs, with its difference from the reference, or why not."""
     import torch
+
+    from longllava.ops.dispatch import choose
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     call = CALLS[op](lambda *shape: torch.randn(*shape, generator=generator).to(device))
-    module = importlib.import_module(f"longllava.ops.{op}")
-    truth = module.BACKENDS[-1].run(*call)
-    answers = {}
-    for backend in module.BACKENDS:
-        reason = backend.why_not(*call)
-        answers[backend.name] = (
-            reason or f"runs, differs from the reference by {difference(backend.run(*call), truth):.0e}"
-        )
+    backends = importlib.import_module(f"longllava.ops.{op}").BACKENDS
+    truth = backends[-1].run(*call)
     try:
-        uses = importlib.import_module("longllava.ops.dispatch").choose(op, module.BACKENDS, *call).name
+        uses = choose(op, backends, *call).name
     except BackendError as error:
         uses = str(error)
+    answers = {backend.name: examine_backend(backend, call, truth) for backend in backends}
     return {"uses": uses, "forced": os.environ.get(f"LONGLLAVA_{op.upper()}"), "backends": answers}
 
 
+def examine_backend(backend: Backend, call: tuple, truth: Any) -> str:
+    if (reason := backend.why_not(*call)) is not None:
+        return reason
+    try:
+        got = backend.run(*call)
+    except Exception as error:  # whatever it is, the doctor's work is to say it
+        return f"says it can run, and fails: {type(error).__name__}: {error}"
+    return f"runs, differs from the reference by {difference(got, truth):.0e}"
+
+
 def difference(got: Any, truth: Any) -> float:
-    """Largest absolute difference over the outputs, relative to the truth's largest entry."""
+    """Largest absolute difference over the outputs, relative to the truth's largest entry. An output that
+    was not asked for is None or empty."""
     pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (got, truth)))
-    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in pairs if a is not None and b is not None]
-    return max(errors)
+    given = [(a, b) for a, b in pairs if a is not None and b is not None and a.numel()]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in given)
 
 
 def packages(verdicts: list[Verdict]) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,9 +94,22 @@ def test_a_backend_that_lies_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         y, state = truth.run(*arguments)
         return y * 1.05, state
 
-    monkeypatch.setattr(op, "BACKENDS", (Backend("wrong", wrong, lambda *_: None), truth))
-    answer = doctor.examine_op("selective_scan")["backends"]["wrong"]
-    assert float(answer.rsplit(" ", 1)[1]) > 0.01
+    def broken(*arguments):
+        raise RuntimeError("illegal instruction")
+
+    liars = (Backend("wrong", wrong, lambda *_: None), Backend("broken", broken, lambda *_: None))
+    monkeypatch.setattr(op, "BACKENDS", (*liars, truth))
+    answers = doctor.examine_op("selective_scan")["backends"]
+    assert answers["wrong"] == "runs, differs from the reference by 5e-02"
+    assert answers["broken"] == "says it can run, and fails: RuntimeError: illegal instruction"
+
+
+def test_a_torch_that_cannot_be_imported_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(doctor, "try_all", list)
+    report = doctor.examine()
+    assert report["machine"]["torch"].startswith("cannot be imported: ")
+    assert report["ops"] == {}
 
 
 def test_no_op_is_forgotten() -> None:
