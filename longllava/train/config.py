@@ -1,0 +1,193 @@
+"""What a stage is: a YAML file. Which parts train, on which recipe, from which stage, in which phases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longllava.config import build as build_config
+from longllava.config import divides, one_of, positive, read_mapping, set_override
+from longllava.errors import ConfigError
+
+PARTS = ("encoder", "bridge", "backbone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """Steps with the same shape of batch.
+
+    row_length: tokens of a packed row; rows: packed rows a step, over all processes; rows_at_once: rows in
+    one forward (fewer than `rows` = gradient accumulation; 0 = all of this process's). learning_rate: after
+    `warmup` steps, kept for the first `hold` of the phase, then to final_learning_rate by `decay`.
+    tasks: settings of the recipe's tasks for this phase (numbers of images, of questions).
+    """
+
+    steps: int
+    row_length: int
+    rows: int = 1
+    rows_at_once: int = 0
+    tokens_per_image: int | None = None
+    learning_rate: float = 1e-3
+    final_learning_rate: float | None = None
+    warmup: int = 0
+    hold: float = 0.0
+    decay: str = "linear"
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "row_length", "rows", "learning_rate")
+        one_of(self, "decay", ("linear", "cosine"))
+        if self.rows_at_once:
+            divides(self, "rows_at_once", "rows")
+        if not 0 <= self.hold <= 1:
+            raise ConfigError(f"hold: got {self.hold}, a share of the phase from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW. No weight decay on vectors (norms, biases) and on Mamba's A_log and D."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AidsConfig:
+    """Losses beyond the next token. All off by default; a model card names those that were on.
+
+    grounding_weight: of attention supervision, -log of the mass that the question's name token puts on its
+    evidence.
+    """
+
+    grounding_weight: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One stage.
+
+    stage: its name. model: a shipped model config ("nano"), a YAML or a model folder. start_from: part ->
+    name of the stage it comes from ("all" for every part); parts not named start fresh. init_from: part ->
+    folder where that stage's model lies; default runs/<model>/<stage>/model, else the shipped
+    "<model>-foundation". recipe: a data recipe, shipped or a path. text_only: without encoder and bridge.
+    threads: of torch on a CPU (0 = as torch decides); a run that goes on must have as many.
+    """
+
+    stage: str
+    model: str
+    recipe: str
+    phases: list[PhaseConfig]
+    train_only: list[str]
+    start_from: dict[str, str] = field(default_factory=dict)
+    init_from: dict[str, str] = field(default_factory=dict)
+    output: str | None = None
+    seed: int = 1
+    text_only: bool = False
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    threads: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    aids: AidsConfig = field(default_factory=AidsConfig)
+    gradient_checkpointing: bool = False
+    feature_cache: bool = True
+    window: int = 64
+    save_every: int = 200
+    log_every: int = 10
+    evaluate: list[str] = field(default_factory=list)
+    eval_samples: int = 200
+
+    def __post_init__(self) -> None:
+        positive(self, "window", "save_every", "log_every")
+        one_of(self, "dtype", ("bfloat16", "float32"))
+        if not self.phases:
+            raise ConfigError("phases: the list is empty; a stage has at least one")
+        for name in self.train_only:
+            if name not in PARTS:
+                raise ConfigError(f"train_only: got {name!r}, allowed: {', '.join(PARTS)}")
+        if not self.train_only:
+            raise ConfigError(f"train_only: the list is empty; name some of {', '.join(PARTS)}")
+        for key, names in (("start_from", self.start_from), ("init_from", self.init_from)):
+            for name in names:
+                if name not in (*PARTS, "all"):
+                    raise ConfigError(f"{key}: got part {name!r}, allowed: {', '.join((*PARTS, 'all'))}")
+        for name in self.init_from:
+            if name not in self.start_from:
+                raise ConfigError(
+                    f"init_from: part {name!r} is not in start_from; say which stage it must be"
+                )
+
+    def total_steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def phase_at(self, step: int) -> tuple[int, int]:
+        """(number of the phase, step inside it) of a step counted from 0 over all phases."""
+        for number, phase in enumerate(self.phases):
+            if step < phase.steps:
+                return number, step
+            step -= phase.steps
+        raise ConfigError(f"step {step} lies after the last phase")
+
+
+def load_stage(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """Read a stage's YAML; "preset=NAME" lays the file's preset of that name over it, then key=value overrides.
+
+    A key may name a list's item by number: phases.0.steps=20. Raises: ConfigError.
+    """
+    data = read_mapping(path)
+    presets = data.pop("presets", {})
+    plain = []
+    for override in overrides:
+        key, _, name = override.partition("=")
+        if key != "preset":
+            plain.append(override)
+        elif not name:
+            continue
+        elif name not in presets:
+            raise ConfigError(f"{path}: no preset {name!r}; have {', '.join(presets) or 'none'}")
+        else:
+            data = overlaid(data, presets[name])
+    for override in plain:
+        override_item(data, override)
+    return build_config(TrainConfig, data, str(path))
+
+
+def overlaid(data: dict, changes: dict) -> dict:
+    """`changes` over `data`: mappings are merged, everything else (lists too) is replaced."""
+    merged = dict(data)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = overlaid(merged[key], value) if both else value
+    return merged
+
+
+def override_item(data: dict, override: str) -> None:
+    parts = override.partition("=")[0].strip().split(".")
+    if len(parts) < 3 or not parts[1].isdigit():
+        set_override(data, override)
+        return
+    items = data.get(parts[0])
+    if not isinstance(items, list) or int(parts[1]) >= len(items):
+        raise ConfigError(f"override {override!r}: {parts[0]} has no item {parts[1]}")
+    items[int(parts[1])] = dict(items[int(parts[1])])
+    set_override(items[int(parts[1])], ".".join(parts[2:]) + override[len(".".join(parts)) :])
+
+
+def learning_rate(phase: PhaseConfig, step: int) -> float:
+    """Rate of step `step` (from 0) of a phase."""
+    import math
+
+    peak = phase.learning_rate
+    if step < phase.warmup:
+        return peak * (step + 1) / phase.warmup
+    final = peak if phase.final_learning_rate is None else phase.final_learning_rate
+    kept = max(phase.warmup, round(phase.hold * phase.steps))
+    if step < kept:
+        return peak
+    share = (step - kept + 1) / max(1, phase.steps - kept)
+    if phase.decay == "cosine":
+        share = 0.5 - 0.5 * math.cos(math.pi * share)
+    return peak + (final - peak) * share

@@ -1,0 +1,122 @@
+"""What a step eats: planned rows as batches, and the features of their pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from longllava.bridges.pool import pool_features
+from longllava.data.features import FeatureCache, encode_references
+from longllava.data.images import open_reference
+from longllava.data.packing import Batch, Cursor, Item, Misfit, Plan, build_batch, plan_window
+from longllava.data.recipes import Recipe
+from longllava.inputs.processor import Processor
+from longllava.model import Model
+from longllava.train.config import TrainConfig
+from longllava.train.optimizer import fingerprint
+
+
+class Feed:
+    """Plans windows of steps ahead, in a thread, and hands out this process's batches of a step.
+
+    begin, first_step: where the newest window began; a run that goes on starts there.
+    """
+
+    def __init__(
+        self, config: TrainConfig, recipe: Recipe, processor: Processor, rank: int = 0, world: int = 1,
+        first_step: int = 0, begin: Cursor | None = None,
+    ):  # fmt: skip
+        self.config, self.recipe, self.processor = config, recipe, processor
+        self.rank, self.world = rank, world
+        self.first_step, self.begin = first_step, begin or Cursor()
+        self.misfits: list[Misfit] = []
+
+    def plan(self, first_step: int, begin: Cursor) -> Plan:
+        """The plan of the window that begins at a step: a pure function of (recipe, seed, step, cursor)."""
+        number, inside = self.config.phase_at(first_step)
+        phase = self.config.phases[number]
+        recipe = self.recipe.with_tasks(phase.tasks)
+        return plan_window(
+            lambda sample: recipe.sample(self.config.seed, sample),
+            self.processor,
+            begin,
+            seed=self.config.seed,
+            n_steps=min(self.config.window, phase.steps - inside),
+            n_rows=phase.rows,
+            row_length=phase.row_length,
+            tokens_per_image=phase.tokens_per_image,
+        )
+
+    def windows(self) -> Iterator[tuple[int, Plan]]:
+        """(first step, plan) of each window; the next is planned while one is used."""
+        total = self.config.total_steps()
+        with ThreadPoolExecutor(1) as thread:
+            step, begin = self.first_step, self.begin
+            pending = thread.submit(self.plan, step, begin)
+            while step < total:
+                plan = pending.result()
+                self.first_step, self.begin = step, begin
+                self.misfits += plan.misfits
+                begin = plan.end
+                following = step + len(plan.steps)
+                if following < total:
+                    pending = thread.submit(self.plan, following, begin)
+                yield step, plan
+                step = following
+
+    def batches(self, rows: Sequence[Sequence[Item]], row_length: int, rows_at_once: int) -> list[Batch]:
+        """This process's share of a step's rows, `rows_at_once` in a batch (0 = all)."""
+        mine = rows[self.rank :: self.world]
+        size = rows_at_once or len(mine)
+        pad_id = self.processor.tokenizer.pad_id
+        return [build_batch(mine[at : at + size], row_length, pad_id) for at in range(0, len(mine), size)]
+
+
+class Pictures:
+    """Features of a batch's pictures: cached while the encoder is frozen, else made as they are needed."""
+
+    def __init__(self, config: TrainConfig, model: Model, processor: Processor, device: torch.device):
+        self.model, self.processor, self.device = model, processor, device
+        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        self.trains = "encoder" in config.train_only
+        self.cache: FeatureCache | None = None
+        bridge, encoder = model.config.bridge, model.config.encoder
+        if bridge is None or encoder is None:
+            return
+        self.pool = bridge.pool
+        self.tokens = encoder.grid() ** 2
+        if self.pool == "2d":  # a mean of means: later phases may pool the rest of the way
+            self.tokens = max(phase.tokens_per_image or bridge.tokens_per_image for phase in config.phases)
+        if config.feature_cache and not self.trains:
+            mark = f"{fingerprint(model.encoder.state_dict().items())} {encoder} {self.pool} {self.dtype}"
+            self.cache = FeatureCache(self.encode, fingerprint=mark, tokens=self.tokens, width=encoder.width)
+
+    def encode(self, references: Sequence[str]) -> Tensor:
+        return encode_references(
+            references, self.model.encoder, self.processor.pixels,
+            lambda features_NTC: pool_features(features_NTC, self.tokens, self.pool), self.device, self.dtype,
+        )  # fmt: skip
+
+    def prepare(self, references: Sequence[str], say: Callable[[str], None]) -> None:
+        """Fill the cache for a window."""
+        if self.cache is None or not (wanted := len(self.cache.missing(references))):
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=wanted, desc="features", unit="picture", leave=False, disable=None) as bar:
+            self.cache.fill(references, lambda done, of: bar.update(done - bar.n))
+        say(f"encoded {wanted} new pictures; {self.cache.n_records} are in {self.cache.folder}")
+
+    def of(self, references: Sequence[str]) -> Tensor | None:
+        """(N, M, C) features, or uint8 (N, 3, S, S) pixels while the encoder trains; None without pictures."""
+        if not references:
+            return None
+        if self.cache is not None:
+            return self.cache.get(references).to(self.device)
+        if self.trains:
+            pixels_N3SS = self.processor.pixels([open_reference(reference) for reference in references])
+            return pixels_N3SS.to(self.device)
+        return self.encode(references)

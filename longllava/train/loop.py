@@ -1,0 +1,198 @@
+"""One stage of training, read from top to bottom. Every batch is a pure function of (recipe, seed, step).
+
+Runs under `accelerate`: plain torch in one process, DDP or DeepSpeed when launched so, without other code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longllava.data.packing import Batch
+from longllava.data.recipes import Recipe
+from longllava.errors import TrainingError
+from longllava.files import write_text
+from longllava.inputs.processor import Processor
+from longllava.model import Model
+from longllava.nn import Context
+from longllava.train.config import AidsConfig, TrainConfig, learning_rate
+from longllava.train.feed import Feed, Pictures
+from longllava.train.log import Meter, TrainingLog
+from longllava.train.loss import answer_loss
+from longllava.train.optimizer import build_optimizer, fingerprint, select_parts, set_learning_rate
+from longllava.train.state import apply, compare, gather, latest_state, save_state
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT came, and the run is saved. code: what the process ends with, 128 + the signal."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by signal {number}")
+        self.code = 128 + number
+
+
+class Forward(nn.Module):
+    """Model and loss as one module, so that DDP and DeepSpeed see one forward a batch."""
+
+    def __init__(self, model: Model, aids: AidsConfig):
+        super().__init__()
+        self.model, self.aids = model, aids
+
+    def forward(
+        self, batch: Batch, pictures: Tensor | None, tokens_per_image: int | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The next-token loss summed over labels, plus the aids; and sums of what was measured."""
+        model, images_NMD = self.model, None
+        if pictures is not None:
+            features_NTC = model.encoder(pictures) if pictures.dtype == torch.uint8 else pictures
+            images_NMD = model.image_tokens(features_NTC, tokens_per_image)
+        x_BLD = model.embed(batch.ids_BL, batch.spans, images_NMD)
+        aided = self.aids.grounding_weight > 0 and len(batch.grounding) > 0
+        context = Context(
+            batch.seq_idx_BL, batch.positions_BL, grounding_G4=batch.grounding if aided else None
+        )
+        hidden_BLD, _ = model.backbone(x_BLD, context)
+        answers = answer_loss(model.backbone.logits, hidden_BLD, batch.labels_BL)
+        loss = answers.total
+        measured = {"loss": answers.total.detach(), "accuracy": answers.n_right}
+        for name, value in context.losses.items():
+            # aids are means, the answers' loss is a sum that is divided by its labels later
+            measured[name] = value.detach() * batch.n_labels
+            if name == "grounding":
+                loss = loss + self.aids.grounding_weight * batch.n_labels * value
+        return loss, measured
+
+
+def train(
+    config: TrainConfig,
+    model: Model,
+    processor: Processor,
+    recipe: Recipe,
+    folder: Path,
+    facts: dict[str, Any],
+) -> None:
+    """Run a stage to its end, from the newest checkpoint in `folder`/checkpoints or from the start.
+
+    model: as the stage begins. facts: kept in every checkpoint; a run goes on only with the same ones.
+    Raises: TrainingError; Stopped after SIGTERM or SIGINT, when all is saved.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    accelerator = Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # text has no pictures
+    )
+    device, world, chief = accelerator.device, accelerator.num_processes, accelerator.is_main_process
+    for number, phase in enumerate(config.phases):
+        if phase.rows % world:
+            raise TrainingError(
+                f"phases.{number}.rows: {phase.rows} rows do not divide among {world} processes"
+            )
+
+    parameters = select_parts(model, config.train_only)
+    frozen = {name: fingerprint(part.state_dict().items()) for name, part in model.named_children()
+              if name not in config.train_only}  # fmt: skip
+    model.to(device)
+    model.backbone.gradient_checkpointing = config.gradient_checkpointing
+    optimizer = build_optimizer(parameters, config.optimizer)
+    checkpoints = folder / "checkpoints"
+    step, total = 0, config.total_steps()
+    feed = Feed(config, recipe, processor, accelerator.process_index, world)
+    if (state := latest_state(checkpoints)) is not None:
+        compare(state.facts, facts, config.phase_at(min(state.step, total - 1))[0] + 1)
+        apply(state, model, config.train_only, optimizer)
+        step, feed.first_step, feed.begin = state.step, state.first_step, state.begin
+    forward, prepared = accelerator.prepare(Forward(model, config.aids), optimizer)
+    pictures = Pictures(config, model, processor, device)
+
+    with (
+        TrainingLog(folder, step=step, total_steps=total, label=config.stage, active=chief) as log,
+        Signals() as signals,
+    ):
+        meter = Meter()
+        for start, plan in feed.windows():
+            pictures.prepare(plan.references(), log.say)
+            meter.resume()
+            for rows in plan.steps[step - start :]:
+                number, inside = config.phase_at(step)
+                phase = config.phases[number]
+                rate = learning_rate(phase, inside)
+                set_learning_rate(optimizer, rate)
+                batches = feed.batches(rows, plan.row_length, phase.rows_at_once)
+                n_labels = sum(batch.n_labels for batch in batches)
+                if world > 1:
+                    n_labels = int(accelerator.reduce(torch.tensor(n_labels, device=device), "sum"))
+                for index, batch in enumerate(batches):
+                    batch = batch.to(device)
+                    together = (
+                        contextlib.nullcontext()
+                        if index == len(batches) - 1
+                        else accelerator.no_sync(forward)
+                    )
+                    with together:
+                        loss, measured = forward(batch, pictures.of(batch.refs), phase.tokens_per_image)
+                        if loss.requires_grad:  # DDP averages over processes: `world` makes a sum of that
+                            accelerator.backward(loss * (world / max(1, n_labels)))
+                    meter.add(measured, batch.n_tokens, batch.n_labels)
+                norm = accelerator.clip_grad_norm_([p for _, p in parameters], config.optimizer.clip)
+                if torch.isfinite(norm):
+                    prepared.step()
+                else:
+                    names = ", ".join(sorted({name for batch in batches for name in batch.sample_ids}))
+                    log.say(
+                        f"step {step + 1}: the gradient is not finite, nothing is updated; samples: {names}"
+                    )
+                prepared.zero_grad()
+                step += 1
+                log.step(step)
+                if step % config.log_every == 0 or step == total:
+                    log.write(step, {**meter.take(), "norm": float(norm), "rate": rate, "phase": number})
+                if step % config.save_every == 0 or step == total or signals.number:
+                    if chief:
+                        place = {"step": step, "first_step": feed.first_step, "begin": feed.begin}
+                        save_state(checkpoints, gather(model, config.train_only, optimizer, facts, **place))
+                if signals.number:
+                    log.say(f"{config.stage}: saved after step {step}; start it again to go on")
+                    raise Stopped(signals.number)
+    for name, expected in frozen.items():
+        if fingerprint(getattr(model, name).state_dict().items()) != expected:
+            raise TrainingError(f"{name} changed although it was frozen; this is an error of the library")
+    if chief and feed.misfits:
+        lines = [f"{misfit.source}\t{misfit.id}\t{misfit.why}\n" for misfit in feed.misfits]
+        write_text(folder / "left-out.tsv", "".join(lines))
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT while a step runs; a second one ends the process as usual."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self.restore()
+
+    def __enter__(self) -> Signals:
+        self.before: dict[int, Any] = {}
+        with contextlib.suppress(ValueError):  # not the main thread: signals are not ours
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()

@@ -1,0 +1,56 @@
+"""Next-token loss where something is learned, without ever holding all positions' logits.
+
+40,960 positions x 65,536 words in fp32 are 10.7 GB. Only labelled positions get logits, a chunk at a time,
+and the backward pass makes each chunk's logits again.
+Shapes: B rows, L tokens, D width, P labelled positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from longllava.data.packing import IGNORED
+
+CHUNK = 2048  # positions; 512 MiB of fp32 logits at 65,536 words
+
+
+@dataclass
+class AnswerLoss:
+    """total: sum of -log p over labelled positions, fp32. n_right: how many had the highest logit."""
+
+    total: Tensor
+    n_right: Tensor
+    n_labels: int
+
+
+def answer_loss(
+    logits_of: Callable[[Tensor], Tensor], hidden_BLD: Tensor, labels_BL: Tensor, chunk: int = CHUNK
+) -> AnswerLoss:
+    """Cross-entropy of labels_BL (-100 = none), summed. logits_of: (P, D) -> (P, vocabulary).
+
+    With no labels the total is a zero that still has a gradient, so that every process takes part in backward.
+    """
+    learned_BL = labels_BL != IGNORED
+    hidden_PD, labels_P = hidden_BLD[learned_BL], labels_BL[learned_BL]
+    total = (
+        hidden_PD.float().sum() * 0 if len(labels_P) == 0 else hidden_PD.new_zeros((), dtype=torch.float32)
+    )
+    n_right = torch.zeros((), dtype=torch.int64, device=labels_BL.device)
+
+    def chunk_loss(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits_of(hidden).float()
+        right = (logits.detach().argmax(-1) == labels).sum()
+        return F.cross_entropy(logits, labels, reduction="sum"), right
+
+    for at in range(0, len(labels_P), chunk):
+        inputs = hidden_PD[at : at + chunk], labels_P[at : at + chunk]
+        loss, right = checkpoint(chunk_loss, *inputs, use_reentrant=False, preserve_rng_state=False)
+        total = total + loss
+        n_right = n_right + right
+    return AnswerLoss(total, n_right, len(labels_P))

@@ -1,0 +1,53 @@
+"""AdamW over the parts that train, and what may decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from longllava.errors import TrainingError
+from longllava.train.config import OptimizerConfig
+
+NOT_DECAYED = ("A_log_EN",)  # two-dimensional, but a rate, not a weight (Mamba's `_no_weight_decay`)
+
+
+def select_parts(model: nn.Module, parts: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
+    """Let only these parts train; the others are frozen and put in eval mode. Returns what trains, by name."""
+    wanted = set(parts)
+    model.train()
+    for name, part in model.named_children():
+        if name not in wanted:
+            part.eval()
+        for parameter in part.parameters():
+            parameter.requires_grad_(name in wanted)
+    missing = wanted - {name for name, _ in model.named_children()}
+    if missing:
+        raise TrainingError(f"train_only: the model has no part {', '.join(sorted(missing))}")
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def build_optimizer(parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """fused: one pass over each tensor, also on a CPU (torch >= 2.4)."""
+    decayed = [p for name, p in parameters if p.ndim >= 2 and not name.endswith(NOT_DECAYED)]
+    kept = [p for name, p in parameters if p.ndim < 2 or name.endswith(NOT_DECAYED)]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes: whether frozen parts stayed as they were."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        plain = tensor.detach().to("cpu").contiguous()
+        digest.update(plain.view(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
+    return digest.hexdigest()
