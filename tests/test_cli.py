@@ -34,6 +34,16 @@ class FakeModel:
         cls.calls.append(("load", name, device))
         return cls()
 
+    def session(self):
+        self.calls.append(("session",))
+        return self
+
+    def ask(self, question, *, stream, keep, images, video, max_new_tokens, **settings):
+        assert stream
+        assert keep
+        self.calls.append(("ask", question, images, video))
+        return iter(["a ", "red ", "panda"])
+
     def generate(self, prompt, *, stream=False, **settings):
         if prompt == "fail":
             raise InputError("image 1: x.png: not a picture")
@@ -146,17 +156,28 @@ def test_ctrl_c_is_code_130() -> None:
 
 def test_chat_keeps_history_and_survives_a_wrong_path(calls: list[tuple], tmp_path: Path) -> None:
     (tmp_path / "cat.png").touch()
-    lines = ["/image missing.png", f"/image {tmp_path}/cat.png", "What?", "Sure?", "/nonsense", "/history"]
+    lines = [
+        "/image missing.png",
+        f"/image {tmp_path}/cat.png",
+        "What?",
+        "Sure?",
+        "/nonsense",
+        "/history",
+        "/clear",
+    ]
     result = CliRunner().invoke(app, ["chat"], input="\n".join(lines))
     assert result.exit_code == 0, result.output
     assert "--image missing.png: no such file" in " ".join(result.output.split())
     assert "no command /nonsense; /help lists them" in result.output
-    assert "user (1 shown): What?" in result.output
-    first = {"role": "user", "content": [{"type": "image", "image": f"{tmp_path}/cat.png"},
-                                         {"type": "text", "text": "What?"}]}  # fmt: skip
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "a red panda"}]}
-    second = {"role": "user", "content": [{"type": "text", "text": "Sure?"}]}
-    assert [call[1] for call in calls[1:]] == [[first], [first, answer, second]]
+    assert "you: (1 shown) What?" in result.output
+    assert "answer: a red panda" in result.output
+    cat = f"{tmp_path}/cat.png"
+    assert calls[1:] == [
+        ("session",),
+        ("ask", "What?", [cat], None),
+        ("ask", "Sure?", None, None),
+        ("session",),
+    ]
 
 
 def test_expand(tmp_path: Path) -> None:

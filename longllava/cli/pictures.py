@@ -1,4 +1,4 @@
-"""What stands after --image: files, folders, patterns and URLs, as one list of pictures."""
+"""What stands after --image: files, folders and patterns, as one list of pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def expand(names: Iterable[str]) -> list[str]:
     """
     found: list[str] = []
     for name in names:
-        if re.match(r"[a-z][a-z0-9+.-]+:", name):
+        if re.match(r"[a-z][a-z0-9+.-]+:", name):  # "world:..." names a drawn picture; the reader knows which
             found.append(name)
         else:
             found.extend(expand_local(name))

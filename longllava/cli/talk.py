@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Option("--model", "-m", help="A shipped name, a folder, or a hub name.")]
 Images = Annotated[
     list[str],
-    typer.Option("--image", "-i", help="A picture, folder, pattern or URL. Repeatable.", show_default=False),
+    typer.Option("--image", "-i", help="A picture, folder or pattern. Repeatable.", show_default=False),
 ]
 Video = Annotated[str | None, typer.Option("--video", "-v", help="A video file; frames at 1 per second.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU if there is one.")]
@@ -101,7 +101,7 @@ def chat(
             console.print(" (stopped)")
 
 
-HELP = """/image PATH   show pictures (a file, folder, pattern or URL) with the next question
+HELP = """/image PATH   show pictures (a file, folder or pattern) with the next question
 /video PATH   show a video with the next question
 /history      print the conversation so far
 /clear        forget the conversation
@@ -109,18 +109,24 @@ HELP = """/image PATH   show pictures (a file, folder, pattern or URL) with the 
 
 
 class Chat:
-    """A conversation as a list of messages; what was shown but not yet asked about waits in `shown`."""
+    """A conversation on one session: each turn reads only what is new. Pictures wait for a question."""
 
     def __init__(self, model: LongLLaVA, settings: dict[str, Any], console: Console) -> None:
         self.model, self.settings, self.console = model, settings, console
-        self.messages: list[dict[str, Any]] = []
-        self.shown: list[dict[str, Any]] = []
+        self.clear()
+
+    def clear(self) -> None:
+        self.session = self.model.session()
+        self.turns: list[tuple[str, str]] = []
+        self.pictures: list[str] = []
+        self.video: str | None = None
 
     def show(self, pictures: list[str], video: str | None = None) -> None:
-        self.shown += [{"type": "image", "image": picture} for picture in pictures]
-        self.shown += [{"type": "video", "video": video}] if video else []
+        self.pictures += pictures
+        self.video = video or self.video
 
     def turn(self, line: str) -> None:
+        """One line of the user's: a question or a command."""
         command, _, rest = line.partition(" ")
         if not line:
             return
@@ -129,33 +135,27 @@ class Chat:
         elif command == "/help":
             self.console.print(HELP, highlight=False)
         elif command == "/image":
-            before = len(self.shown)
             self.show(expand([rest.strip()]))
-            n_new = len(self.shown) - before
-            self.console.print(f"{n_new} picture(s) go with the next question", highlight=False)
+            self.console.print(f"{len(self.pictures)} pictures go with the next question", highlight=False)
         elif command == "/video":
             self.show([], rest.strip())
         elif command == "/history":
-            self.print_history()
+            for question, answer in self.turns:
+                self.console.print(f"you: {question}\nanswer: {answer}", markup=False, highlight=False)
         elif command == "/clear":
-            self.messages, self.shown = [], []
+            self.clear()
         else:
             raise InputError(f"no command {command}; /help lists them")
 
     def ask(self, question: str) -> None:
-        """One question and its streamed answer; both enter the history only when the answer is whole."""
-        asked = {"role": "user", "content": [*self.shown, {"type": "text", "text": question}]}
+        """A streamed answer. The turn is kept when the answer is whole. What was shown is dropped on an error:
+        one broken picture would spoil every later question."""
+        media: dict[str, Any] = {"images": self.pictures or None, "video": self.video}
+        self.pictures, self.video = [], None
         answer = ""
-        for piece in self.model.generate([*self.messages, asked], **self.settings, stream=True):
+        for piece in self.session.ask(question, **media, **self.settings, stream=True, keep=True):
             answer += piece
             self.console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
         self.console.print()
-        self.messages += [asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        self.shown = []
-
-    def print_history(self) -> None:
-        for message in self.messages:
-            n_media = sum(part["type"] != "text" for part in message["content"])
-            text = message["content"][-1]["text"]
-            media = f" ({n_media} shown)" if n_media else ""
-            self.console.print(f"{message['role']}{media}: {text}", markup=False, highlight=False)
+        shown = len(media["images"] or ()) + (media["video"] is not None)
+        self.turns.append((f"({shown} shown) {question}" if shown else question, answer))
