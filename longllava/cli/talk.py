@@ -148,7 +148,7 @@ class Chat:
             raise InputError(f"no command {command}; /help lists them")
 
     def ask(self, question: str) -> None:
-        """A streamed answer. The turn is kept when the answer is whole. What was shown is dropped on an error:
+        """A streamed answer. The turn is kept when the answer is whole. What was shown is dropped on error:
         one broken picture would spoil every later question."""
         media: dict[str, Any] = {"images": self.pictures or None, "video": self.video}
         self.pictures, self.video = [], None
