@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # what a recurrence of ten thousand steps is sensitive to stays in fp32, whatever the model's dtype
-FP32_ENDINGS = ("A_log", "D", "dt_bias", "dt_proj.bias")
+FP32_NAMES = ("A_log_EN", "D_E", "dt_bias_E", "log_length_H")
 LISTED = 8  # names shown of each kind of fault
 
 
@@ -159,7 +159,7 @@ def stored_dtype(key: str, stored: torch.dtype, asked: torch.dtype | None) -> to
 
     if not stored.is_floating_point:
         return stored
-    return torch.float32 if key.endswith(FP32_ENDINGS) else (asked or stored)
+    return torch.float32 if key.rsplit(".", 1)[-1] in FP32_NAMES else (asked or stored)
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:

@@ -5,7 +5,9 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] | None = ()
 
     def __post_init__(self) -> None:
         check_number(self, "max_new_tokens", int, 1, 1_000_000)
@@ -38,10 +40,11 @@ class Sampling:
             raise InputError("top_p: got 0, must be above 0; for the likeliest token set temperature=0")
         if self.seed is not None:
             check_number(self, "seed", int, 0, MAX_SEED)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if not all(isinstance(text, str) and text for text in stop):
+        if not all(isinstance(text, str) and text for text in self.stop_strings()):
             raise InputError(f"stop: got {self.stop!r}, expected strings that are not empty")
-        object.__setattr__(self, "stop", stop)
+
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def generator(self) -> torch.Generator:
         generator = torch.Generator("cpu")
@@ -55,10 +58,9 @@ class Sampling:
 def check_number(
     settings: Sampling, name: str, kinds: type | tuple[type, ...], low: float, high: float
 ) -> None:
-    value = getattr(settings, name)
-    if (
-        isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high
-    ):  # NaN fails the last
+    value: Any = getattr(settings, name)
+    in_kind = not isinstance(value, bool) and isinstance(value, kinds)
+    if not in_kind or not low <= value <= high:  # NaN is in no range
         kind = "a whole number" if kinds is int else "a number"
         raise InputError(f"{name}: got {value!r}, expected {kind} from {low} to {high}")
 

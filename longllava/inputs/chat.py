@@ -35,14 +35,21 @@ class Plain:
 
 @dataclass(frozen=True)
 class Mark:
-    """One image. `start`, `end`: where its mark stands in the turn's text."""
+    """The slots of one image. `start`, `end`: where its mark stands in the turn's text."""
 
     image: int
     start: int = 0
     end: int = 0
 
 
-Piece = Markup | Plain | Mark
+@dataclass(frozen=True)
+class Answer:
+    """What the assistant said, closed by eos: what training learns."""
+
+    text: str
+
+
+Piece = Markup | Plain | Mark | Answer
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def messages_of_turns(turns: Sequence[Any], n_images: int) -> list[Message]:
         if turn.role == "user":
             pieces, image = split_marks(turn.text, image)
         else:
-            pieces = [Plain(turn.text)]
+            pieces = [Answer(turn.text)]
         messages.append(Message(turn.role, tuple(pieces)))
     check_counts(image, n_images)
     return messages
@@ -144,8 +151,9 @@ def messages_of_dicts(
         for part in parts:
             kind = part.get("type") if isinstance(part, Mapping) else None
             if kind == "text":
-                check_text(part.get("text"), f"{where}: text")
-                pieces.append(Plain(part["text"]))
+                text: Any = part.get("text")
+                check_text(text, f"{where}: text")
+                pieces.append(Plain(text))
             elif kind == "image" and message["role"] == "user":
                 if (source := source_of(part, kind)) is None and not given:
                     raise InputError(
@@ -161,6 +169,8 @@ def messages_of_dicts(
                 raise InputError(
                     f"{where}: part {part!r:.80}; allowed: text; image and video in a user's message"
                 )
+        if message["role"] == "assistant":
+            pieces = [Answer("".join(piece.text for piece in pieces if isinstance(piece, Plain)))]
         result.append(Message(message["role"], tuple(pieces)))
     if given:
         raise InputError(

@@ -79,7 +79,7 @@ def decode(file: Any, wanted_side: int | None) -> Image.Image:
             check_size(*image.size)
             if wanted_side and image.format == "JPEG":
                 factor = 2 * wanted_side / max(image.size)
-                image.draft(image.mode, tuple(math.ceil(side * factor) for side in image.size))
+                image.draft(image.mode, (math.ceil(image.width * factor), math.ceil(image.height * factor)))
             image.load()
             return rgb(image)
     except InputError:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from longllava.config import ModelConfig
+from longllava.config import ModelConfig, pooled_counts
 from longllava.errors import InputError
-from longllava.inputs.chat import Markup, Message, Piece, Plain, messages_of_turns
+from longllava.inputs.chat import Answer, Mark, Markup, Message, Piece, Plain, messages_of_turns
 from longllava.inputs.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -67,11 +67,19 @@ class Processor:
         self.tokenizer = tokenizer
 
     def tokens_per_image(self, asked: int | None = None) -> int:
-        if self.config.bridge is None:
+        """`asked`, or the config's. Raises: InputError when the encoder's grid cannot be pooled to it."""
+        bridge, encoder = self.config.bridge, self.config.encoder
+        if bridge is None or encoder is None:
             raise InputError(f"model {self.config.name!r} reads text only; it has no encoder for images")
-        if asked is not None and asked <= 0:
-            raise InputError(f"tokens_per_image: got {asked}, must be above 0")
-        return asked or self.config.bridge.tokens_per_image
+        if asked is None:
+            return bridge.tokens_per_image
+        n_tokens = encoder.grid() ** 2
+        allowed = pooled_counts(encoder.grid()) if bridge.pool == "2d" else [n_tokens]
+        if bridge.pool != "1d" and asked not in allowed or not 0 < asked <= n_tokens:
+            raise InputError(
+                f"tokens_per_image: got {asked}, allowed with pooling {bridge.pool!r}: {allowed}"
+            )
+        return asked
 
     def user_open(self) -> Markup:
         return Markup(self.prompt.bos_token + self.prompt.user)
@@ -108,12 +116,7 @@ class Processor:
         writer = Writer(self, tokens_per_image)
         for message in messages:
             writer.begin_turn()
-            if message.role == "user":
-                writer.add(self.user_open(), *message.pieces, self.user_end())
-            else:
-                writer.add(self.assistant_open())
-                writer.answer("".join(piece.text for piece in message.pieces if isinstance(piece, Plain)))
-                writer.markup(self.prompt.eos_token, trainable=True)
+            writer.add(*self.turn(message))
         if add_generation_prompt:
             writer.add(self.assistant_open())
         return writer.finish()
@@ -124,6 +127,19 @@ class Processor:
         writer.begin_turn()
         writer.add(*pieces)
         return writer.finish()
+
+    def turn(self, message: Message) -> list[Piece]:
+        """A whole turn with its template."""
+        if message.role == "user":
+            return [self.user_open(), *self.tagged(message.pieces), self.user_end()]
+        return [self.assistant_open(), *message.pieces]
+
+    def tagged(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """Pieces with the tags that stand around each image."""
+        before, after = Markup(self.prompt.image_open), Markup(self.prompt.image_close)
+        return [
+            p for piece in pieces for p in ((before, piece, after) if isinstance(piece, Mark) else (piece,))
+        ]
 
     def pixels(self, images: Sequence[Any], open_reference: Callable[[str], Any] | None = None) -> Tensor:
         """Images (paths, PIL, arrays, bytes; references by `open_reference`) -> uint8 (N, 3, S, S)."""
@@ -165,19 +181,20 @@ class Writer:
                 self.text += piece.text
             elif isinstance(piece, Markup):
                 self.markup(piece.text)
+            elif isinstance(piece, Answer):
+                self.answer(piece.text)
+                self.put([self.tokenizer.eos_id], [(0, 0)], trainable=True)
             else:
-                self.markup(self.processor.prompt.image_open)
                 self.flush()
                 length = self.processor.tokens_per_image(self.wanted)
                 self.encoded.spans.append(Span(len(self.encoded.ids), length, piece.image))
                 self.put([self.tokenizer.pad_id] * length, [(piece.start, piece.end)] * length)
-                self.markup(self.processor.prompt.image_close)
 
-    def markup(self, text: str, trainable: bool = False) -> None:
+    def markup(self, text: str) -> None:
         for part in self.tokenizer.split_specials(text):
             if isinstance(part, int):
                 self.flush()
-                self.put([part], [(0, 0)], trainable)
+                self.put([part], [(0, 0)])
             else:
                 self.text += part
 

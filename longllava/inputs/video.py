@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,7 @@ def gif_frames(path: Path) -> Iterator[Shown]:
                 length = (
                     frame.info.get("duration") or 100
                 ) / 1000  # browsers show a frame of 0 ms for 100 ms
-                yield second + length, lambda frame=frame: rgb(frame)
+                yield second + length, partial(rgb, frame)
                 second += length
     except InputError:
         raise
@@ -137,7 +138,7 @@ def file_frames(path: Path) -> Iterator[Shown]:
                 first = second if first is None else first
                 if previous is not None:  # a frame is on show until the next one comes
                     yield second - first, previous[1]
-                previous = (second - first, lambda frame=frame: upright(frame))
+                previous = (second - first, partial(upright, frame))
             whole = (container.duration or 0) / av.time_base - 1
             if previous is not None and previous[0] < 0.95 * whole:
                 raise InputError(f"torn: frames end at {previous[0]:.1f} of {whole + 1:.1f} seconds")

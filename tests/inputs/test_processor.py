@@ -88,8 +88,8 @@ def test_answers_are_not_searched_for_marks():
 
 def test_tokens_per_image_may_be_asked_for():
     assert PROCESSOR.encode_chat([Turn("user", "<image>")], 1, tokens_per_image=16).spans[0].length == 16
-    with pytest.raises(InputError, match="tokens_per_image: got -1"):
-        PROCESSOR.encode_chat([Turn("user", "<image>")], 1, tokens_per_image=-1)
+    with pytest.raises(InputError, match=r"tokens_per_image: got 5, allowed with pooling '2d': \[16, 4, 1\]"):
+        PROCESSOR.encode_chat([Turn("user", "<image>")], 1, tokens_per_image=5)
 
 
 def test_text_only_models_refuse_images():

@@ -1,0 +1,239 @@
+"""LongLLaVA: a model, its tokenizer, and the ways to talk to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from longllava.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Unpack
+
+    from longllava.generation.session import Score, Session, Settings
+    from longllava.inputs.chat import Piece
+    from longllava.inputs.tokenizer import Tokenizer
+    from longllava.model import Model
+
+DTYPES = ("float32", "bfloat16", "float16")
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+class LongLLaVA:
+    """A multimodal language model ready to answer.
+
+        model = LongLLaVA.from_pretrained("nano")
+        model.generate("What is this?", images=["cat.jpg"])
+        album = model.session(images=paths)  # read once
+        album.ask("In which picture is the red panda?")
+
+    Images: paths, PIL images, arrays (H, W, 3) uint8, bytes of files, "world:..." references.
+    Faults of inputs, settings and files are LongLLaVAError, in one sentence that names what is wrong.
+    """
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, *, tokens_per_image: int | None = None):
+        from longllava.inputs.processor import Processor
+
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.processor = Processor(model.config, tokenizer)
+        self.tokens_per_image = tokens_per_image
+        if tokenizer.vocab_size > model.config.backbone.vocab_size:
+            raise InputError(
+                f"tokenizer with {tokenizer.vocab_size} tokens, model with {model.config.backbone.vocab_size};"
+                " they do not belong together"
+            )
+        if tokens_per_image is not None:
+            self.processor.tokens_per_image(tokens_per_image)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        tokens_per_image: int | None = None,
+    ) -> LongLLaVA:
+        """Load a shipped model ("nano"), a folder, or a model of the hub ("owner/model").
+
+        device: None takes a GPU if there is one. dtype: None takes bfloat16 where the hardware multiplies it
+        (GPUs; CPUs with AVX512-BF16 or AMX), else float32. tokens_per_image: None for the model's own.
+        Raises: CheckpointError, ConfigError.
+        """
+        import torch
+
+        from longllava.checkpoints import find_folder, load_model
+        from longllava.inputs.tokenizer import Tokenizer
+
+        folder = find_folder(name)
+        target = checked_device(device)
+        with torch.inference_mode(False):
+            model = load_model(folder, device=target, dtype=checked_dtype(dtype, target))
+        tokenizer = Tokenizer.from_folder(folder, model.config.prompt)
+        return cls(model, tokenizer, tokens_per_image=tokens_per_image)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> Path:
+        """Write config.json, tokenizer.json and model.safetensors. dtype: stored dtype, None as loaded."""
+        from longllava.checkpoints import save_model
+
+        target = None if dtype is None else checked_dtype(dtype, None)
+        return save_model(self.model, self.tokenizer, folder, dtype=target)
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        images: Any = None,
+        video: Any = None,
+        *,
+        stream: Literal[False] = False,
+        fps: float = 1.0,
+        chunk_tokens: int = 2048,
+        **settings: Unpack[Settings],
+    ) -> str: ...
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        images: Any = None,
+        video: Any = None,
+        *,
+        stream: Literal[True],
+        fps: float = 1.0,
+        chunk_tokens: int = 2048,
+        **settings: Unpack[Settings],
+    ) -> Iterator[str]: ...
+    def generate(
+        self,
+        prompt: Prompt,
+        images: Any = None,
+        video: Any = None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stream: bool = False,
+        fps: float = 1.0,
+        chunk_tokens: int = 2048,
+    ) -> str | Iterator[str]:
+        """Answer a prompt: a string, or an iterator of its pieces with stream=True.
+
+        prompt: a string, where <image> marks a picture's place (without marks pictures come first), or a
+        list of messages {"role": "user", "content": text or parts}, whose text is never searched for marks. video:
+        frames at `fps` a second. temperature 0 takes the likeliest token; else tokens are drawn, by `seed`.
+        stop: strings that end the answer. chunk_tokens: tokens prefilled at a time.
+        Raises: InputError naming what cannot be used (for pictures: "image 417 of 1000: path: reason").
+        """
+        from longllava.generation import Sampling
+
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+                            seed=seed, stop=stop or ())  # fmt: skip
+        session = self.fresh(chunk_tokens)
+        pieces, sources = self.pieces(prompt, images, video, fps, session)
+        answer = session.respond(pieces, sources, sampling)
+        return answer if stream else "".join(answer)
+
+    def score(
+        self, prompt: Prompt, answer: str, images: Any = None, video: Any = None, *, chunk_tokens: int = 2048
+    ) -> Score:
+        """How likely `answer` is after `prompt`, token by token, and whether greedy decoding gives it."""
+        session = self.fresh(chunk_tokens)
+        pieces, sources = self.pieces(prompt, images, video, 1.0, session)
+        return session.score_pieces(pieces, answer, sources)
+
+    def session(
+        self,
+        images: Any = None,
+        text: str | None = None,
+        video: Any = None,
+        *,
+        fps: float = 1.0,
+        chunk_tokens: int = 2048,
+    ) -> Session:
+        """Read pictures (and text) once; then `ask`, `append`, `fork` and `save` as often as wanted."""
+        session = self.fresh(chunk_tokens)
+        if images is not None or text is not None or video is not None:
+            session.append(images=images, text=text, video=video, fps=fps)
+        return session
+
+    def load_session(self, path: str | Path, *, chunk_tokens: int = 2048) -> Session:
+        """A session that Session.save wrote. Raises: CheckpointError when another model made it."""
+        from longllava.generation import saving
+
+        return saving.load_into_(self.fresh(chunk_tokens), path)
+
+    def fresh(self, chunk_tokens: int) -> Session:
+        from longllava.data.images import open_reference
+        from longllava.generation import Session
+        from longllava.generation.prefill import Reader
+
+        return Session(
+            Reader(self.model, self.processor, self.tokens_per_image, chunk_tokens, open_reference)
+        )
+
+    def pieces(
+        self, prompt: Prompt, images: Any, video: Any, fps: float, session: Session
+    ) -> tuple[list[Piece], list[Any]]:
+        """A prompt up to where its answer begins, and its images in order."""
+        from longllava.inputs.chat import Message, messages_of_dicts, string_pieces
+
+        reader = session.reader
+        if isinstance(prompt, str):
+            sources, n_images, n_frames = reader.media(images, video, fps)
+            pieces = string_pieces(prompt, n_images, n_frames, self.processor.prompt)
+            messages = [Message("user", tuple(pieces))]
+        elif isinstance(prompt, (list, tuple)):
+            if video is not None:
+                raise InputError('messages: give the video as a part {"type": "video", "video": path}')
+            given, _, _ = reader.media(images, None)
+            messages, sources = messages_of_dicts(
+                list(prompt), given, self.processor.prompt, lambda source: reader.media(None, source, fps)[0]
+            )
+        else:
+            raise InputError(f"prompt: expected a string or a list of messages, got {type(prompt).__name__}")
+        turns = [piece for message in messages for piece in self.processor.turn(message)]
+        return [*turns, self.processor.assistant_open()], sources
+
+
+def checked_device(device: str | torch.device | None) -> torch.device:
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device: got {device!r}, allowed: cpu, cuda, cuda:1 ...") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: got {device!r}, but torch sees no GPU; use device='cpu'")
+    if target.type not in ("cpu", "cuda"):
+        raise InputError(f"device: got {device!r}, allowed: cpu, cuda, cuda:1 ...")
+    return target
+
+
+def checked_dtype(dtype: str | torch.dtype | None, device: torch.device | None) -> torch.dtype:
+    import torch
+
+    if dtype is None:
+        return torch.bfloat16 if device is not None and multiplies_bf16(device) else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InputError(f"dtype: got {dtype!r}, allowed: {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 products run in hardware: on these CPUs they are four times as fast as float32."""
+    if device.type == "cuda":
+        return True
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
+    except OSError:
+        return False
+    return " avx512_bf16" in flags or " amx_bf16" in flags

@@ -1,0 +1,68 @@
+"""Many questions on one prefix, as one batch: the prefix is read by all rows and copied by none.
+
+Shapes: B rows, L tokens of the longest question, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longllava.generation.prefill import Reader
+from longllava.generation.sampling import Sampling, next_tokens
+from longllava.generation.streaming import TextStream
+from longllava.nn import Context, State, fork_state
+
+PADDING = -1  # seq_idx of tokens that no layer may see
+
+
+@torch.inference_mode()
+def answer_many(
+    reader: Reader, prefix: State, start: int, rows: list[list[int]], sampling: Sampling
+) -> list[str]:
+    """Answers to questions as token ids, each row as if it were alone. start: tokens in the prefix."""
+    model, tokenizer, device = reader.model, reader.processor.tokenizer, reader.device
+    n_rows, longest = len(rows), max(map(len, rows))
+    length_B = torch.tensor([len(row) for row in rows], device=device)
+    if start:
+        state = fork_state(prefix, longest + sampling.max_new_tokens, n_rows)
+    else:
+        state = reader.empty_state(longest + sampling.max_new_tokens, n_rows)
+    ids_BL = torch.tensor([row + [tokenizer.pad_id] * (longest - len(row)) for row in rows], device=device)
+    at_L = torch.arange(longest, device=device)
+    last_BD = torch.zeros(n_rows, model.config.backbone.width, device=device, dtype=reader.dtype)
+    for begin in range(0, longest, reader.chunk_tokens):
+        place_L = at_L[begin : begin + reader.chunk_tokens]
+        seq_idx_BL = torch.where(place_L < length_B[:, None], 0, PADDING).int()
+        ctx = Context(seq_idx_BL, (start + place_L).expand(n_rows, -1))
+        hidden_BLD, state = model(model.embed(ids_BL[:, place_L]), ctx, state)
+        ends_B = (length_B > begin) & (length_B <= begin + len(place_L))
+        last_BD[ends_B] = hidden_BLD[ends_B, length_B[ends_B] - 1 - begin]
+    return decode_many(reader, last_BD, state, start + length_B, sampling)
+
+
+def decode_many(
+    reader: Reader, last_BD: Tensor, state: State, next_B: Tensor, sampling: Sampling
+) -> list[str]:
+    """next_B: the position of each row's next token. Rows that are done go on as padding."""
+    model, tokenizer, device = reader.model, reader.processor.tokenizer, reader.device
+    n_rows = len(last_BD)
+    texts = [TextStream(tokenizer, sampling.stop_strings()) for _ in range(n_rows)]
+    generators = [sampling.generator() for _ in range(n_rows)]
+    answers = [""] * n_rows
+    going = [True] * n_rows
+    for number in range(sampling.max_new_tokens):
+        tokens = next_tokens(model.logits(last_BD), sampling, generators).tolist()
+        for row, token in enumerate(tokens):
+            if going[row] and token != tokenizer.eos_id:
+                answers[row] += texts[row].push(token)
+            going[row] = going[row] and token != tokenizer.eos_id and not texts[row].done
+        if not any(going) or number + 1 == sampling.max_new_tokens:
+            break
+        seq_idx_B1 = torch.tensor(
+            [[0 if row else PADDING] for row in going], dtype=torch.int32, device=device
+        )
+        ctx = Context(seq_idx_B1, (next_B + number)[:, None])
+        hidden_B1D, state = model(model.embed(torch.tensor(tokens, device=device)[:, None]), ctx, state)
+        last_BD = hidden_B1D[:, 0]
+    return [answer + text.finish() for answer, text in zip(answers, texts)]

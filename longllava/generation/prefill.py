@@ -1,0 +1,177 @@
+"""Reading a prompt: images are decoded, encoded, pooled, embedded, prefilled a few at a time, then dropped.
+
+Nothing here grows with the number of images except the keys and values of the attention layers.
+Shapes: L tokens of a chunk, M tokens an image, D width, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longllava.errors import InputError
+from longllava.inputs.image import named, square_pixels
+from longllava.inputs.processor import Encoded, Processor, Span
+from longllava.inputs.video import read_frames
+from longllava.model import Model
+from longllava.nn import Context, State
+
+PIXELS_PER_BATCH = 1 << 20  # encoder batch: 9 images of 336 x 336, or MAX_BATCH small ones
+MAX_BATCH = 32
+DECODERS = 4  # threads; Pillow frees the interpreter while it decodes
+BAR_AFTER = 2.0  # seconds
+
+
+@dataclass
+class Reader:
+    """A model and what it takes to read a prompt into its state.
+
+    tokens_per_image: None for the config's. open_reference: turns "scheme:..." sources into pictures.
+    """
+
+    model: Model
+    processor: Processor
+    tokens_per_image: int | None = None
+    chunk_tokens: int = 2048
+    open_reference: Callable[[str], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if (
+            isinstance(self.chunk_tokens, bool)
+            or not isinstance(self.chunk_tokens, int)
+            or self.chunk_tokens < 1
+        ):
+            raise InputError(f"chunk_tokens: got {self.chunk_tokens!r}, expected a whole number above 0")
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.backbone.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.backbone.embed_tokens.weight.dtype
+
+    def empty_state(self, capacity: int, batch: int = 1) -> State:
+        """The state before the first token, with room for exactly `capacity`."""
+        return self.model.backbone.empty_state(batch, capacity, self.device, self.dtype)
+
+    def media(self, images: Any, video: Any, fps: float = 1.0) -> tuple[list[Any], int, int]:
+        """Images and a video's frames as one list of sources, and how many there are of each."""
+        sources = listed(images)
+        frames: list[Any] = []
+        if video is not None:
+            encoder = self.model.config.encoder
+            frames = read_frames(video, fps=fps, side=encoder.image_size if encoder else None)
+        if sources or frames:
+            self.processor.tokens_per_image(
+                self.tokens_per_image
+            )  # a model without eyes says so before it reads
+        return [*sources, *frames], len(sources), len(frames)
+
+    @torch.inference_mode()
+    def read(
+        self, encoded: Encoded, sources: Sequence[Any], state: State, start: int
+    ) -> tuple[Tensor, State]:
+        """Prefill: returns the last token's hidden state (1, D) and the state after it.
+
+        sources: images by number, as encoded.spans name them. start: tokens already in `state`.
+        Raises: InputError naming the image that cannot be read.
+        """
+        if not encoded.ids:
+            raise InputError("the prompt has no tokens")
+        ids_1L = torch.tensor([encoded.ids], device=self.device)
+        waiting = deque(encoded.spans)
+        live: list[tuple[Span, Tensor]] = []  # images whose tokens are not all in the state yet
+        with closing(self.image_tokens([sources[span.image] for span in encoded.spans])) as images:
+            for begin in range(0, ids_1L.shape[1], self.chunk_tokens):
+                end = min(begin + self.chunk_tokens, ids_1L.shape[1])
+                while waiting and waiting[0].start < end:
+                    live.append((waiting.popleft(), next(images)))
+                x_1LD = self.embed(ids_1L[:, begin:end], live, begin)
+                hidden_1LD, state = self.model(x_1LD, Context(start=start + begin), state)
+                live = [(span, tokens) for span, tokens in live if span.start + span.length > end]
+        return hidden_1LD[:, -1], state
+
+    def embed(self, ids_1L: Tensor, live: list[tuple[Span, Tensor]], begin: int) -> Tensor:
+        """Text and image tokens of one chunk: (1, L, D). A chunk may begin or end inside an image.
+
+        Every image token is placed as an image of one token, so that parts of images need no other rule.
+        """
+        if not live:
+            return self.model.embed(ids_1L)
+        end = begin + ids_1L.shape[1]
+        places: list[int] = []
+        parts: list[Tensor] = []
+        for span, tokens_MD in live:
+            first, last = max(span.start, begin), min(span.start + span.length, end)
+            places += range(first - begin, last - begin)
+            parts.append(tokens_MD[first - span.start : last - span.start])
+        spans_S4 = torch.tensor([(0, place, 1, i) for i, place in enumerate(places)], device=self.device)
+        return self.model.embed(ids_1L, spans_S4, torch.cat(parts)[:, None])
+
+    def image_tokens(self, sources: Sequence[Any]) -> Generator[Tensor]:
+        """Image tokens (M, D), image after image. Decoding runs ahead in threads, by one batch at most."""
+        if not sources:
+            return
+        config = self.model.config.encoder
+        if config is None:
+            raise InputError(
+                f"model {self.model.config.name!r} reads text only; it has no encoder for images"
+            )
+        side, mean = config.image_size, config.mean
+        batch = max(1, min(MAX_BATCH, PIXELS_PER_BATCH // side**2))
+
+        def decode(index: int) -> Tensor:
+            with named(index, len(sources), sources[index]):
+                return square_pixels(sources[index], side, mean, self.open_reference)
+
+        bar = progress_bar(len(sources))
+        pool = ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1, len(sources)), "longllava-decode")
+        ahead: deque[Future[Tensor]] = deque()
+        submitted = 0
+        try:
+            for first in range(0, len(sources), batch):
+                last = min(first + batch, len(sources))
+                while submitted < min(last + batch, len(sources)):
+                    ahead.append(pool.submit(decode, submitted))
+                    submitted += 1
+                pixels_N3SS = torch.stack([ahead.popleft().result() for _ in range(first, last)])
+                features_NTC = self.model.encode(pixels_N3SS.to(self.device))
+                tokens_NMD = self.model.image_tokens(features_NTC, self.tokens_per_image)
+                del pixels_N3SS, features_NTC
+                for tokens_MD in tokens_NMD:
+                    yield tokens_MD
+                    if bar is not None:
+                        bar.update()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            if bar is not None:
+                bar.close()
+
+
+def listed(images: Any) -> list[Any]:
+    """One image or several, as a list."""
+    if images is None:
+        return []
+    single = isinstance(images, (str, bytes, bytearray, os.PathLike)) or hasattr(
+        images, "__array_interface__"
+    )
+    return [images] if single else list(images)
+
+
+def progress_bar(total: int) -> Any:
+    """A bar on a terminal's stderr, shown only when reading takes more than two seconds; else None."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=total, delay=BAR_AFTER, unit="image", desc="reading", leave=False, file=sys.stderr)

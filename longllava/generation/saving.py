@@ -1,0 +1,161 @@
+"""A session as one safetensors file: the state's tensors, and JSON about the model and what waits."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from longllava.errors import CheckpointError
+from longllava.files import sync_folder
+from longllava.generation.prefill import Reader
+from longllava.inputs.chat import Markup, Piece, Plain
+from longllava.model import Model
+from longllava.nn import AttentionState, MambaState, State
+from longllava.nn.cache import Segment
+
+if TYPE_CHECKING:
+    from longllava.generation.session import Session
+
+FORMAT = "longllava-session-1"
+WAITING = {"markup": Markup, "plain": Plain}  # images never wait: they are read when they are appended
+SAMPLES = 16  # values of each weight that enter the fingerprint
+
+
+def fingerprint(model: Model) -> str:
+    """Which model made a state: its settings and a few values of every weight, hashed.
+
+    The dtype counts too. A few values are enough to tell trained weights apart, and take no time at 53 B.
+    """
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(model.config), sort_keys=True).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].double().cpu()
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(session: Session, path: str | Path) -> Path:
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    waiting = [piece for piece in session.waiting if isinstance(piece, (Markup, Plain))]
+    about = {
+        "format": FORMAT,
+        "model": session.reader.model.config.name,
+        "fingerprint": fingerprint(session.reader.model),
+        "tokens_per_image": session.reader.tokens_per_image,
+        "n_tokens": session.n_tokens,
+        "n_images": session.n_images,
+        "waiting": [["markup" if isinstance(piece, Markup) else "plain", piece.text] for piece in waiting],
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        staged = Path(folder) / path.name
+        save_file(tensors_of(session.compact()), staged, metadata={"session": json.dumps(about)})
+        os.chmod(staged, 0o644)
+        with staged.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    sync_folder(path.parent)
+    return path
+
+
+def tensors_of(state: State) -> dict[str, Tensor]:
+    """All tensors of a batch-1 state by name; keys and values in their segments, without a copy."""
+    tensors: dict[str, Tensor] = {}
+    for number, layer in enumerate(state):
+        if isinstance(layer, MambaState):
+            tensors |= {f"{number}.conv": layer.conv_BKE, f"{number}.scan": layer.scan_BEN}
+        else:
+            parts = [segment for segment in layer.segments() if segment.keys_BSGK.shape[1]]
+            for part, segment in enumerate(parts):
+                tensors |= {
+                    f"{number}.{part}.keys": segment.keys_BSGK,
+                    f"{number}.{part}.values": segment.values_BSGK,
+                }
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def load_into_(session: Session, path: str | Path) -> Session:
+    """Fill a fresh session from a file. Raises: CheckpointError for a torn file or another model's."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such session file")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            about = json.loads((file.metadata() or {}).get("session", "{}"))
+            check_origin(about, session.reader, path)
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    try:
+        session.state = state_from(tensors, session.reader, about["n_tokens"])
+        session.waiting = [waiting_piece(*row) for row in about["waiting"]]
+        session.n_tokens, session.n_images = about["n_tokens"], about["n_images"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged session file: {error}") from None
+    return session
+
+
+def check_origin(about: Any, reader: Reader, path: Path) -> None:
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a session file of this version (expected format {FORMAT})")
+    if about.get("fingerprint") != fingerprint(reader.model):
+        raise CheckpointError(
+            f"{path}: made by another model ({about.get('model')}), or in another dtype; load that model, or"
+            " read the pictures again"
+        )
+    if about.get("tokens_per_image") != reader.tokens_per_image:
+        raise CheckpointError(
+            f"{path}: made with tokens_per_image={about.get('tokens_per_image')}, this model has"
+            f" {reader.tokens_per_image}; load the model with the same"
+        )
+
+
+def waiting_piece(kind: str, text: str) -> Piece:
+    return WAITING[kind](text)
+
+
+def state_from(tensors: dict[str, Tensor], reader: Reader, n_tokens: int) -> State:
+    """Raises: ValueError, KeyError when tensors are missing or of the wrong shape."""
+    state: State = []
+    for number, layer in enumerate(reader.empty_state(0)):
+        if isinstance(layer, MambaState):
+            named = (tensors.pop(f"{number}.conv"), tensors.pop(f"{number}.scan"))
+            for tensor, like in zip(named, layer):
+                check_like(tensor, like, f"layer {number}", tuple(like.shape))
+            state.append(MambaState(*(tensor.to(reader.device) for tensor in named)))
+            continue
+        segments: list[Segment] = []
+        while f"{number}.{len(segments)}.keys" in tensors:
+            pair = [tensors.pop(f"{number}.{len(segments)}.{kind}") for kind in ("keys", "values")]
+            like = layer.buffer.keys_BSGK
+            for tensor in pair:
+                check_like(tensor, like, f"layer {number}", (1, pair[0].shape[1], *like.shape[2:]))
+            segments.append(Segment(pair[0].to(reader.device), pair[1].to(reader.device), None))
+        loaded = AttentionState(tuple(segments), layer.buffer, 0)
+        if loaded.n_tokens() != n_tokens:
+            raise ValueError(f"layer {number} holds {loaded.n_tokens()} tokens, expected {n_tokens}")
+        state.append(loaded)
+    if tensors:
+        raise ValueError(f"unexpected tensors {', '.join(sorted(tensors)[:4])}")
+    return state
+
+
+def check_like(tensor: Tensor, like: Tensor, name: str, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != like.dtype:
+        raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, expected {like.dtype} {shape}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name}: values that are not finite")

@@ -1,0 +1,260 @@
+"""A conversation that is read once: pictures and text, then questions as often as wanted.
+
+A session is the model's state after some tokens, and the pieces that wait to be read. Text waits until it is
+known what follows it, because neighbouring text is encoded as one string (inputs/processor.py): so a question
+to a session is the same tokens as the whole prompt at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+
+import torch
+from torch import Tensor
+
+from longllava.errors import InputError
+from longllava.generation import saving
+from longllava.generation.batch import answer_many
+from longllava.generation.prefill import Reader
+from longllava.generation.sampling import Sampling, next_tokens
+from longllava.generation.streaming import TextStream
+from longllava.inputs.chat import Answer, Mark, Message, Piece, Plain, check_text, media_pieces, string_pieces
+from longllava.inputs.processor import Encoded
+from longllava.nn import AttentionState, Context, State, fork_state
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+LONG_TEXT = 1024  # characters; text beyond this is read when it comes, and then ends where it ends
+MAX_SEGMENTS = 8  # of keys and values; more are copied together, since each costs an attention call
+
+
+class Settings(TypedDict, total=False):
+    """How answers are drawn; see Sampling."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop: str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely an answer is, token by token, given what came before it (teacher-forced).
+
+    log_probabilities: natural, of each token of the answer (not its end). exact: all are the likeliest.
+    """
+
+    log_probabilities: tuple[float, ...]
+    exact: bool
+
+    @property
+    def log_probability(self) -> float:
+        return sum(self.log_probabilities)
+
+
+class Session:
+    """Made by LongLLaVA.session. Asking leaves it as it is; append and ask(keep=True) make it longer."""
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+        self.state: State = reader.empty_state(0)
+        self.n_tokens = 0
+        self.n_images = 0
+        self.waiting: list[Piece] = [reader.processor.user_open()]
+
+    def append(
+        self, images: Any = None, text: str | None = None, video: Any = None, fps: float = 1.0
+    ) -> None:
+        """Read more: images, a video, text, in this order, or images at the <image> marks of the text.
+
+        On any error the session is as it was.
+        """
+        sources, n_images, n_frames = self.reader.media(images, video, fps)
+        if text is None and not sources:
+            raise InputError("append: nothing to read; give images, a video or text")
+        prompt = self.reader.processor.prompt
+        if text is None:
+            pieces = media_pieces(n_images, n_frames, prompt)
+        else:
+            pieces = string_pieces(text, n_images, n_frames, prompt)
+        self.take(self.reader.processor.tagged(pieces), sources)
+
+    def take(self, pieces: Sequence[Piece], sources: Sequence[Any]) -> None:
+        """Read pieces as far as their tokens are certain; keep the rest waiting."""
+        waiting = [*self.waiting, *pieces]
+        last_certain = max(
+            (i for i, piece in enumerate(waiting) if isinstance(piece, (Mark, Answer))), default=-1
+        )
+        if (
+            sum(len(piece.text) for piece in waiting[last_certain + 1 :] if isinstance(piece, Plain))
+            > LONG_TEXT
+        ):
+            last_certain = len(waiting) - 1
+        if last_certain >= 0:
+            encoded = self.encode(waiting[: last_certain + 1])
+            _, self.state = self.reader.read(encoded, sources, self.room(len(encoded.ids)), self.n_tokens)
+            self.n_tokens += len(encoded.ids)
+            self.n_images += len(sources)
+        self.waiting = waiting[last_certain + 1 :]
+
+    def fork(self) -> Session:
+        """A session that goes on from here on its own; what was read is shared, not copied."""
+        other = Session(self.reader)
+        other.state = fork_state(self.state, 0)
+        other.n_tokens, other.n_images, other.waiting = self.n_tokens, self.n_images, list(self.waiting)
+        return other
+
+    @overload
+    def ask(self, question: str, *, stream: Literal[False] = False, images: Any = None, video: Any = None,
+            keep: bool = False, **settings: Unpack[Settings]) -> str: ...  # fmt: skip
+    @overload
+    def ask(self, question: str, *, stream: Literal[True], images: Any = None, video: Any = None,
+            keep: bool = False, **settings: Unpack[Settings]) -> Iterator[str]: ...  # fmt: skip
+    def ask(self, question: str, *, stream: bool = False, images: Any = None, video: Any = None,
+            keep: bool = False, **settings: Unpack[Settings]) -> str | Iterator[str]:  # fmt: skip
+        """Answer a question about what was read (and about `images` or a `video` given with it).
+
+        stream: return an iterator of pieces of the answer. keep: question and answer stay in the session.
+        settings: max_new_tokens, temperature, top_p, top_k, seed, stop.
+        """
+        sampling = Sampling(**settings)
+        pieces, sources = self.question_pieces(question, images, video)
+        answer = self.respond(
+            [*self.waiting, *pieces, self.reader.processor.assistant_open()], sources, sampling
+        )
+        if keep:
+            answer = self.keeping(answer, pieces, sources)
+        return answer if stream else "".join(answer)
+
+    def keeping(
+        self, answer: Iterator[str], pieces: Sequence[Piece], sources: Sequence[Any]
+    ) -> Iterator[str]:
+        """Pass an answer on; when it is whole, read the turn into the session."""
+        text = ""
+        for piece in answer:
+            text += piece
+            yield piece
+        processor = self.reader.processor
+        self.take(
+            [*pieces, *processor.turn(Message("assistant", (Answer(text),))), processor.user_open()], sources
+        )
+
+    def ask_many(
+        self, questions: Sequence[str], *, batch_size: int = 32, **settings: Unpack[Settings]
+    ) -> list[str]:
+        """Answer many questions on what was read, in batches; each as `ask` would (with the same seed)."""
+        sampling = Sampling(**settings)
+        if isinstance(questions, str):
+            raise InputError("questions: expected a list of strings, got one string; use ask for one")
+        if batch_size < 1:
+            raise InputError(f"batch_size: got {batch_size}, must be at least 1")
+        close = self.reader.processor.assistant_open()
+        rows = [
+            self.encode([*self.waiting, *self.question_pieces(q, None, None)[0], close]).ids
+            for q in questions
+        ]
+        answers: list[str] = []
+        for first in range(0, len(rows), batch_size):
+            batch = rows[first : first + batch_size]
+            answers += answer_many(self.reader, self.compact(), self.n_tokens, batch, sampling)
+        return answers
+
+    def score(self, question: str, answer: str, *, images: Any = None, video: Any = None) -> Score:
+        """How likely `answer` is as the reply to `question`, teacher-forced; the session stays as it is."""
+        pieces, sources = self.question_pieces(question, images, video)
+        processor = self.reader.processor
+        return self.score_pieces([*self.waiting, *pieces, processor.assistant_open()], answer, sources)
+
+    def score_pieces(self, pieces: Sequence[Piece], answer: str, sources: Sequence[Any]) -> Score:
+        check_text(answer, "answer")
+        encoded = self.encode([*pieces, Answer(answer)])
+        asked = self.encode(pieces)
+        ids = encoded.ids[len(asked.ids) : -1]
+        if not ids:
+            raise InputError("answer: it is empty; there is nothing to score")
+        hidden_1D, state = self.reader.read(asked, sources, self.room(len(encoded.ids)), self.n_tokens)
+        return self.score_ids(hidden_1D, state, self.n_tokens + len(asked.ids), ids)
+
+    @torch.inference_mode()
+    def score_ids(self, hidden_1D: Tensor, state: State, start: int, ids: list[int]) -> Score:
+        model = self.reader.model
+        ids_1L = torch.tensor([ids], device=hidden_1D.device)
+        hiddens_LD = hidden_1D
+        if len(ids) > 1:
+            later_1LD, _ = model(model.embed(ids_1L[:, :-1]), Context(start=start), state)
+            hiddens_LD = torch.cat([hidden_1D, later_1LD[0]])
+        log_LV = torch.log_softmax(model.logits(hiddens_LD).float(), -1)
+        scores_L = log_LV.gather(-1, ids_1L[0, :, None])[:, 0]
+        return Score(tuple(scores_L.tolist()), bool((log_LV.argmax(-1) == ids_1L[0]).all()))
+
+    def respond(self, pieces: Sequence[Piece], sources: Sequence[Any], sampling: Sampling) -> Iterator[str]:
+        """The answer to `pieces`, which end where it begins. Faults of the prompt are raised at once."""
+        return self.answer(self.encode(pieces), sources, sampling)
+
+    def answer(self, encoded: Encoded, sources: Sequence[Any], sampling: Sampling) -> Iterator[str]:
+        room = self.room(len(encoded.ids) + sampling.max_new_tokens)
+        hidden_1D, state = self.reader.read(encoded, sources, room, self.n_tokens)
+        text = TextStream(self.reader.processor.tokenizer, sampling.stop_strings())
+        for token in self.tokens(hidden_1D, state, self.n_tokens + len(encoded.ids), sampling):
+            if piece := text.push(token):
+                yield piece
+            if text.done:
+                return
+        if piece := text.finish():
+            yield piece
+
+    def tokens(self, hidden_1D: Tensor, state: State, start: int, sampling: Sampling) -> Iterator[int]:
+        """Decode: the same model code at length 1."""
+        model = self.reader.model
+        generators = [sampling.generator()]
+        token = -1
+        for number in range(sampling.max_new_tokens):
+            with torch.inference_mode():  # inside the loop: between two tokens the caller's code runs
+                if number:
+                    x_11D = model.embed(torch.tensor([[token]], device=self.reader.device))
+                    hidden_11D, state = model(x_11D, Context(start=start + number - 1), state)
+                    hidden_1D = hidden_11D[:, -1]
+                token = int(next_tokens(model.logits(hidden_1D), sampling, generators))
+            if token == self.reader.processor.tokenizer.eos_id:
+                return
+            yield token
+
+    def question_pieces(self, question: str, images: Any, video: Any) -> tuple[list[Piece], list[Any]]:
+        sources, n_images, n_frames = self.reader.media(images, video)
+        processor = self.reader.processor
+        pieces = string_pieces(question, n_images, n_frames, processor.prompt)
+        return [*processor.tagged(pieces), processor.user_end()], sources
+
+    def encode(self, pieces: Sequence[Piece]) -> Encoded:
+        return self.reader.processor.encode_pieces(pieces, self.reader.tokens_per_image)
+
+    def room(self, n_tokens: int) -> State:
+        """A fork of the state that has room for exactly `n_tokens` more."""
+        return fork_state(self.compact(), n_tokens) if self.n_tokens else self.reader.empty_state(n_tokens)
+
+    def compact(self) -> State:
+        """The state with not too many segments of keys and values (one came with each append)."""
+        self.state = [
+            copied(layer) if isinstance(layer, AttentionState) and len(layer.prefix) > MAX_SEGMENTS else layer
+            for layer in self.state
+        ]
+        return self.state
+
+    def save(self, path: str | Path) -> Path:
+        """Write the session as one safetensors file, whole or not at all; LongLLaVA.load_session reads it."""
+        return saving.save(self, path)
+
+
+def copied(layer: AttentionState) -> AttentionState:
+    keys_BSGK = layer.buffer.keys_BSGK
+    batch, _, heads, head_dim = keys_BSGK.shape
+    new = AttentionState.empty(batch, layer.n_tokens(), heads, head_dim, keys_BSGK.device, keys_BSGK.dtype)
+    for segment in layer.segments():
+        new = new.append(*segment)
+    return new
