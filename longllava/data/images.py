@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from longllava.data.worlds.pictures import GRID, PREFIX, parse_grid, parse_reference
 from longllava.data.worlds.render import SIDE, render
 from longllava.errors import InputError
+from longllava.inputs.image import open_image
 
 
 def open_reference(reference: str, root: str | Path | None = None) -> Image.Image:
@@ -26,12 +27,9 @@ def open_reference(reference: str, root: str | Path | None = None) -> Image.Imag
         return render(parse_reference(reference))
     path = safe_path(reference, root) if root is not None else Path(reference)
     try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as a picture: {' '.join(str(error).split())}") from None
+        return open_image(path)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def safe_path(reference: str, root: str | Path) -> Path:

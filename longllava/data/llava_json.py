@@ -120,12 +120,13 @@ def images_of(value: Any) -> list[str]:
 def checked_path(path: str, root: Path) -> str:
     try:
         found = safe_path(path, root)
-        if not os.path.isfile(found):
-            raise Unusable("missing image", str(found))
+        exists = os.path.isfile(found)
     except InputError as error:
         raise Unusable("image path leaves its folder", str(error)) from None
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a loop of links
         raise Unusable("missing image", f"{path[:80]!r}: {error}") from None
+    if not exists:
+        raise Unusable("missing image", str(found))
     return str(found)
 
 

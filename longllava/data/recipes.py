@@ -35,8 +35,9 @@ BLOCK = 1000  # shares are exact in every block of so many samples, to a thousan
 class SourceConfig:
     """One source. kind "world": task, split, seed, settings. kind "llava": path, image_root, seed, max_bad.
 
-    weight: its share, relative to the others'. count: use so many different samples, again and again (a world
-    task has no end otherwise). licence, origin: of the data, for people and for model cards.
+    weight: its share, relative to the others'; 0 leaves it out. count: use so many different samples,
+    again and again (a world task has no end otherwise). licence, origin: of the data, for people and for
+    model cards.
     """
 
     name: str
@@ -65,10 +66,10 @@ class SourceConfig:
                 raise ConfigError(
                     f"source {self.name!r}: {name} does not go with kind {self.kind!r}; leave it out"
                 )
-        for name in ("weight", "count"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"source {self.name!r}: {name} is {value}, must be above 0")
+        if self.weight is not None and self.weight < 0:
+            raise ConfigError(f"source {self.name!r}: weight is {self.weight}, must be 0 or above")
+        if self.count is not None and self.count < 1:
+            raise ConfigError(f"source {self.name!r}: count is {self.count}, must be above 0")
         if not 0 <= self.max_bad <= 1:
             raise ConfigError(f"source {self.name!r}: max_bad is {self.max_bad}, a share between 0 and 1")
 
@@ -93,6 +94,8 @@ class RecipeConfig:
         if any(weighted) and not all(weighted):
             raise ConfigError(f"sources: {names[weighted.index(False)]!r} has no weight, others have one;"
                               " give every source a weight, or none")  # fmt: skip
+        if all(source.weight == 0 for source in self.sources):
+            raise ConfigError("sources: every weight is 0; give one of them a share")
         for source in self.sources:
             if source.kind == "world" and source.weight is None and source.count is None:
                 raise ConfigError(
@@ -118,7 +121,10 @@ class Recipe:
 
     def __init__(self, config: RecipeConfig, folder: Path, sources: Sequence[Source]) -> None:
         self.config, self.folder, self.sources = config, folder, tuple(sources)
-        sizes = [row.weight or source.n_samples or 0 for row, source in zip(config.sources, self.sources)]
+        sizes = [
+            (source.n_samples or 0) if row.weight is None else row.weight
+            for row, source in zip(config.sources, self.sources)
+        ]
         self.counts = block_counts([size / sum(sizes) for size in sizes])
 
     @classmethod
@@ -130,7 +136,7 @@ class Recipe:
         """
         config = build(RecipeConfig, read_mapping(path), str(path))
         folder = Path(path).parent
-        return cls(config, folder, open_sources(config, folder)).with_tasks(tasks or {})
+        return cls(config, folder, open_sources(config, folder, str(path))).with_tasks(tasks or {})
 
     def with_tasks(self, tasks: Mapping[str, Mapping[str, Any]]) -> Recipe:
         """This recipe with other settings of some sources; files are not read again."""
@@ -189,31 +195,34 @@ class Recipe:
         return len(lines)
 
 
-def open_sources(config: RecipeConfig, folder: Path) -> list[Source]:
+def open_sources(config: RecipeConfig, folder: Path, where: str) -> list[Source]:
     pools: dict[str, PicturePool] = {}
     sources: list[Source] = []
     for row in config.sources:
-        if row.kind == "world":
-            if row.split not in pools:
-                pools[row.split] = PicturePool(row.split, settings=config.pictures)
-            sources.append(WorldSource(row, pools[row.split]))
-            continue
-        root = folder / row.image_root if row.image_root else None
         try:
-            sources.append(LlavaSource(row.name, folder / str(row.path), root, count=row.count, seed=row.seed,
-                                       max_bad=row.max_bad))  # fmt: skip
+            if row.kind == "world" and row.split not in pools:
+                pools[row.split] = PicturePool(row.split, settings=config.pictures)
+            sources.append(WorldSource(row, pools[row.split]) if row.kind == "world" else llava(row, folder))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: source {row.name!r}: {error}") from None
         except DataError as error:
-            raise DataError(f"recipe {config.name!r}: {error}") from None
+            raise DataError(f"{where}: source {row.name!r}: {error}") from None
     return sources
 
 
+def llava(row: SourceConfig, folder: Path) -> LlavaSource:
+    root = folder / row.image_root if row.image_root else None
+    path = folder / str(row.path)
+    return LlavaSource(row.name, path, root, count=row.count, seed=row.seed, max_bad=row.max_bad)
+
+
 def block_counts(shares: Sequence[float]) -> list[int]:
-    """How many of a block's samples each source gives: by largest remainder, at least one each."""
-    counts = [max(1, int(share * BLOCK)) for share in shares]
+    """A block's samples of each source: by largest remainder, at least one where it has a share."""
+    counts = [max(1, int(share * BLOCK)) if share else 0 for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i] * BLOCK)
     missing = BLOCK - sum(counts)
     for step in range(abs(missing)):
-        index = by_remainder[step % len(shares)] if missing > 0 else counts.index(max(counts))
+        index = by_remainder[step] if missing > 0 else counts.index(max(counts))
         counts[index] += 1 if missing > 0 else -1
     return counts
 

@@ -71,9 +71,7 @@ class LlavaSource:
         if not usable:
             raise DataError(f"{self.path}: holds no records; expected a JSON list, or one JSON object a line")
         if count is not None and count > usable:
-            raise DataError(
-                f"source {name!r}: count is {count}, but {self.path} holds {usable} usable records"
-            )
+            raise DataError(f"count is {count}, but {self.path} holds {usable} usable records")
         self.order = list(range(usable))
         if count is not None:
             random.Random(f"{name}/{seed}").shuffle(self.order)
@@ -86,7 +84,7 @@ class LlavaSource:
         reasons = Counter(item.kind for item in self.rejected).most_common(3)
         listed = ", ".join(f"{kind} ({n})" for kind, n in reasons)
         raise DataError(
-            f"source {self.name!r}: {len(self.rejected)} of {seen} records cannot be used, more than"
+            f"{self.path}: {len(self.rejected)} of {seen} records cannot be used, more than"
             f" {self.max_bad:.1%}: {listed}; the first is {self.rejected[0]}"
         )
 
