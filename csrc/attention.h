@@ -69,14 +69,20 @@ inline AttentionTask forward_task(const AttentionCall& call, int64_t index) {
 }
 
 // The backward pass. Work is cut into batch x group x lane; a lane takes every n_lanes-th chunk of keys in turn
-// and adds its part of q's gradient to its own (B, L, H, K) fp32 of `grad_q_parts`, unscaled.
+// and adds its part of q's gradient to its own (B, L, H, K) fp32 of `grad_q_parts`, unscaled; `touched` tells of
+// every (lane, batch, group, tile of queries) whether it did.
 struct AttentionBackwardCall : AttentionCall {
   const void* grad_y;
   const float* grad_lse;  // (B, L, H), or null
   void *grad_q, *grad_k, *grad_v;
   AttentionStrides grad_y_strides, grad_q_strides, grad_k_strides, grad_v_strides;
   float* grad_q_parts;
+  uint8_t* touched;
   int64_t chunk_keys, n_chunks, n_lanes;
+
+  int64_t touched_place(int64_t lane, int64_t in_batch, int64_t group, int64_t tile) const {
+    return ((lane * batch + in_batch) * n_groups + group) * n_tiles + tile;
+  }
 };
 
 }  // namespace longllava

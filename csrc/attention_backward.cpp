@@ -1,7 +1,10 @@
 // Gradients of attention: how a call is cut into tasks. The kernels' form is in attention_backward_kernels.cpp.
 //
 // As in the forward pass the cut depends on the shapes alone.
+#include <stdlib.h>
+
 #include <algorithm>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -20,6 +23,7 @@ typedef void (*Kernel)(const AttentionBackwardCall&, int64_t);
 
 void plan_backward(AttentionBackwardCall& call) {
   call.tile_queries = std::max<int64_t>(1, TILE_ROWS / call.heads_per_group);
+  call.n_tiles = (call.n_queries + call.tile_queries - 1) / call.tile_queries;
   call.chunk_keys = std::max(KEY_BLOCK, CHUNK_NUMBERS / call.head_dim / KEY_BLOCK * KEY_BLOCK);
   call.chunk_keys = std::min(call.chunk_keys, 64 * KEY_BLOCK);
   call.n_chunks = (call.n_keys + call.chunk_keys - 1) / call.chunk_keys;
@@ -32,25 +36,29 @@ void plan_backward(AttentionBackwardCall& call) {
 struct BackwardRun {
   AttentionBackwardCall call;
   Kernel kernel;
-  bool bf16;
+  Kernel add;
 };
 
-// grad_q of one (batch, query): the lanes' parts, in order, times the scale.
-void add_parts(const AttentionBackwardCall& call, bool bf16, int64_t index) {
-  const int64_t batch = index / call.n_queries, query = index % call.n_queries;
+// grad_q of one (batch, group, tile): the lanes' parts, in order, times the scale.
+template <class Output>
+void add_parts(const AttentionBackwardCall& call, int64_t index) {
+  const int64_t tile = index % call.n_tiles, group = index / call.n_tiles % call.n_groups;
+  const int64_t batch = index / call.n_tiles / call.n_groups;
   const int64_t part_size = call.batch * call.n_queries * call.n_heads * call.head_dim;
   const AttentionStrides& strides = call.grad_q_strides;
-  for (int64_t head = 0; head < call.n_heads; ++head) {
-    const float* parts = call.grad_q_parts + (index * call.n_heads + head) * call.head_dim;
-    const int64_t place = batch * strides.batch + query * strides.token + head * strides.head;
-    for (int64_t d = 0; d < call.head_dim; ++d) {
-      float sum = 0;
-      for (int64_t lane = 0; lane < call.n_lanes; ++lane) sum += parts[lane * part_size + d];
-      if (bf16) {
-        store_rounded(static_cast<uint16_t*>(call.grad_q) + place + d, sum * call.scale);
-      } else {
-        store_rounded(static_cast<float*>(call.grad_q) + place + d, sum * call.scale);
+  std::vector<float> sums(call.head_dim);
+  const int64_t end = std::min(call.n_queries, (tile + 1) * call.tile_queries);
+  for (int64_t query = tile * call.tile_queries; query < end; ++query) {
+    for (int64_t head = group * call.heads_per_group; head < (group + 1) * call.heads_per_group; ++head) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t lane = 0; lane < call.n_lanes; ++lane) {
+        if (!call.touched[call.touched_place(lane, batch, group, tile)]) continue;
+        const int64_t row = (batch * call.n_queries + query) * call.n_heads + head;
+        const float* part = call.grad_q_parts + lane * part_size + row * call.head_dim;
+        for (int64_t d = 0; d < call.head_dim; ++d) sums[d] += part[d];
       }
+      Output* target = static_cast<Output*>(call.grad_q) + batch * strides.batch + query * strides.token + head * strides.head;
+      for (int64_t d = 0; d < call.head_dim; ++d) store_rounded(target + d, sums[d] * call.scale);
     }
   }
 }
@@ -68,18 +76,23 @@ void run_backward(const AttentionArguments& from) {
   plan_backward(call);
   std::vector<KeyRange> ranges = key_ranges(call);
   call.key_ranges = call.seq_k == nullptr ? nullptr : ranges.data();
-  std::vector<float> parts(call.n_lanes * call.batch * call.n_queries * call.n_heads * call.head_dim);
-  call.grad_q_parts = parts.data();
-  run.bf16 = from.bf16 != 0;
-  run.kernel = run.bf16 ? LONGLLAVA_PICK(attention_backward_bf16) : LONGLLAVA_PICK(attention_backward_float);
+  std::vector<uint8_t> touched(call.n_lanes * call.batch * call.n_groups * call.n_tiles);
+  call.touched = touched.data();
+  // calloc: pages that no lane touches are never brought in
+  const int64_t parts_size = call.n_lanes * call.batch * call.n_queries * call.n_heads * call.head_dim;
+  const std::unique_ptr<float, void (*)(void*)> parts(static_cast<float*>(calloc(parts_size + 1, sizeof(float))), free);
+  if (parts == nullptr) throw std::bad_alloc();
+  call.grad_q_parts = parts.get();
+  run.add = from.bf16 ? add_parts<uint16_t> : add_parts<float>;
+  run.kernel = from.bf16 ? LONGLLAVA_PICK(attention_backward_bf16) : LONGLLAVA_PICK(attention_backward_float);
   const int n_threads = useful_threads(call, static_cast<int>(from.n_threads));
   parallel_for(call.batch * call.n_groups * call.n_lanes, n_threads, [](void* context, int64_t i) {
     const BackwardRun& self = *static_cast<BackwardRun*>(context);
     self.kernel(self.call, i);
   }, &run);
-  parallel_for(call.batch * call.n_queries, n_threads, [](void* context, int64_t i) {
+  parallel_for(call.batch * call.n_groups * call.n_tiles, n_threads, [](void* context, int64_t i) {
     const BackwardRun& self = *static_cast<BackwardRun*>(context);
-    add_parts(self.call, self.bf16, i);
+    self.add(self.call, i);
   }, &run);
 }
 

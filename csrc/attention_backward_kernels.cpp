@@ -216,7 +216,9 @@ void differentiate_chunks(const AttentionBackwardCall& call, int64_t index) {
         packed = true;
         differentiate_block(work, tile, call, task, rows, channels, start, first);
       }
-      for (int64_t panel = 0; packed && panel < rows.n_panels; ++panel) {
+      if (!packed) continue;
+      call.touched[call.touched_place(lane, task.batch, task.group, query / call.tile_queries)] = 1;
+      for (int64_t panel = 0; panel < rows.n_panels; ++panel) {
         const int64_t from = rows.start(panel) * LANES, n = rows.start(panel + 1) * LANES - from;
         for (int64_t row = from; row < from + n && row < task.n_rows; ++row) {
           float* target = grad_q_part + row_number(call, task, row) * width;
