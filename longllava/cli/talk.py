@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from longllava.api import LongLLaVA
+    from longllava.generation.session import Settings
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A shipped name, a folder, or a hub name.")]
 Images = Annotated[
@@ -53,7 +54,12 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     pictures = expand(image)
     started = time.perf_counter()
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    settings: Settings = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
     media: dict[str, Any] = {"images": pictures or None, "video": video}
     talker = load(model, device)
     if as_json or not stream:
@@ -80,7 +86,12 @@ def chat(
     """Talk about pictures. Lines that begin with / are commands: /help lists them."""
     from rich.console import Console
 
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    settings: Settings = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
     console = Console()
     talk = Chat(load(model, device), settings, console)
     talk.show(expand(image), video)
@@ -111,7 +122,7 @@ HELP = """/image PATH   show pictures (a file, folder or pattern) with the next 
 class Chat:
     """A conversation on one session: each turn reads only what is new. Pictures wait for a question."""
 
-    def __init__(self, model: LongLLaVA, settings: dict[str, Any], console: Console) -> None:
+    def __init__(self, model: LongLLaVA, settings: Settings, console: Console) -> None:
         self.model, self.settings, self.console = model, settings, console
         self.clear()
 
