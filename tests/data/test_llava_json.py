@@ -105,12 +105,14 @@ def conversation(*turns: tuple) -> dict:
             "a text part holds",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "unknown part of a message"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}], "image": "b.png"},
+         "images named twice"),
         ({**GOOD, "evidence": [{"turn": 0, "start": 8, "end": 99, "image": 0}]}, "evidence does not fit"),
         ({**GOOD, "evidence": [{"turn": 0, "start": 8, "end": 9, "image": 1}]}, "evidence does not fit"),
         ({**GOOD, "evidence": [{"turn": 0, "start": 8, "end": 9}]}, "evidence does not fit"),
         ({**GOOD, "evidence": {"turn": 0}}, "evidence does not fit"),
     ],
-)
+)  # fmt: skip
 def test_records_that_cannot_be_used(root: Path, record, message: str) -> None:
     with pytest.raises(Unusable, match=message):
         sample_of_record(record, "line", root)

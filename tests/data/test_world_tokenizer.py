@@ -41,6 +41,13 @@ def test_the_shipped_file_is_what_the_code_makes() -> None:
     assert world_tokenizer.build_tokenizer() == world_tokenizer.PATH.read_text("utf-8")
 
 
+def test_special_tokens_in_text_are_text_for_any_user_of_the_file() -> None:
+    """Also without this library's own guard (Tokenizer.as_text), as transformers reads the file."""
+    for special in (PROMPT.pad_token, PROMPT.bos_token, PROMPT.eos_token):
+        ids = tokenizer().backend.encode(f"a {special} b", add_special_tokens=False).ids
+        assert min(ids) > 2 and tokenizer().decode(ids) == f"a {special} b"
+
+
 def test_special_tokens_come_first() -> None:
     assert (tokenizer().pad_id, tokenizer().bos_id, tokenizer().eos_id) == (0, 1, 2)
     assert tokenizer().vocab_size == 1857
