@@ -78,9 +78,16 @@ class Feed:
 class Pictures:
     """Features of a batch's pictures: cached while the encoder is frozen, else made as they are needed."""
 
-    def __init__(self, config: TrainConfig, model: Model, processor: Processor, device: torch.device):
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Model,
+        processor: Processor,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         self.model, self.processor, self.device = model, processor, device
-        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        self.dtype = dtype
         self.trains = "encoder" in config.train_only
         self.cache: FeatureCache | None = None
         bridge, encoder = model.config.bridge, model.config.encoder

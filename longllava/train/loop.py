@@ -87,9 +87,10 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    dtype = compute_dtype(config)
     accelerator = Accelerator(
         cpu=config.device == "cpu",
-        mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
+        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # text has no pictures
     )
     device, world, chief = accelerator.device, accelerator.num_processes, accelerator.is_main_process
@@ -113,7 +114,7 @@ def train(
         apply(state, model, config.train_only, optimizer)
         step, feed.first_step, feed.begin = state.step, state.first_step, state.begin
     forward, prepared = accelerator.prepare(Forward(model, config.aids), optimizer)
-    pictures = Pictures(config, model, processor, device)
+    pictures = Pictures(config, model, processor, device, dtype)
 
     with (
         TrainingLog(folder, step=step, total_steps=total, label=config.stage, active=chief) as log,
@@ -170,6 +171,15 @@ def train(
     if chief and feed.misfits:
         lines = [f"{misfit.source}\t{misfit.id}\t{misfit.why}\n" for misfit in feed.misfits]
         write_text(folder / "left-out.tsv", "".join(lines))
+
+
+def compute_dtype(config: TrainConfig) -> torch.dtype:
+    """What "auto" means here."""
+    if config.dtype != "auto":
+        return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    if config.device != "cpu" and torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 class Signals:
