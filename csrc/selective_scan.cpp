@@ -64,8 +64,11 @@ LONGLLAVA_EXPORT int longllava_scan_forward(const ScanArguments* args) {
       flags = token_flags(args->seq_idx, args->batch, args->length);
       plan.flags = flags.data();
     }
-    plan.n_tiles = ceil_div(args->channels, SCAN_FORWARD_TILE);
-    parallel_for(args->batch * plan.n_tiles, useful_threads(*args), LONGLLAVA_PICK(scan_forward_task), &plan);
+    const int threads = useful_threads(*args);
+    const int64_t two_per_thread = args->batch * args->channels / (2 * threads) / 16 * 16;
+    plan.tile = std::clamp<int64_t>(two_per_thread, SCAN_MIN_TILE, SCAN_MAX_TILE);
+    plan.n_tiles = ceil_div(args->channels, plan.tile);
+    parallel_for(args->batch * plan.n_tiles, threads, LONGLLAVA_PICK(scan_forward_task), &plan);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
@@ -83,7 +86,8 @@ LONGLLAVA_EXPORT int longllava_scan_backward(const ScanArguments* args) {
       flags = token_flags(a.seq_idx, a.batch, a.length);
       plan.flags = flags.data();
     }
-    plan.n_tiles = ceil_div(a.channels, SCAN_BACKWARD_TILE);
+    plan.tile = SCAN_BACKWARD_TILE;
+    plan.n_tiles = ceil_div(a.channels, plan.tile);
     // enough tasks for many threads, however small the batch; never dependent on the number of threads
     const int64_t wanted = ceil_div(2 * SCAN_MAX_SLICES, std::max<int64_t>(a.batch, 1));
     plan.n_slices = std::min({plan.n_tiles, wanted, int64_t(SCAN_MAX_SLICES)});

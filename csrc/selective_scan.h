@@ -12,8 +12,10 @@ namespace longllava {
 
 constexpr int SCAN_MAX_STATES = 256;
 constexpr int SCAN_CHUNK = 32;           // tokens between two saved states
-constexpr int SCAN_FORWARD_TILE = 32;    // channels a forward task walks together; a multiple of every WIDTH
-constexpr int SCAN_BACKWARD_TILE = 64;   // the same for backward: larger, for fewer sums over channels
+// Channels that a task walks together. Rows lie pages apart, so the wider the tile, the fewer address translations
+// (E = 1024: 128 channels are 1.3 times as fast as 32); narrower ones keep more threads busy.
+constexpr int SCAN_MIN_TILE = 32, SCAN_MAX_TILE = 128;  // multiples of every WIDTH
+constexpr int SCAN_BACKWARD_TILE = 64;   // fixed: sums over channels are taken tile by tile
 constexpr int SCAN_MAX_SLICES = 16;      // partial dB and dC per batch row; fixed, so that threads change no bit
 
 struct ScanArguments {
@@ -35,7 +37,7 @@ struct ScanArguments {
 struct ScanPlan {
   ScanArguments args;
   const uint8_t* flags;   // (B, L) TokenFlag, or null: all plain
-  int64_t n_tiles, n_slices;
+  int64_t tile, n_tiles, n_slices;
   float *partial_B, *partial_C;           // (slices, B, L, N)
   float *partial_A, *partial_D, *partial_bias;  // (B, E, N), (B, E), (B, E)
 };

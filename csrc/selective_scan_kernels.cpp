@@ -15,10 +15,11 @@ namespace longllava {
 namespace LONGLLAVA_FORM {
 namespace {
 
-constexpr int BLOCKS_MAX = SCAN_BACKWARD_TILE / WIDTH;
-// States walked together: as many as leave room in the registers (32 with AVX-512, 16 otherwise).
-constexpr int FORWARD_GROUP = WIDTH == 16 ? 16 : 8;
-constexpr int BACKWARD_GROUP = WIDTH == 16 ? 8 : 4;
+constexpr int BLOCKS_MAX = SCAN_MAX_TILE / WIDTH;
+constexpr int FORWARD_GROUP = 16;                       // states whose recurrences are walked together
+constexpr int BACKWARD_GROUP = WIDTH == 16 ? 8 : 4;     // fewer: two values per state and token are kept
+constexpr int TOGETHER = 2;                             // exponentials computed in step (vector.h)
+
 
 const uint8_t ALL_PLAIN[SCAN_CHUNK] = {};
 
@@ -96,18 +97,19 @@ float* checkpoint(const ScanArguments& a, const Tile& tile, int64_t chunk, int b
 
 // Step sizes d of one block from delta in place; true when d A may leave the range that needs no clamp.
 bool step_sizes(const ScanArguments& a, const Tile& tile, int block, int n_tokens, vec* d) {
-  vec most = {};
-  for (int t = 0; t < n_tokens; ++t) {
-    d[t] += tile.bias[block];
-    if (a.softplus) d[t] = softplus(d[t]);
-    most = maximum(absolute(d[t]), most);
+  vec most = {}, e[SCAN_CHUNK];
+  for (int t = 0; t < n_tokens; ++t) d[t] += tile.bias[block];
+  if (a.softplus) {
+    for (int t = 0; t < n_tokens; ++t) e[t] = softplus_exp(d[t]);
+    for (int t = 0; t < n_tokens; ++t) d[t] = softplus(d[t], e[t]);
   }
+  for (int t = 0; t < n_tokens; ++t) most = maximum(absolute(d[t]), most);
   return !(max_lanes(most * tile.most_A[block]) < 126.0f);
 }
 
 // The recurrence of G states of one block over a chunk: y[t] += C . h, states updated.
 template <int G, bool CLAMP>
-__attribute__((noinline)) void walk(const vec* __restrict A, vec* __restrict state, const vec* __restrict d, const vec* __restrict du,
+void walk(const vec* __restrict A, vec* __restrict state, const vec* __restrict d, const vec* __restrict du,
           const float* __restrict B, const float* __restrict C, int n_states, const uint8_t* __restrict flags,
           int n_tokens, vec* __restrict y) {
   vec h[G];
@@ -119,11 +121,17 @@ __attribute__((noinline)) void walk(const vec* __restrict A, vec* __restrict sta
     }
     const vec step = d[t], input = du[t];
     vec even = y[t], odd = {};
+    constexpr int K = G < TOGETHER ? G : TOGETHER;
 #pragma GCC unroll 16
-    for (int i = 0; i < G; ++i) {
-      h[i] = exp2_vec<CLAMP>(step * A[i]) * h[i] + input * B[i];
-      if (i % 2 == 0) even += h[i] * C[i];
-      else odd += h[i] * C[i];
+    for (int i = 0; i < G; i += K) {
+      vec decay[K];
+#pragma GCC unroll 8
+      for (int k = 0; k < K; ++k) decay[k] = step * A[i + k];
+      exp2_together<CLAMP>(decay);
+#pragma GCC unroll 8
+      for (int k = 0; k < K; ++k) h[i + k] = decay[k] * h[i + k] + input * B[i + k];
+#pragma GCC unroll 8
+      for (int k = 0; k < K; ++k) (k % 2 == 0 ? even : odd) += h[i + k] * C[i + k];
     }
     y[t] = even + odd;
   }
@@ -161,14 +169,14 @@ void scan_forward_task(void* context, int64_t task) {
   const ScanPlan& plan = *static_cast<const ScanPlan*>(context);
   const ScanArguments& a = plan.args;
   Tile tile;
-  open_tile(a, task / plan.n_tiles, task % plan.n_tiles * SCAN_FORWARD_TILE, SCAN_FORWARD_TILE, tile);
+  open_tile(a, task / plan.n_tiles, task % plan.n_tiles * plan.tile, int(plan.tile), tile);
   const int n = tile.n_states;
   if (a.state != nullptr)
     transpose_in(tile, a.state + state_offset(a, tile), tile.state);
   else
     for (int i = 0; i < tile.n_blocks * n; ++i) tile.state[i] = vec{};
 
-  constexpr int TILE_VECTORS = SCAN_CHUNK * SCAN_FORWARD_TILE / WIDTH;
+  constexpr int TILE_VECTORS = SCAN_CHUNK * BLOCKS_MAX;
   float B[SCAN_CHUNK * SCAN_MAX_STATES], C[SCAN_CHUNK * SCAN_MAX_STATES];
   vec tile_u[TILE_VECTORS], tile_d[TILE_VECTORS], tile_y[TILE_VECTORS], tile_z[TILE_VECTORS];
   for (int64_t first = 0; first < a.length; first += SCAN_CHUNK) {
@@ -233,14 +241,21 @@ void walk_back(const vec* __restrict A, const float* __restrict saved, const flo
         for (int i = 0; i < G; ++i) h[i] = vec{};
       }
       vec y = chunk.y[block][t];
+      constexpr int K = G < TOGETHER ? G : TOGETHER;
 #pragma GCC unroll 16
-      for (int i = 0; i < G; ++i) {
-        const vec a = exp2_vec<CLAMP>(chunk.d[block][t] * A[i]);
-        const vec old = a * h[i];
-        decay[t * G + i] = a;
-        kept[t * G + i] = old;
-        h[i] = old + chunk.du[block][t] * B[t * n_states + i];
-        y += h[i] * C[t * n_states + i];
+      for (int i = 0; i < G; i += K) {
+        vec a[K];
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k) a[k] = chunk.d[block][t] * A[i + k];
+        exp2_together<CLAMP>(a);
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k) {
+          const vec old = a[k] * h[i + k];
+          decay[t * G + i + k] = a[k];
+          kept[t * G + i + k] = old;
+          h[i + k] = old + chunk.du[block][t] * B[t * n_states + i + k];
+          y += h[i + k] * C[t * n_states + i + k];
+        }
       }
       chunk.y[block][t] = y;
     }
@@ -390,7 +405,7 @@ void scan_backward_task(void* context, int64_t task) {
   const int64_t partial = (slice * a.batch + batch) * a.length * a.states;
   Tile tile;
   for (int64_t i = slice * plan.n_tiles / plan.n_slices; i < (slice + 1) * plan.n_tiles / plan.n_slices; ++i) {
-    open_tile(a, batch, i * SCAN_BACKWARD_TILE, SCAN_BACKWARD_TILE, tile);
+    open_tile(a, batch, i * plan.tile, int(plan.tile), tile);
     tile_back(plan, tile, plan.partial_B + partial, plan.partial_C + partial);
   }
 }
