@@ -42,8 +42,8 @@ class LongLLaVA:
         self.tokens_per_image = tokens_per_image
         if tokenizer.vocab_size > model.config.backbone.vocab_size:
             raise InputError(
-                f"tokenizer with {tokenizer.vocab_size} tokens, model with {model.config.backbone.vocab_size};"
-                " they do not belong together"
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only"
+                f" {model.config.backbone.vocab_size}; they do not belong together"
             )
         if tokens_per_image is not None:
             self.processor.tokens_per_image(tokens_per_image)
@@ -124,9 +124,9 @@ class LongLLaVA:
     ) -> str | Iterator[str]:
         """Answer a prompt: a string, or an iterator of its pieces with stream=True.
 
-        prompt: a string, where <image> marks a picture's place (without marks pictures come first), or a
-        list of messages {"role": "user", "content": text or parts}, whose text is never searched for marks. video:
-        frames at `fps` a second. temperature 0 takes the likeliest token; else tokens are drawn, by `seed`.
+        prompt: a string, where <image> marks a picture's place (without marks pictures come first), or a list
+        of messages {"role": "user", "content": text or parts}, whose text is never searched for marks.
+        video: frames at `fps` a second. temperature 0 takes the likeliest token, else one drawn by `seed`.
         stop: strings that end the answer. chunk_tokens: tokens prefilled at a time.
         Raises: InputError naming what cannot be used (for pictures: "image 417 of 1000: path: reason").
         """
@@ -146,6 +146,18 @@ class LongLLaVA:
         session = self.fresh(chunk_tokens)
         pieces, sources = self.pieces(prompt, images, video, 1.0, session)
         return session.score_pieces(pieces, answer, sources)
+
+    def encode(self, images: Any) -> list[torch.Tensor]:
+        """Pooled features (M, C) of each image, which stand for it wherever images are given to this model.
+
+        For pictures that many prompts read: the encoder sees each of them once.
+        """
+        import torch
+
+        reader = self.fresh(chunk_tokens=2048).reader
+        sources, _, _ = reader.media(images, None)
+        with torch.inference_mode():
+            return [features_MC for batch_NMC in reader.features(sources) for features_MC in batch_NMC]
 
     def session(
         self,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import tokenizers
+import torch
+from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers
+from torch import nn
 
+from longllava.api import LongLLaVA
 from longllava.config import BackboneConfig, BridgeConfig, EncoderConfig, ModelConfig, PromptConfig
 from longllava.inputs.tokenizer import Tokenizer
+from longllava.model import Model
 
 SPECIALS = ("<|pad|>", "<|startoftext|>", "<|endoftext|>", "<img>", "</img>")
 WORDS = ("▁what", "▁is", "▁this", "▁a", "▁red", "▁heart", "▁red▁heart", "▁the", "▁of", "?", "▁", "\n", "s",
@@ -51,3 +57,21 @@ def tiny_tokenizer(prompt: PromptConfig | None = None) -> Tokenizer:
     )
     backend.add_special_tokens(list(SPECIALS))
     return Tokenizer(backend.to_str(), prompt or PromptConfig())
+
+
+def tiny_model(n_experts: int = 1, seed: int = 0, **changes: object) -> LongLLaVA:
+    """Random weights; the answers are noise, but always the same noise."""
+    torch.manual_seed(seed)
+    model = Model(tiny_config(n_experts, **changes))
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.3)
+    model.initialise_(seed)
+    with torch.no_grad():  # answers in words and letters: bytes are never the likeliest
+        model.backbone.lm_head.weight[len(SPECIALS) : len(SPECIALS) + 256] = 0
+    return LongLLaVA(model, tiny_tokenizer())
+
+
+def tiny_pictures(n: int, seed: int = 0) -> list[Image.Image]:
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(n)]

@@ -107,6 +107,7 @@ def load_model(
         with torch.device("meta"):
             model = Model(config)
     load_weights_(model, folder, device=device, dtype=dtype, allow_missing=allow_missing)
+    model.to(device)  # buffers that no checkpoint holds
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"built on meta and not in the checkpoint: {left}"
     return model.eval()

@@ -35,8 +35,10 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1) * 255, persistent=False)
+        # with values even in a model built on meta: no checkpoint holds them
+        mean_std = torch.tensor([config.mean, config.std], device="cpu").view(2, 1, 3, 1, 1) * 255
+        self.register_buffer("mean", mean_std[0].clone(), persistent=False)
+        self.register_buffer("std", mean_std[1].clone(), persistent=False)
         n_tokens = config.grid() ** 2
         if config.stem_widths:
             self.patches: nn.Module = Stem(config)

@@ -52,7 +52,7 @@ def decode_many(
     answers = [""] * n_rows
     going = [True] * n_rows
     for number in range(sampling.max_new_tokens):
-        tokens = next_tokens(model.logits(last_BD), sampling, generators).tolist()
+        tokens = next_tokens(reader.logits(last_BD), sampling, generators).tolist()
         for row, token in enumerate(tokens):
             if going[row] and token != tokenizer.eos_id:
                 answers[row] += texts[row].push(token)

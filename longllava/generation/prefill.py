@@ -6,6 +6,7 @@ Shapes: L tokens of a chunk, M tokens an image, D width, S pixels a side.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections import deque
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longllava.bridges import pool_features
 from longllava.errors import InputError
 from longllava.inputs.image import named, square_pixels
 from longllava.inputs.processor import Encoded, Processor, Span
@@ -63,6 +65,10 @@ class Reader:
     def empty_state(self, capacity: int, batch: int = 1) -> State:
         """The state before the first token, with room for exactly `capacity`."""
         return self.model.backbone.empty_state(batch, capacity, self.device, self.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V) over the tokens that the tokenizer knows; a model may have spare rows."""
+        return self.model.logits(hidden)[..., : self.processor.tokenizer.vocab_size]
 
     def media(self, images: Any, video: Any, fps: float = 1.0) -> tuple[list[Any], int, int]:
         """Images and a video's frames as one list of sources, and how many there are of each."""
@@ -119,18 +125,27 @@ class Reader:
         return self.model.embed(ids_1L, spans_S4, torch.cat(parts)[:, None])
 
     def image_tokens(self, sources: Sequence[Any]) -> Generator[Tensor]:
-        """Image tokens (M, D), image after image. Decoding runs ahead in threads, by one batch at most."""
+        """Image tokens (M, D), image after image."""
+        with closing(self.features(sources)) as batches:
+            for features_NMC in batches:
+                yield from self.model.image_tokens(features_NMC, self.tokens_per_image)
+
+    def features(self, sources: Sequence[Any]) -> Generator[Tensor]:
+        """Pooled features (N, M, C), a batch of images at a time. A source may be its own features (M, C).
+
+        Decoding runs ahead in threads, by one batch at most.
+        """
         if not sources:
             return
-        config = self.model.config.encoder
-        if config is None:
-            raise InputError(
-                f"model {self.model.config.name!r} reads text only; it has no encoder for images"
-            )
+        n_tokens = self.processor.tokens_per_image(self.tokens_per_image)
+        config, bridge = self.model.config.encoder, self.model.config.bridge
+        assert config is not None and bridge is not None  # or tokens_per_image would have raised
         side, mean = config.image_size, config.mean
         batch = max(1, min(MAX_BATCH, PIXELS_PER_BATCH // side**2))
 
         def decode(index: int) -> Tensor:
+            if isinstance(sources[index], Tensor):
+                return checked_features(sources[index], index, (n_tokens, config.width))
             with named(index, len(sources), sources[index]):
                 return square_pixels(sources[index], side, mean, self.open_reference)
 
@@ -144,18 +159,28 @@ class Reader:
                 while submitted < min(last + batch, len(sources)):
                     ahead.append(pool.submit(decode, submitted))
                     submitted += 1
-                pixels_N3SS = torch.stack([ahead.popleft().result() for _ in range(first, last)])
-                features_NTC = self.model.encode(pixels_N3SS.to(self.device))
-                tokens_NMD = self.model.image_tokens(features_NTC, self.tokens_per_image)
-                del pixels_N3SS, features_NTC
-                for tokens_MD in tokens_NMD:
-                    yield tokens_MD
+                batch_N = [ahead.popleft().result() for _ in range(first, last)]
+                for given, group in itertools.groupby(batch_N, torch.is_floating_point):
+                    features_NMC = torch.stack(list(group)).to(self.device)
+                    if not given:
+                        features_NMC = pool_features(self.model.encode(features_NMC), n_tokens, bridge.pool)
+                    yield features_NMC
                     if bar is not None:
-                        bar.update()
+                        bar.update(len(features_NMC))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             if bar is not None:
                 bar.close()
+
+
+def checked_features(features_MC: Tensor, index: int, shape: tuple[int, int]) -> Tensor:
+    """Features that `LongLLaVA.encode` made. Raises: InputError when another model or setting made them."""
+    if features_MC.shape != shape or not features_MC.is_floating_point():
+        raise InputError(
+            f"image {index + 1}: a tensor of {features_MC.dtype} {tuple(features_MC.shape)}; as features of this"
+            f" model it would be floats {shape}; give a picture, or what encode() of this model made"
+        )
+    return features_MC
 
 
 def listed(images: Any) -> list[Any]:

@@ -189,7 +189,7 @@ class Session:
         if len(ids) > 1:
             later_1LD, _ = model(model.embed(ids_1L[:, :-1]), Context(start=start), state)
             hiddens_LD = torch.cat([hidden_1D, later_1LD[0]])
-        log_LV = torch.log_softmax(model.logits(hiddens_LD).float(), -1)
+        log_LV = torch.log_softmax(self.reader.logits(hiddens_LD).float(), -1)
         scores_L = log_LV.gather(-1, ids_1L[0, :, None])[:, 0]
         return Score(tuple(scores_L.tolist()), bool((log_LV.argmax(-1) == ids_1L[0]).all()))
 
@@ -220,7 +220,7 @@ class Session:
                     x_11D = model.embed(torch.tensor([[token]], device=self.reader.device))
                     hidden_11D, state = model(x_11D, Context(start=start + number - 1), state)
                     hidden_1D = hidden_11D[:, -1]
-                token = int(next_tokens(model.logits(hidden_1D), sampling, generators))
+                token = int(next_tokens(self.reader.logits(hidden_1D), sampling, generators))
             if token == self.reader.processor.tokenizer.eos_id:
                 return
             yield token

@@ -1,0 +1,108 @@
+"""Flat memory: how much is decoded ahead, what is left behind, and the exact size of the cache."""
+
+import threading
+
+import pytest
+import torch
+
+from longllava.errors import InputError
+from longllava.generation import prefill
+from longllava.nn import AttentionState
+from tests.tiny import tiny_model, tiny_pictures
+
+MODEL = tiny_model()
+
+
+def decoders():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("longllava-decode")]
+
+
+def test_decoding_runs_one_batch_ahead_at_most(monkeypatch):
+    """Images decoded and not yet used: the batch in work and one more. Counted at every decode."""
+    used, most = [0], [0]
+    decoded = [0]
+    lock = threading.Lock()
+    original, encode = prefill.square_pixels, MODEL.model.encode
+
+    def counted(*args):
+        with lock:
+            decoded[0] += 1
+            most[0] = max(most[0], decoded[0] - used[0])
+        return original(*args)
+
+    def counting_encode(pixels):
+        used[0] += len(pixels)
+        return encode(pixels)
+
+    monkeypatch.setattr(prefill, "MAX_BATCH", 8)
+    monkeypatch.setattr(prefill, "square_pixels", counted)
+    monkeypatch.setattr(MODEL.model, "encode", counting_encode, raising=False)
+    MODEL.session(images=tiny_pictures(1) * 100)
+    assert decoded[0] == used[0] == 100
+    assert 8 <= most[0] <= 16
+
+
+def test_the_cache_has_exactly_the_room_it_needs():
+    album = MODEL.session(images=tiny_pictures(5))
+    for layer in album.state:
+        if isinstance(layer, AttentionState):
+            assert layer.buffer.keys_BSGK.shape[1] == layer.n_tokens() == album.n_tokens
+
+
+def test_a_bad_picture_is_named_and_no_thread_stays():
+    with pytest.raises(InputError, match=r"^image 71 of 100: gone\.png: no such file$"):
+        MODEL.generate("a", [*tiny_pictures(1) * 70, "gone.png", *tiny_pictures(1) * 29])
+    assert not decoders()
+
+
+def test_closing_a_stream_leaves_no_thread():
+    stream = MODEL.generate("a", tiny_pictures(3), stream=True, max_new_tokens=30)
+    next(stream)
+    stream.close()
+    assert not decoders()
+
+
+def test_an_unread_stream_has_checked_its_prompt():
+    with pytest.raises(InputError, match="2 <image> marks, but the number of images given is 1"):
+        MODEL.generate("<image><image>", tiny_pictures(1), stream=True)
+    MODEL.generate("a", ["gone.png"], stream=True).close()
+
+
+def test_tokens_per_image_changes_the_length():
+    model = tiny_model()
+    model.tokens_per_image = 16
+    few, many = MODEL.session(images=tiny_pictures(3)), model.session(images=tiny_pictures(3))
+    assert many.n_tokens - few.n_tokens == 3 * 12
+    assert model.generate("a", tiny_pictures(3), max_new_tokens=4) != MODEL.generate(
+        "a", tiny_pictures(3), max_new_tokens=4
+    )
+
+
+def test_text_only_models_answer_and_refuse_pictures():
+    model = tiny_model(encoder=None, bridge=None)
+    assert isinstance(model.generate("a", max_new_tokens=2), str)
+    with pytest.raises(InputError, match="reads text only"):
+        model.generate("a", tiny_pictures(1))
+
+
+def test_the_bar_appears_only_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(prefill, "BAR_AFTER", 0)
+    MODEL.session(images=tiny_pictures(2))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(prefill.sys.stderr, "isatty", lambda: True, raising=False)
+    MODEL.session(images=tiny_pictures(2))
+    assert "reading" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "8"])
+def test_chunk_tokens_must_be_a_count(value):
+    with pytest.raises(InputError, match="chunk_tokens: got"):
+        MODEL.generate("a", chunk_tokens=value)
+
+
+def test_results_carry_no_gradient_history():
+    album = MODEL.session(images=tiny_pictures(2))
+    assert not any(
+        t.requires_grad for layer in album.state if not isinstance(layer, AttentionState) for t in layer
+    )
+    assert torch.is_grad_enabled()

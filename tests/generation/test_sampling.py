@@ -1,0 +1,70 @@
+"""Which tokens can be drawn, worked out by hand."""
+
+import pytest
+import torch
+
+from longllava.errors import InputError, LongLLaVAError
+from longllava.generation.sampling import Sampling, kept, next_tokens
+from tests.tiny import tiny_model, tiny_pictures
+
+PROBABILITIES = torch.tensor([[0.1, 0.5, 0.15, 0.25]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "survivors"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [1, 2, 3]),
+        ({"top_k": 99}, [0, 1, 2, 3]),
+        ({"top_p": 0.01}, [1]),
+        ({"top_p": 0.5}, [1]),
+        ({"top_p": 0.51}, [1, 3]),
+        ({"top_p": 0.8}, [1, 2, 3]),
+        ({"top_k": 2, "top_p": 0.66}, [1]),  # of the two left, the first has 2/3
+    ],
+)
+def test_top_k_and_top_p(settings, survivors):
+    left = kept(PROBABILITIES, Sampling(temperature=1.0, **settings))
+    assert left.nonzero()[:, 1].tolist() == survivors
+    assert torch.equal(left[left > 0], PROBABILITIES[0, survivors])
+
+
+def test_draws_follow_the_probabilities():
+    logits = PROBABILITIES.log().expand(4000, -1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = next_tokens(logits, Sampling(temperature=1.0), [generator] * 4000)
+    assert (torch.bincount(drawn, minlength=4) / 4000 - PROBABILITIES[0]).abs().max() < 0.03
+    cold = next_tokens(logits, Sampling(temperature=0.05), [generator] * 4000)
+    assert (cold == 1).all()
+
+
+def test_temperature_zero_takes_the_likeliest():
+    assert next_tokens(torch.tensor([[0.0, 2.0, 1.0]]), Sampling(), []).tolist() == [1]
+
+
+def test_nan_logits_are_an_error():
+    with pytest.raises(LongLLaVAError, match="NaN"):
+        next_tokens(torch.full((1, 4), torch.nan), Sampling(), [])
+
+
+def test_seeds_repeat_and_differ():
+    model = tiny_model()
+    draw = lambda seed: model.generate("a", tiny_pictures(1), temperature=1.0, seed=seed, max_new_tokens=12)  # noqa: E731
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(5)}) == 5
+    assert draw(None) != draw(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "hot"), ("temperature", True),
+        ("top_p", 0), ("top_p", 1.1), ("top_p", None), ("top_k", -1), ("top_k", 1.5),
+        ("max_new_tokens", 0), ("max_new_tokens", 1.5), ("max_new_tokens", True), ("seed", -1), ("seed", 1.0),
+        ("stop", [""]), ("stop", [3]),
+    ],
+)  # fmt: skip
+def test_bad_settings_get_a_sentence(name, value):
+    with pytest.raises(InputError, match=f"^{name}: got "):
+        Sampling(**{name: value})

@@ -1,0 +1,144 @@
+"""A saved session goes on as if it had never stopped; a wrong or torn file is one sentence."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from longllava.errors import CheckpointError
+from longllava.generation.saving import fingerprint
+from tests.generation.test_session import assert_same_state
+from tests.tiny import tiny_model, tiny_pictures
+
+MODEL = tiny_model()
+SHORT = {"max_new_tokens": 8}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    album = MODEL.session(images=tiny_pictures(4))
+    album.append(images=tiny_pictures(2), text="<image> a <image> red")
+    return album, album.save(tmp_path / "folder" / "album.session")
+
+
+def rewrite(path, change):
+    """Change a session file's metadata and tensors by hand."""
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["session"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    change(about, tensors)
+    save_file(tensors, path, metadata={"session": json.dumps(about)})
+
+
+def test_loaded_is_the_same_session(saved):
+    album, path = saved
+    loaded = MODEL.load_session(path)
+    assert_same_state(album.state, loaded.state, 0)
+    assert (loaded.n_tokens, loaded.n_images) == (album.n_tokens, album.n_images)
+    assert (
+        [piece.text for piece in loaded.waiting]
+        == [piece.text for piece in album.waiting]
+        == ["</img>", " red"]
+    )
+    assert loaded.ask("heart?", **SHORT) == album.ask("heart?", **SHORT)
+    for session in (loaded, album):
+        session.append(images=tiny_pictures(1))
+    assert_same_state(album.state, loaded.state, 1e-6)
+    again = MODEL.load_session(loaded.save(path))  # over the file it came from
+    assert again.ask("heart?", **SHORT) == album.ask("heart?", **SHORT)
+
+
+def test_an_empty_session_saves_too(tmp_path):
+    loaded = MODEL.load_session(MODEL.session().save(tmp_path / "a"))
+    assert loaded.n_tokens == 0 and loaded.ask("a", **SHORT) == MODEL.generate("a", **SHORT)
+
+
+def test_only_the_file_is_left(saved):
+    assert [path.name for path in saved[1].parent.iterdir()] == ["album.session"]
+
+
+def test_another_models_session_is_refused(saved):
+    with pytest.raises(CheckpointError, match="made by another model"):
+        tiny_model(seed=1).load_session(saved[1])
+    half = tiny_model()
+    half.model.to(torch.bfloat16)
+    with pytest.raises(CheckpointError, match="another dtype"):
+        half.load_session(saved[1])
+    more = tiny_model()
+    more.tokens_per_image = 16
+    with pytest.raises(CheckpointError, match="made with tokens_per_image=None, this model has 16"):
+        more.load_session(saved[1])
+
+
+def test_fingerprints_see_one_changed_weight():
+    model = tiny_model().model
+    before = fingerprint(model)
+    assert fingerprint(tiny_model().model) == before
+    with torch.no_grad():
+        model.backbone.final_norm.weight[0] += 1e-3
+    assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize("keep", [0, 7, 0.5, 0.99])
+def test_torn_files(saved, keep):
+    data = saved[1].read_bytes()
+    saved[1].write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
+    with pytest.raises(CheckpointError, match=r"album\.session: (cannot be read|not a session)"):
+        MODEL.load_session(saved[1])
+
+
+def drop_a_tensor(about, tensors):
+    del tensors["0.scan"]
+
+
+def widen_keys(about, tensors):
+    tensors["1.0.keys"] = tensors["1.0.keys"][..., :4].contiguous()
+
+
+def lose_tokens(about, tensors):
+    for name in ("1.0.keys", "1.0.values"):
+        tensors[name] = tensors[name][:, 1:].contiguous()
+
+
+def poison(about, tensors):
+    tensors["0.scan"][0, 0, 0] = torch.nan
+
+
+def add_a_tensor(about, tensors):
+    tensors["99.conv"] = torch.zeros(1)
+
+
+def lose_the_count(about, tensors):
+    del about["n_tokens"]
+
+
+def wrong_piece(about, tensors):
+    about["waiting"] = [["image", 0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (drop_a_tensor, r"0\.scan"),
+        (widen_keys, "layer 1"),
+        (lose_tokens, "layer 1 holds"),
+        (poison, "not finite"),
+        (add_a_tensor, r"unexpected tensors 99\.conv"),
+        (lose_the_count, "n_tokens"),
+        (wrong_piece, "image"),
+    ],
+)
+def test_tampered_files(saved, change, fault):
+    rewrite(saved[1], change)
+    with pytest.raises(CheckpointError, match=rf"album\.session: damaged session file: .*{fault}"):
+        MODEL.load_session(saved[1])
+
+
+def test_other_files_are_not_sessions(tmp_path):
+    with pytest.raises(CheckpointError, match="no such session file"):
+        MODEL.load_session(tmp_path / "none")
+    save_file({"a": torch.zeros(1)}, tmp_path / "a")
+    with pytest.raises(CheckpointError, match="not a session file"):
+        MODEL.load_session(tmp_path / "a")

@@ -1,0 +1,152 @@
+"""LongLLaVA from outside: load, ask, save, and what it says when something is wrong."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from longllava import LongLLaVA, LongLLaVAError
+from longllava.errors import InputError
+from tests.tiny import tiny_model, tiny_pictures, tiny_tokenizer
+
+MODEL = tiny_model()
+SHORT = {"max_new_tokens": 8}
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = []
+    for number, picture in enumerate(tiny_pictures(3)):
+        paths.append(str(tmp_path / f"{number}.png"))
+        picture.save(paths[-1])
+    return paths
+
+
+def test_a_saved_model_answers_the_same(tmp_path, files):
+    MODEL.save_pretrained(tmp_path / "model")
+    again = LongLLaVA.from_pretrained(tmp_path / "model", device="cpu", dtype="float32")
+    assert again.generate("what is this?", files, **SHORT) == MODEL.generate("what is this?", files, **SHORT)
+    assert again.model.config == MODEL.model.config
+
+
+def test_dtypes(tmp_path, files):
+    MODEL.save_pretrained(tmp_path / "model", dtype="bfloat16")
+    for dtype in ("bfloat16", torch.bfloat16, None):
+        model = LongLLaVA.from_pretrained(tmp_path / "model", device="cpu", dtype=dtype)
+        assert isinstance(model.generate("a", files, **SHORT), str)
+    with pytest.raises(InputError, match="dtype: got 'int8', allowed: float32, bfloat16"):
+        LongLLaVA.from_pretrained(tmp_path / "model", dtype="int8")
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta", "cpu:x", "cuda"])
+def test_devices_that_are_not_there(device, tmp_path):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    MODEL.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"device: got '{device}'"):
+        LongLLaVA.from_pretrained(tmp_path, device=device)
+
+
+def test_every_kind_of_image_source_is_the_same_picture(files):
+    from pathlib import Path
+
+    picture = tiny_pictures(1)[0]
+    kinds = [files[0], Path(files[0]), Path(files[0]).read_bytes(), picture, np.asarray(picture)]
+    assert (
+        len(
+            {MODEL.generate("a", source, **SHORT) for source in kinds}
+            | {MODEL.generate("a", [files[0]], **SHORT)}
+        )
+        == 1
+    )
+    assert MODEL.generate("a", files[1], **SHORT) != MODEL.generate("a", files[0], **SHORT)
+
+
+def test_pictures_of_the_world():
+    from longllava.data.worlds.pictures import reference
+    from longllava.data.worlds.render import PictureSpec, render
+
+    spec = PictureSpec(thing=3, style="noto", digit=4, colour=1, seed=9)
+    assert MODEL.generate("a", reference(spec), **SHORT) == MODEL.generate("a", render(spec), **SHORT)
+
+
+def test_places_of_images_matter(files):
+    def score(prompt, images):
+        return MODEL.score(prompt, "a red heart", images).log_probability
+
+    first = score("<image><image>what is", files[:2])
+    assert first == score("what is", files[:2])
+    for prompt, images in (
+        ("what <image>is<image>", files[:2]),
+        ("what is", files[1::-1]),
+        ("what is", files),
+    ):
+        assert abs(score(prompt, images) - first) > 1e-3
+
+
+def test_messages_are_the_string_prompt(files):
+    parts = [{"type": "image", "path": files[0]}, {"type": "text", "text": "what is"}]
+    assert MODEL.generate([{"role": "user", "content": parts}], **SHORT) == MODEL.generate(
+        "what is", files[:1], **SHORT
+    )
+
+
+def test_marks_in_messages_are_text(files):
+    text = {"type": "text", "text": "<image>"}
+    assert MODEL.generate([{"role": "user", "content": [text]}], **SHORT)
+    with pytest.raises(InputError, match="1 <image> mark, but the number of images given is 0"):
+        MODEL.generate("<image>")
+
+
+def test_typed_specials_change_nothing_but_the_text():
+    """Text that spells eos is read as its letters: the ids hold one bos per turn, as always, and no eos."""
+    pieces, _ = MODEL.pieces("a<|endoftext|><|startoftext|><img>", None, None, 1.0, MODEL.fresh(8))
+    ids = MODEL.processor.encode_pieces(pieces).ids
+    special = MODEL.tokenizer.special_ids
+    assert ids.count(special["<|startoftext|>"]) == 2
+    assert special["<|endoftext|>"] not in ids and special["<img>"] not in ids
+
+
+def test_videos(tmp_path):
+    frames = [Image.new("RGB", (16, 16), (60 * i, 0, 0)) for i in range(4)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=500)
+    whole = MODEL.generate("a", video=tmp_path / "a.gif", fps=2, **SHORT)
+    part = {"type": "video", "path": str(tmp_path / "a.gif")}
+    talk = [{"role": "user", "content": [part, {"type": "text", "text": "a"}]}]
+    assert MODEL.generate(talk, fps=2, **SHORT) == whole
+    assert MODEL.session(video=tmp_path / "a.gif", fps=2).ask("a", **SHORT) == whole
+    assert MODEL.session(video=tmp_path / "a.gif", fps=2).n_images == 4
+    with pytest.raises(InputError, match="give the video as a part"):
+        MODEL.generate(talk, video=tmp_path / "a.gif")
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: MODEL.generate(""), "prompt: it is empty"),
+        (lambda: MODEL.generate(" \n"), "prompt: it is empty"),
+        (lambda: MODEL.generate("a\ud800"), "lone surrogate"),
+        (lambda: MODEL.generate(3), "prompt: expected a string or a list of messages, got int"),
+        (lambda: MODEL.generate(["a", "b"]), "message 1: expected a dictionary"),
+        (lambda: MODEL.generate("a", temperature=-1), "temperature: got -1"),
+        (lambda: MODEL.generate("a", top_p=0), "top_p: got 0"),
+        (lambda: MODEL.generate("a", max_new_tokens=0), "max_new_tokens: got 0"),
+        (lambda: MODEL.generate("a", images=[b"x"]), "image 1 of 1: not a picture"),
+        (lambda: MODEL.generate("a", images=["no.png"]), r"image 1 of 1: no\.png: no such file"),
+        (lambda: MODEL.generate("a", video="no.mp4"), r"no\.mp4: no such video"),
+        (lambda: MODEL.score("a", ""), "answer: it is empty"),
+        (lambda: MODEL.session().ask(""), "prompt: it is empty"),
+        (lambda: MODEL.session().append(), "append: nothing to read"),
+        (lambda: MODEL.session().ask_many("abc"), "expected a list of strings"),
+        (lambda: MODEL.session().ask_many([""]), "prompt: it is empty"),
+        (lambda: LongLLaVA(MODEL.model, tiny_tokenizer(), tokens_per_image=7), "tokens_per_image: got 7"),
+    ],
+)
+def test_one_sentence_each(call, sentence):
+    with pytest.raises(LongLLaVAError, match=sentence) as caught:
+        call()
+    assert "\n" not in str(caught.value) and "0x" not in str(caught.value)
+
+
+def test_no_questions_have_no_answers():
+    assert MODEL.session().ask_many([]) == []
