@@ -26,7 +26,7 @@ MISFITS_IN_A_ROW = 1000  # a recipe whose samples are all too long must end in a
 
 @dataclass(frozen=True)
 class Item:
-    """Sample `number` of the run as tokens. pairs: (query position, key start, key end), from its evidence."""
+    """Sample `number` of the run as tokens. pairs: (query position, key start, key end), of its evidence."""
 
     number: int
     id: str
@@ -52,7 +52,7 @@ class Misfit:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a window begins: first the samples `held` back by the windows before, then `next`, `next` + 1, ..."""
+    """Where a window begins: first the samples `held` back by those before, then `next`, `next` + 1, ..."""
 
     next: int = 0
     held: tuple[int, ...] = ()
@@ -60,7 +60,7 @@ class Cursor:
 
 @dataclass
 class Plan:
-    """steps[s][r]: the items of row r of step s. end: where the next window begins. misfits: left out for good."""
+    """steps[s][r]: items of row r of step s. end: where the next window begins. misfits: left out for good."""
 
     steps: list[list[list[Item]]]
     row_length: int
@@ -177,7 +177,7 @@ def plan_window(
 
 
 def best_fit(items: Sequence[Item], n_rows: int, row_length: int) -> tuple[list[list[Item]], list[Item]]:
-    """Longest item first, into the row where it leaves least room. Returns the rows, and what fits nowhere."""
+    """Longest item first, into the row where it leaves least room. Returns rows, and what fits nowhere."""
     rows: list[list[Item]] = [[] for _ in range(n_rows)]
     left = []
     free = [(row_length, row) for row in range(n_rows)]  # sorted by room, then row

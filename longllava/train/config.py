@@ -74,9 +74,9 @@ class TrainConfig:
     name of the stage it comes from ("all" for every part); parts not named start fresh. init_from: part ->
     folder where that stage's model lies; default runs/<model>/<stage>/model, else the shipped
     "<model>-foundation". recipe: a data recipe, shipped or a path. text_only: without encoder and bridge.
-    dtype: of matrix products, over fp32 weights; "auto" is bfloat16 where the device multiplies it in hardware
-    (on a CPU without that it is 50 times slower than fp32). threads: of torch on a CPU (0 = as torch decides);
-    a run that goes on must have as many. window: steps planned together.
+    dtype: of matrix products, over fp32 weights; "auto" is bfloat16 where the device multiplies it in
+    hardware (on a CPU without that it is 50 times slower than fp32). threads: of torch on a CPU (0 = as torch
+    decides); a run that goes on must have as many. window: steps planned together.
     """
 
     stage: str
@@ -135,7 +135,7 @@ class TrainConfig:
 
 
 def load_stage(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
-    """Read a stage's YAML; "preset=NAME" lays the file's preset of that name over it, then key=value overrides.
+    """Read a stage's YAML; "preset=NAME" lays a preset of the file over it, then key=value overrides.
 
     A key may name a list's item by number: phases.0.steps=20. Raises: ConfigError.
     """

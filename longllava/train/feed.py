@@ -118,7 +118,7 @@ class Pictures:
         say(f"encoded {wanted} new pictures; {self.cache.n_records} are in {self.cache.folder}")
 
     def of(self, references: Sequence[str]) -> Tensor | None:
-        """(N, M, C) features, or uint8 (N, 3, S, S) pixels while the encoder trains; None without pictures."""
+        """(N, M, C) features; uint8 (N, 3, S, S) pixels while the encoder trains; None without pictures."""
         if not references:
             return None
         if self.cache is not None:

@@ -106,7 +106,7 @@ def open_bar(total_steps: int, step: int, label: str) -> Any:
 
 
 class Meter:
-    """Sums since the last record: means over labels, tokens a second of training (not of encoding pictures)."""
+    """Sums since the last record: means over labels, tokens a second (not counting encoding of pictures)."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Any] = {}

@@ -121,6 +121,8 @@ def train(
         Signals() as signals,
     ):
         meter = Meter()
+        if step:
+            log.say(f"{config.stage}: goes on after step {step}")
         for start, plan in feed.windows():
             pictures.prepare(plan.references(), log.say)
             meter.resume()

@@ -34,7 +34,7 @@ def answer_loss(
 ) -> AnswerLoss:
     """Cross-entropy of labels_BL (-100 = none), summed. logits_of: (P, D) -> (P, vocabulary).
 
-    With no labels the total is a zero that still has a gradient, so that every process takes part in backward.
+    With no labels the total is a zero that still has a gradient: every process takes part in backward.
     """
     learned_BL = labels_BL != IGNORED
     hidden_PD, labels_P = hidden_BLD[learned_BL], labels_BL[learned_BL]

@@ -14,7 +14,7 @@ NOT_DECAYED = ("A_log_EN",)  # two-dimensional, but a rate, not a weight (Mamba'
 
 
 def select_parts(model: nn.Module, parts: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
-    """Let only these parts train; the others are frozen and put in eval mode. Returns what trains, by name."""
+    """Let only these parts train; the others are frozen, in eval mode. Returns what trains, by name."""
     wanted = set(parts)
     model.train()
     for name, part in model.named_children():

@@ -84,13 +84,18 @@ def run_stage(config: TrainConfig) -> Path:
     train(config, model, processor, recipe, folder, facts)
     save_model(model, processor.tokenizer, final)
     record = {
-        "stage": config.stage, "model": model_config.name, "steps": config.total_steps(),
-        "started_from": {part: {"stage": config.start_from.get(part) or config.start_from.get("all"), "folder": str(path)}
-                         for part, path in folders.items()},
-        "trained": config.train_only, "recipe": config.recipe, "seed": config.seed,
-        "aids": dataclasses.asdict(config.aids), "seconds_of_last_process": round(time.monotonic() - started, 1),
+        "stage": config.stage,
+        "model": model_config.name,
+        "steps": config.total_steps(),
+        "started_from": {part: str(path) for part, path in folders.items()},
+        "start_from": config.start_from,
+        "trained": config.train_only,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "aids": dataclasses.asdict(config.aids),
+        "seconds_of_last_process": round(time.monotonic() - started, 1),
         **environment(),
-    }  # fmt: skip
+    }
     write_json(final / RECORD, record)
     print(f"{config.stage}: the model is in {final}")
     return final
@@ -111,7 +116,7 @@ def output_folder(config: TrainConfig, model_config: ModelConfig) -> Path:
 
 
 def start_folders(config: TrainConfig, model_config: ModelConfig) -> dict[str, Path]:
-    """Part -> folder it starts from. Raises: TrainingError when a folder is of another stage than demanded."""
+    """Part -> folder it starts from. Raises: TrainingError when a folder is of another stage."""
     folders = {}
     for part in PARTS:
         stage = config.start_from.get(part) or config.start_from.get("all")

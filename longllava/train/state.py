@@ -163,5 +163,5 @@ def compare(saved: dict[str, Any], now: dict[str, Any], n_phases: int) -> None:
     different = [f"{key}: {then!r} then, {at!r} now" for key, (then, at) in pairs.items() if then != at]
     if different:
         raise TrainingError(
-            f"this run was begun with other settings ({'; '.join(different)}); use those, or another output folder"
+            f"this run was begun with other settings ({'; '.join(different)}); use those, or another output"
         )
