@@ -126,6 +126,7 @@ class BackboneConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     init_std: float = 0.02
+    embedding_std: float = 0.02
 
     def __post_init__(self) -> None:
         positive(self, "vocab_size", "width", "n_layers", "attention_every", "n_heads", "n_kv_heads", "head_dim",

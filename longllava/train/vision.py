@@ -42,7 +42,11 @@ CROP = 56
 
 @dataclass(frozen=True, kw_only=True)
 class VisionTrainConfig:
-    """One run of the vision foundation. pool_tokens: the tokens a picture is read through."""
+    """One run of the vision foundation.
+
+    pool_tokens: the tokens a picture is read through. Read is the mean of a random 1 to max_tokens_read of
+    them; in the first easy_share of the steps of half to all, so that names are learned before routing.
+    """
 
     model: str
     out: str = "runs/nano/foundation-vision"
@@ -55,6 +59,7 @@ class VisionTrainConfig:
     weight_decay: float = 0.05
     pool_tokens: int = 36
     max_tokens_read: int = 12
+    easy_share: float = 0.2
     restyle: float = 0.25
     save_seconds: float = 60.0
     n_threads: int = 0
@@ -109,7 +114,7 @@ class Pictures(Dataset):
         for _ in range(self.config.batch):
             spec = random_spec(rng, self.split, self.styles, self.config.restyle if self.split == "train" else 0.0)
             if self.phase == "crops":
-                spec = replace(spec, place=rng.randrange(4) if spec.count == 1 else spec.place)
+                spec = replace(spec, count=1, place=rng.randrange(4))
             picture = render(spec)
             if self.phase == "crops":
                 picture = picture.crop(crop_box(spec, rng))
@@ -133,8 +138,8 @@ def random_spec(rng: random.Random, split: str, styles: tuple[str, ...], restyle
 
 
 def crop_box(spec: PictureSpec, rng: random.Random) -> tuple[int, int, int, int]:
-    """A 56-pixel window on the corner of the single copy, or on a place where one of several is likely."""
-    slot = spec.place if spec.count == 1 else rng.randrange(4)
+    """A 56-pixel window on the corner that holds the thing."""
+    slot = spec.place
     x, y = (FRAME - 2 + rng.randint(-3, 5) for _ in range(2))
     left = x if slot % 2 == 0 else SIDE - CROP - x
     top = y if slot < 2 else SIDE - CROP - y
@@ -170,6 +175,9 @@ def run_phase(config: VisionTrainConfig, model: VisionFoundation, phase: str, st
     start = progress[phase]
     if start >= steps:
         return
+    if phase == "whole" and start == 0:  # what the crops taught: the table of names, and what they are read from
+        model.readout.norm.load_state_dict(model.crop_readout.norm.state_dict())
+        model.readout.heads["thing"].load_state_dict(model.crop_readout.heads["thing"].state_dict())
     loader = DataLoader(Pictures(config, phase, "train", STYLES, start, steps - start), batch_size=None, num_workers=1,
                         prefetch_factor=8)  # fmt: skip
     bar = tqdm(loader, desc=f"vision: {phase}", initial=start, total=steps, unit="batch", mininterval=5)
@@ -204,7 +212,9 @@ def losses_of(config: VisionTrainConfig, model: VisionFoundation, phase: str, pi
     if phase == "crops":
         logits = {"thing": model.crops(pixels)}
     else:
-        pick = random_means(len(pixels), config.pool_tokens, config.max_tokens_read, config.seed * 1_000_003 + step)
+        easy = step < config.easy_share * config.whole_steps
+        few, many = (config.pool_tokens // 2, config.pool_tokens) if easy else (1, config.max_tokens_read)
+        pick = random_means(len(pixels), config.pool_tokens, few, many, config.seed * 1_000_003 + step)
         logits = model.whole(pixels, config.pool_tokens, pick)
     losses = {name: F.cross_entropy(value, labels[name], ignore_index=-100) for name, value in logits.items()}
     with torch.no_grad():
@@ -212,11 +222,11 @@ def losses_of(config: VisionTrainConfig, model: VisionFoundation, phase: str, pi
     return losses, rights
 
 
-def random_means(n: int, n_tokens: int, most: int, seed: int) -> Tensor:
-    """Weights (N, T) that average a random 1 to `most` of T tokens, another choice for each picture."""
+def random_means(n: int, n_tokens: int, few: int, many: int, seed: int) -> Tensor:
+    """Weights (N, T) that average a random `few` to `many` of T tokens, another choice for each picture."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(n, n_tokens, generator=generator).argsort(1).argsort(1)
-    counts = torch.randint(1, most + 1, (n, 1), generator=generator)
+    counts = torch.randint(few, many + 1, (n, 1), generator=generator)
     return (order < counts).float() / counts
 
 

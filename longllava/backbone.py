@@ -1,0 +1,63 @@
+"""The hybrid stack: Mamba layers with one attention layer in eight. It knows no media.
+
+B batch, L tokens, D width, V vocabulary. Source: Lieber et al. 2024, "Jamba" (arXiv:2403.19887).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longllava.config import BackboneConfig
+from longllava.nn import Block, Context, State
+from longllava.nn.norm import RMSNorm
+
+
+class Backbone(nn.Module):
+    """Embeddings in, hidden states out; state in, state out.
+
+    A sequence cut anywhere, each piece given the state of the one before, yields the same hidden states and
+    the same final state as in one call.
+    """
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.gradient_checkpointing = False
+
+    def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
+        new_state: State = []
+        for i, layer in enumerate(self.layers):
+            if self.gradient_checkpointing and self.training and state is None:
+                x_BLD, layer_state = checkpoint(layer, x_BLD, ctx, None, use_reentrant=False)
+            else:
+                x_BLD, layer_state = layer(x_BLD, ctx, None if state is None else state[i])
+            new_state.append(layer_state)
+        return self.final_norm(x_BLD), None if state is None else new_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V). Give it only the positions you need: all of 40,960 would be 10.7 GB in fp32."""
+        weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return hidden @ weight_VD.to(hidden.dtype).T
+
+    def empty_state(self, batch: int, capacity: int, device: torch.device | str, dtype: torch.dtype) -> State:
+        """The state before the first token; capacity: tokens the attention layers make room for."""
+        return [layer.mixer.empty_state(batch, capacity, torch.device(device), dtype) for layer in self.layers]
+
+    @torch.no_grad()
+    def initialise_(self) -> None:
+        """Normal weights of init_std, residual outputs smaller by sqrt(2 layers), Mamba's published values."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=self.config.init_std)
+        nn.init.normal_(self.embed_tokens.weight, std=self.config.embedding_std)
+        for layer in self.layers:
+            layer.mixer.initialise_()
+            outputs = [m.weight for name, m in layer.named_modules() if name.endswith(("out_proj", "o_proj", "down_proj"))]
+            for weight in outputs:
+                weight.mul_((2 * len(self.layers)) ** -0.5)

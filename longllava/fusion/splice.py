@@ -1,0 +1,39 @@
+"""LongLLaVA's fusion: image tokens stand in the text sequence, where their slots were kept."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from longllava.errors import InputError
+from longllava.nn import Block
+
+
+class Splice:
+    """Places image tokens over the slots of their spans; blocks stay as they are."""
+
+    def embed(self, text_BLD: Tensor, spans_S4: Tensor, image_tokens_NMD: Tensor | None) -> Tensor:
+        """spans_S4: int64 rows of (row, start, length, image), over (B, L). Returns (B, L, D).
+
+        Each span takes the first `length` tokens of its image. Raises: InputError when an image has another
+        number of tokens than its span, or a span names an image that is not there.
+        """
+        if len(spans_S4) == 0:
+            return text_BLD
+        n_images, n_tokens = (0, 0) if image_tokens_NMD is None else image_tokens_NMD.shape[:2]
+        lengths = spans_S4[:, 2]
+        if image_tokens_NMD is None or int(spans_S4[:, 3].max()) >= n_images:
+            raise InputError(f"the prompt names image {int(spans_S4[:, 3].max()) + 1}, but {n_images} images were given")
+        if not bool((lengths == n_tokens).all()):
+            wrong = int((lengths != n_tokens).nonzero()[0])
+            raise InputError(
+                f"image {int(spans_S4[wrong, 3]) + 1}: the prompt reserves {int(lengths[wrong])} tokens, the bridge"
+                f" made {n_tokens}; use one tokens_per_image for both"
+            )
+        flat_TD = text_BLD.flatten(0, 1)
+        first_S = spans_S4[:, 0] * text_BLD.shape[1] + spans_S4[:, 1]
+        at_SM = first_S[:, None] + spans_S4.new_tensor(range(n_tokens))
+        spliced = flat_TD.index_copy(0, at_SM.flatten(), image_tokens_NMD[spans_S4[:, 3]].flatten(0, 1).to(flat_TD.dtype))
+        return spliced.view_as(text_BLD)
+
+    def adapt(self, block: Block, layer: int) -> Block:
+        return block

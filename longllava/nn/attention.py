@@ -1,0 +1,124 @@
+"""Grouped-query attention without positions, as Jamba's; the Mamba layers carry the order.
+
+B batch, L tokens of this call, S tokens seen, H heads, G key-value heads, K head size, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from longllava.config import BackboneConfig
+from longllava.nn.cache import AttentionState
+from longllava.nn.context import Context
+from longllava.nn.norm import RMSNorm
+from longllava.ops.attention import attention
+
+
+class Attention(nn.Module):
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.q_proj = nn.Linear(config.width, self.n_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.width, self.n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.width, self.n_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.width, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        # factor 1 + exp(s_h) log(keys seen) on the logits: a match that wins among 600 tokens must win among
+        # 38,000 (the sum it competes with grows with their number). exp keeps it positive.
+        self.log_length_H = nn.Parameter(torch.zeros(self.n_heads)) if config.log_length_scale else None
+
+    def forward(self, x_BLD: Tensor, ctx: Context, state: AttentionState | None = None):
+        b, length, _ = x_BLD.shape
+        q_BLHK = self.q_proj(x_BLD).view(b, length, self.n_heads, self.head_dim)
+        k_BLGK = self.k_proj(x_BLD).view(b, length, self.n_kv_heads, self.head_dim)
+        v_BLGK = self.v_proj(x_BLD).view(b, length, self.n_kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BLHK, k_BLGK = self.q_norm(q_BLHK), self.k_norm(k_BLGK)
+        if self.log_length_H is not None:
+            q_BLHK = q_BLHK * self.length_factor(ctx, b, length).to(q_BLHK.dtype)
+        if ctx.grounding_G4 is not None and len(ctx.grounding_G4):
+            report_grounding(ctx, q_BLHK, k_BLGK)
+        # under autocast the norms of fp32 weights give fp32
+        q_BLHK, k_BLGK = q_BLHK.to(v_BLGK.dtype), k_BLGK.to(v_BLGK.dtype)
+        if state is None:
+            y_BLHK = attention(q_BLHK, k_BLGK, v_BLGK, seq_idx_q=ctx.seq_idx_BL, seq_idx_k=ctx.seq_idx_BL)
+        else:
+            state = state.append(k_BLGK, v_BLGK, ctx.seq_idx_BL)
+            y_BLHK = attend_segments(q_BLHK, state, ctx.seq_idx_BL)
+        return self.o_proj(y_BLHK.reshape(b, length, -1)), state
+
+    def length_factor(self, ctx: Context, batch: int, length: int) -> Tensor:
+        """(B or 1, L, H, 1) fp32."""
+        assert self.log_length_H is not None
+        positions_BL = ctx.positions_BL
+        if positions_BL is None:
+            positions_BL = torch.arange(ctx.start, ctx.start + length, device=self.log_length_H.device)[None]
+        log_BL = (positions_BL.float() + 1).log()
+        return (1 + self.log_length_H.float().exp() * log_BL[..., None])[..., None]
+
+    def empty_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> AttentionState:
+        return AttentionState.empty(batch, capacity, self.n_kv_heads, self.head_dim, device, dtype)
+
+    @torch.no_grad()
+    def initialise_(self) -> None:
+        if self.log_length_H is not None:
+            self.log_length_H.fill_(-1.0)  # exp(-1) = 0.37: a factor of 3.4 among 600 tokens, 4.9 among 38,000
+
+
+def attend_segments(q_BLHK: Tensor, state: AttentionState, seq_idx_BL: Tensor | None) -> Tensor:
+    """Attention over shared segments and the own buffer, merged by their log-sum-exp."""
+    *shared, own = state.segments()
+    padded = any(s.seq_idx_BS is not None for s in (*shared, own)) or seq_idx_BL is not None
+
+    def index(segment) -> dict:
+        if not padded:
+            return {}
+        seen = segment.seq_idx_BS
+        if seen is None:
+            seen = torch.zeros(segment.keys_BSGK.shape[:2], dtype=torch.int32, device=q_BLHK.device)
+        mine = seq_idx_BL
+        if mine is None:
+            mine = torch.zeros(q_BLHK.shape[:2], dtype=torch.int32, device=q_BLHK.device)
+        return {"seq_idx_q": mine, "seq_idx_k": seen}
+
+    if not shared:
+        return attention(q_BLHK, own.keys_BSGK, own.values_BSGK, **index(own))
+    parts = [attention(q_BLHK, s.keys_BSGK, s.values_BSGK, causal=False, return_lse=True, **index(s)) for s in shared]
+    parts.append(attention(q_BLHK, own.keys_BSGK, own.values_BSGK, return_lse=True, **index(own)))
+    lse_PBLH = torch.stack([lse for _, lse in parts])
+    # rows that see nothing anywhere (padding) have only -inf: their weights are set to zero, not NaN
+    weights_PBLH = torch.softmax(lse_PBLH, dim=0).nan_to_num(0.0)
+    merged = sum(y.float() * w[..., None] for (y, _), w in zip(parts, weights_PBLH, strict=True))
+    return merged.to(q_BLHK.dtype)
+
+
+def report_grounding(ctx: Context, q_BLHK: Tensor, k_BLGK: Tensor) -> None:
+    """Training aid: -log of the attention that marked queries give to their span, on the first half of the heads.
+
+    Row, query position, first key, end key per mark. Keys of other samples and of later tokens are left out,
+    as in attention itself.
+    """
+    assert ctx.grounding_G4 is not None
+    row_G, query_G, first_G, end_G = ctx.grounding_G4.unbind(-1)
+    heads, groups = q_BLHK.shape[2], k_BLGK.shape[2]
+    used = max(1, heads // 2)
+    q_GHK = q_BLHK[row_G, query_G, :used].float()
+    kv_of_head = torch.arange(used, device=row_G.device) // (heads // groups)
+    at = torch.arange(k_BLGK.shape[1], device=row_G.device)
+    mass = []
+    for row in row_G.unique():
+        mine = row_G == row
+        k_SHK = k_BLGK[row][:, kv_of_head].float()
+        logits_GHS = torch.einsum("ghk,shk->ghs", q_GHK[mine], k_SHK) * q_GHK.shape[-1] ** -0.5
+        visible_GS = at <= query_G[mine, None]
+        if ctx.seq_idx_BL is not None:
+            visible_GS = visible_GS & (ctx.seq_idx_BL[row] == ctx.seq_idx_BL[row, query_G[mine]][:, None])
+        logits_GHS = logits_GHS.masked_fill(~visible_GS[:, None], -torch.inf)
+        inside_GS = (at >= first_G[mine, None]) & (at < end_G[mine, None])
+        on_span_GH = torch.logsumexp(logits_GHS.masked_fill(~inside_GS[:, None], -torch.inf), -1)
+        mass.append(on_span_GH - torch.logsumexp(logits_GHS, -1))
+    log_mass_GH = torch.cat(mass)
+    ctx.report("grounding", -log_mass_GH.mean())
+    ctx.report("grounding_mass", log_mass_GH.detach().exp().mean())

@@ -1,0 +1,33 @@
+"""One layer: norm, mixer, norm, feed-forward, each on a residual."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from longllava.config import BackboneConfig
+from longllava.nn.attention import Attention
+from longllava.nn.cache import LayerState
+from longllava.nn.context import Context
+from longllava.nn.mamba import Mamba
+from longllava.nn.mlp import MixtureOfExperts, SwiGLU
+from longllava.nn.norm import RMSNorm
+
+MIXERS = {"mamba": Mamba, "attention": Attention}
+
+
+class Block(nn.Module):
+    """(B, L, D), context, state -> (B, L, D), state. The config says which mixer and feed-forward it holds."""
+
+    def __init__(self, config: BackboneConfig, layer: int):
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.width, config.norm_eps)
+        self.mixer = MIXERS[config.mixers()[layer]](config)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn = (
+            MixtureOfExperts(config) if config.has_experts(layer) else SwiGLU(config.width, config.mlp_width)
+        )
+
+    def forward(self, x_BLD: Tensor, ctx: Context, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
+        mixed_BLD, state = self.mixer(self.mixer_norm(x_BLD), ctx, state)
+        x_BLD = x_BLD + mixed_BLD
+        return x_BLD + self.ffn(self.ffn_norm(x_BLD), ctx), state

@@ -1,0 +1,132 @@
+"""State of the layers: what a sequence leaves behind for its next token.
+
+B batch, S tokens seen, G key-value heads, K head size, E inner channels, N scan states.
+A Mamba layer keeps its convolution tail and scan state, both replaced at every call. An attention layer keeps
+keys and values: read-only segments that forks share, and a buffer of its own that grows in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GROWTH = 256  # tokens added when a buffer is full: decoding past the planned end, never prefill
+
+
+class MambaState(NamedTuple):
+    """conv_BKE: the last K-1 inputs of the convolution. scan_BEN: fp32."""
+
+    conv_BKE: Tensor
+    scan_BEN: Tensor
+
+
+class Segment(NamedTuple):
+    """Keys and values of consecutive tokens; seq_idx_BS marks padding (-1) and is None when there is none."""
+
+    keys_BSGK: Tensor
+    values_BSGK: Tensor
+    seq_idx_BS: Tensor | None
+
+
+class Buffer:
+    """Storage that grows in place. `filled` tells how far it was written, by whichever state wrote last."""
+
+    def __init__(self, batch: int, capacity: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+        self.keys_BSGK = torch.empty(batch, capacity, heads, head_dim, device=device, dtype=dtype)
+        self.values_BSGK = torch.empty_like(self.keys_BSGK)
+        self.seq_idx_BS: Tensor | None = None
+        self.filled = 0
+
+    def segment(self, length: int) -> Segment:
+        seq_idx = None if self.seq_idx_BS is None else self.seq_idx_BS[:, :length]
+        return Segment(self.keys_BSGK[:, :length], self.values_BSGK[:, :length], seq_idx)
+
+    def with_capacity(self, capacity: int, length: int) -> Buffer:
+        """A copy of the first `length` tokens in a buffer of another size."""
+        batch, _, heads, head_dim = self.keys_BSGK.shape
+        other = Buffer(batch, capacity, heads, head_dim, self.keys_BSGK.device, self.keys_BSGK.dtype)
+        if length:
+            other.write(self.segment(length), 0)
+        return other
+
+    def write(self, new: Segment, at: int) -> None:
+        end = at + new.keys_BSGK.shape[1]
+        self.keys_BSGK[:, at:end] = new.keys_BSGK
+        self.values_BSGK[:, at:end] = new.values_BSGK
+        if new.seq_idx_BS is not None and self.seq_idx_BS is None:
+            self.seq_idx_BS = torch.zeros(
+                self.keys_BSGK.shape[:2], dtype=torch.int32, device=self.keys_BSGK.device
+            )
+        if self.seq_idx_BS is not None:
+            self.seq_idx_BS[:, at:end] = 0 if new.seq_idx_BS is None else new.seq_idx_BS
+        self.filled = end
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """Keys and values of one attention layer: shared segments, then the first `length` tokens of a buffer.
+
+    `append` writes into the buffer in place and returns the longer state. Appending twice to the same state
+    would overwrite the first continuation's tokens, so the second one copies the buffer; `fork` avoids the copy
+    by turning the tokens so far into a segment that both sides only read.
+    """
+
+    prefix: tuple[Segment, ...]
+    buffer: Buffer
+    length: int
+
+    @classmethod
+    def empty(cls, batch: int, capacity: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+        return cls((), Buffer(batch, capacity, heads, head_dim, device, dtype), 0)
+
+    def n_tokens(self) -> int:
+        return self.length + sum(segment.keys_BSGK.shape[1] for segment in self.prefix)
+
+    def append(self, keys_BSGK: Tensor, values_BSGK: Tensor, seq_idx_BS: Tensor | None) -> AttentionState:
+        end = self.length + keys_BSGK.shape[1]
+        buffer, capacity = self.buffer, self.buffer.keys_BSGK.shape[1]
+        if buffer.filled != self.length or end > capacity:
+            buffer = buffer.with_capacity(capacity if end <= capacity else end + GROWTH, self.length)
+        buffer.write(Segment(keys_BSGK, values_BSGK, seq_idx_BS), self.length)
+        return replace(self, buffer=buffer, length=end)
+
+    def fork(self, capacity: int = GROWTH) -> AttentionState:
+        """A state that reads the same tokens and writes to a buffer of its own."""
+        batch, _, heads, head_dim = self.buffer.keys_BSGK.shape
+        prefix = (*self.prefix, self.buffer.segment(self.length)) if self.length else self.prefix
+        own = Buffer(batch, capacity, heads, head_dim, self.buffer.keys_BSGK.device, self.buffer.keys_BSGK.dtype)
+        return AttentionState(prefix, own, 0)
+
+    def segments(self) -> tuple[Segment, ...]:
+        """All segments in order; the last one is the buffer's."""
+        return (*self.prefix, self.buffer.segment(self.length))
+
+    def expand(self, batch: int, capacity: int = GROWTH) -> AttentionState:
+        """A fork of a batch-1 state for `batch` continuations; the prefix is read by all, copied by none."""
+        forked = self.fork(capacity)
+        prefix = tuple(Segment(*(None if t is None else t.expand(batch, *t.shape[1:]) for t in s)) for s in forked.prefix)
+        own = forked.buffer
+        _, _, heads, head_dim = own.keys_BSGK.shape
+        return AttentionState(prefix, Buffer(batch, capacity, heads, head_dim, own.keys_BSGK.device, own.keys_BSGK.dtype), 0)
+
+
+LayerState = MambaState | AttentionState
+State = list[LayerState]
+
+
+def fork_state(state: State, capacity: int = GROWTH, batch: int = 1) -> State:
+    """An independent continuation of every layer; Mamba's small state is copied, keys and values are shared.
+
+    batch > 1 expands a batch-1 state, for several questions on one prefix.
+    """
+    forked: State = []
+    for layer in state:
+        if isinstance(layer, MambaState):
+            rows = (batch, *[1] * 2) if batch > 1 else (1, 1, 1)
+            forked.append(MambaState(layer.conv_BKE.repeat(rows), layer.scan_BEN.repeat(rows)))
+        else:
+            forked.append(layer.expand(batch, capacity) if batch > 1 else layer.fork(capacity))
+    return forked

@@ -1,0 +1,28 @@
+"""What travels beside the hidden states through every block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Context:
+    """Facts about the tokens of one call.
+
+    seq_idx_BL: int32; -1 is padding, a change of value starts another packed sample. None: one sequence a row.
+    positions_BL: int64, counted from 0 in each sequence; None: start, start + 1, ... (only the log-length scale
+    of attention reads positions). start: tokens already in the state.
+    grounding_G4: int64 rows of (row, query position, first key, end key): training aid, see nn/attention.py.
+    losses: extra losses that layers report, summed by name; counts: how many layers reported each.
+    """
+
+    seq_idx_BL: Tensor | None = None
+    positions_BL: Tensor | None = None
+    start: int = 0
+    grounding_G4: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+    def report(self, name: str, value: Tensor) -> None:
+        self.losses[name] = self.losses[name] + value if name in self.losses else value

@@ -1,0 +1,72 @@
+"""The Mamba-1 mixer with Jamba's inner norms.
+
+B batch, L tokens, D width, E inner channels, N scan states, R rank of delta, K conv taps.
+Source: Gu & Dao 2023 (arXiv:2312.00752) Alg. 2; Lieber et al. 2024 (arXiv:2403.19887) for the norms on dt, B, C.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from longllava.config import BackboneConfig
+from longllava.nn.cache import MambaState
+from longllava.nn.context import Context
+from longllava.nn.norm import RMSNorm
+from longllava.ops.causal_conv1d import causal_conv1d
+from longllava.ops.selective_scan import selective_scan
+
+
+class Mamba(nn.Module):
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        width, inner, rank, states = config.width, config.d_inner(), config.dt_rank, config.state_size
+        self.sizes = [rank, states, states]
+        self.in_proj = nn.Linear(width, 2 * inner, bias=config.proj_bias)
+        self.conv_weight_EK = nn.Parameter(torch.empty(inner, config.conv_size))
+        self.conv_bias_E = nn.Parameter(torch.zeros(inner)) if config.conv_bias else None
+        self.x_proj = nn.Linear(inner, rank + 2 * states, bias=False)
+        self.dt_norm = RMSNorm(rank, config.norm_eps)
+        self.B_norm = RMSNorm(states, config.norm_eps)
+        self.C_norm = RMSNorm(states, config.norm_eps)
+        self.dt_proj = nn.Linear(rank, inner, bias=False)
+        # kept in fp32 whatever the model's dtype: they enter the fp32 recurrence
+        self.dt_bias_E = nn.Parameter(torch.empty(inner))
+        self.A_log_EN = nn.Parameter(torch.empty(inner, states))
+        self.D_E = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, width, bias=config.proj_bias)
+
+    def forward(self, x_BLD: Tensor, ctx: Context, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        u_BLE, z_BLE = self.in_proj(x_BLD).chunk(2, dim=-1)
+        u_BLE, conv_BKE = causal_conv1d(
+            u_BLE, self.conv_weight_EK, self.conv_bias_E, state and state.conv_BKE, ctx.seq_idx_BL, "silu"
+        )
+        delta_BLR, B_BLN, C_BLN = self.x_proj(u_BLE).split(self.sizes, dim=-1)
+        y_BLE, scan_BEN = selective_scan(
+            u_BLE, self.dt_proj(self.dt_norm(delta_BLR)), -self.A_log_EN.float().exp(),
+            self.B_norm(B_BLN), self.C_norm(C_BLN), self.D_E.float(), z_BLE, self.dt_bias_E.float(),
+            delta_softplus=True, state=state and state.scan_BEN, seq_idx=ctx.seq_idx_BL,
+        )  # fmt: skip
+        return self.out_proj(y_BLE), MambaState(conv_BKE, scan_BEN)
+
+    def empty_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> MambaState:
+        """State before the first token; `capacity` is attention's concern."""
+        inner, taps = self.conv_weight_EK.shape
+        return MambaState(
+            torch.zeros(batch, taps - 1, inner, device=device, dtype=dtype),
+            torch.zeros(batch, *self.A_log_EN.shape, device=device, dtype=torch.float32),
+        )
+
+    @torch.no_grad()
+    def initialise_(self) -> None:
+        """Published initial values: A = -(1..N), steps of 0.001 to 0.1, a uniform dt_proj."""
+        inner, states = self.A_log_EN.shape
+        self.A_log_EN.copy_(torch.arange(1, states + 1).float().log().expand(inner, states))
+        self.D_E.fill_(1.0)
+        step_E = torch.exp(torch.rand(inner) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(min=1e-4)
+        self.dt_bias_E.copy_(step_E + torch.log(-torch.expm1(-step_E)))  # softplus of this is the step
+        nn.init.uniform_(self.dt_proj.weight, -self.sizes[0] ** -0.5, self.sizes[0] ** -0.5)
+        bound = self.conv_weight_EK.shape[1] ** -0.5
+        nn.init.uniform_(self.conv_weight_EK, -bound, bound)

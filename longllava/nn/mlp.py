@@ -1,0 +1,63 @@
+"""SwiGLU (Shazeer 2020, arXiv:2002.05202), and a mixture of them with Jamba's routing.
+
+T tokens, D width, F hidden width, X experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longllava.config import BackboneConfig
+from longllava.nn.context import Context
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, ctx: Context | None = None) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MixtureOfExperts(nn.Module):
+    """Softmax over all experts in fp32, the top few taken and not renormalised (modeling_jamba.py)."""
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.n_per_token = config.n_experts_per_token
+        self.router = nn.Linear(config.width, config.n_experts, bias=False)
+        self.experts = nn.ModuleList(SwiGLU(config.width, config.mlp_width) for _ in range(config.n_experts))
+
+    def forward(self, x_BLD: Tensor, ctx: Context | None = None) -> Tensor:
+        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+        weights_TX = torch.softmax(self.router(x_TD).float(), dim=-1)
+        weight_TJ, expert_TJ = weights_TX.topk(self.n_per_token, dim=-1)
+        if ctx is not None and self.training:
+            ctx.report("router", balance_loss(weights_TX, expert_TJ, ctx))
+        y_TD = torch.zeros_like(x_TD)
+        for number, expert in enumerate(self.experts):
+            token_I, rank_I = torch.where(expert_TJ == number)
+            if len(token_I):
+                scaled = expert(x_TD[token_I]) * weight_TJ[token_I, rank_I, None].to(x_TD.dtype)
+                y_TD = y_TD.index_add(0, token_I, scaled.to(y_TD.dtype))
+        return y_TD.view_as(x_BLD)
+
+
+def balance_loss(weights_TX: Tensor, expert_TJ: Tensor, ctx: Context) -> Tensor:
+    """Switch's load balance (arXiv:2101.03961 eq. 4-6) over top-k choices: 1 x k when perfectly even.
+
+    Padding (seq_idx -1) is not counted.
+    """
+    n_experts = weights_TX.shape[-1]
+    chosen_TX = F.one_hot(expert_TJ, n_experts).sum(1).float()
+    if ctx.seq_idx_BL is not None:
+        real_T = (ctx.seq_idx_BL.reshape(-1) >= 0).float()[:, None]
+        share, probability = ((chosen_TX * real_T).sum(0), (weights_TX * real_T).sum(0))
+        total = real_T.sum().clamp(min=1)
+        return n_experts * (share / total * (probability / total)).sum()
+    return n_experts * (chosen_TX.mean(0) * weights_TX.mean(0)).sum()
