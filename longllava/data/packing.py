@@ -60,7 +60,7 @@ class Cursor:
 
 @dataclass
 class Plan:
-    """steps[s][r]: items of row r of step s. end: where the next window begins. misfits: left out for good."""
+    """steps[s][r]: items of row r of step s. end: where the next window begins. misfits: left out."""
 
     steps: list[list[list[Item]]]
     row_length: int
