@@ -58,6 +58,6 @@ class Backbone(nn.Module):
         nn.init.normal_(self.embed_tokens.weight, std=self.config.embedding_std)
         for layer in self.layers:
             layer.mixer.initialise_()
-            outputs = [m.weight for name, m in layer.named_modules() if name.endswith(("out_proj", "o_proj", "down_proj"))]
-            for weight in outputs:
-                weight.mul_((2 * len(self.layers)) ** -0.5)
+            for name, module in layer.named_modules():
+                if name.endswith(("out_proj", "o_proj", "down_proj")):
+                    module.weight.mul_((2 * len(self.layers)) ** -0.5)

@@ -1,25 +1,15 @@
-"""Settings: frozen dataclasses, read from strict YAML or JSON.
+"""What a model is: frozen dataclasses, read through longllava.settings.
 
-An unknown key, a wrong type or a value out of range is a ConfigError that names the file and the key.
 A ModelConfig describes a checkpoint fully: a model rebuilt from its own config is the same model.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
 import math
-import types
-import typing
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
 
 from longllava.errors import ConfigError
-from longllava.files import write_json
-
-T = TypeVar("T")
+from longllava.settings import divides, one_of, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,159 +202,3 @@ class ModelConfig:
 def pooled_counts(grid: int) -> list[int]:
     """Token counts that whole squares of a grid can be averaged to: 24 -> 576, 144, 64, 36, 16, ..."""
     return [(grid // factor) ** 2 for factor in range(1, grid + 1) if grid % factor == 0]
-
-
-# --- reading and writing
-
-
-def load(cls: type[T], source: str | Path | dict, overrides: typing.Sequence[str] = ()) -> T:
-    """Read `cls` from a YAML or JSON file (or a dict), with `a.b=value` overrides. Raises: ConfigError."""
-    label = "settings" if isinstance(source, dict) else str(source)
-    data = dict(source) if isinstance(source, dict) else read_mapping(source)
-    for override in overrides:
-        set_override(data, override)
-    return build(cls, data, label)
-
-
-def read_mapping(path: str | Path) -> dict:
-    """A YAML or JSON file whose top level is a mapping. Raises: ConfigError naming file and line."""
-    import yaml
-
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
-    try:
-        text = path.read_text("utf-8")
-        if path.suffix == ".json":
-            data = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
-        else:
-            data = yaml.load(text, Loader=unique_loader())
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
-    return data
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        raise ConfigError(f"the same key stands twice among {', '.join(repr(key) for key, _ in pairs[:12])}")
-    return data
-
-
-def refuse_constant(name: str) -> float:
-    raise ConfigError(f"{name} is not a number a setting can have")
-
-
-def unique_loader() -> type:
-    """yaml.SafeLoader that refuses a key given twice and reads 1e-4 as a number (YAML 1.2), not a string."""
-    import re
-
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise ConfigError(f"key {key!r} stands twice (line {node.start_mark.line + 1})")
-            return super().construct_mapping(node, deep)
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
-    return Loader
-
-
-def set_override(data: dict, override: str) -> None:
-    import yaml
-
-    key, separator, value = override.partition("=")
-    if not separator:
-        raise ConfigError(f"override {override!r}: write key=value, for example backbone.width=256")
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        data[parent] = dict(data.get(parent) or {})
-        data = data[parent]
-    data[last] = yaml.load(value, Loader=unique_loader())
-
-
-def build(cls: type[T], data: Any, where: str) -> T:
-    """`data` as an instance of the dataclass `cls`; every error names `where` and the key."""
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where}: expected keys of {cls.__name__}, got {type(data).__name__}")
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in fields(cls) if f.init]  # type: ignore[arg-type]
-    values = {}
-    for key, value in data.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(known)}"
-            raise ConfigError(f"{where}: unknown key {key!r}{hint}")
-        values[key] = convert(hints[key], value, f"{where}: {key}")
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    except TypeError as error:
-        raise ConfigError(f"{where}: {str(error).replace(f'{cls.__name__}.__init__()', cls.__name__)}") from None
-
-
-def convert(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        options = [a for a in arguments if a is not type(None)]
-        for option in options[:-1]:
-            try:
-                return convert(option, value, where)
-            except ConfigError:
-                continue
-        return convert(options[-1], value, where)
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build(hint, value, where)  # type: ignore[arg-type]
-    if origin in (tuple, list):
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
-        return origin(convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping, got {value!r}")
-        return {str(k): convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        raise ConfigError(f"{where}: {value} is not a number a setting can have")
-    return value
-
-
-def save(config: Any, path: str | Path) -> None:
-    """Write a config as JSON, whole or not at all."""
-    write_json(path, dataclasses.asdict(config))
-
-
-# --- checks shared by the dataclasses
-
-
-def positive(config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise ConfigError(f"{name}: got {getattr(config, name)}, must be above 0")
-
-
-def divides(config: Any, small: str, large: str) -> None:
-    if getattr(config, large) % getattr(config, small):
-        raise ConfigError(
-            f"{small}: {getattr(config, small)} does not divide {large} {getattr(config, large)}; make it a divisor"
-        )
-
-
-def one_of(config: Any, name: str, allowed: tuple) -> None:
-    if getattr(config, name) not in allowed:
-        raise ConfigError(f"{name}: got {getattr(config, name)!r}, allowed: {', '.join(map(str, allowed))}")

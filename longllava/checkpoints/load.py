@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longllava.config import ModelConfig, load
+from longllava.config import ModelConfig
 from longllava.errors import CheckpointError
+from longllava.settings import load
 
 if TYPE_CHECKING:
     import torch

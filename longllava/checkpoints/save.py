@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longllava.checkpoints.load import CONFIG, INDEX, WEIGHTS, stored_dtype
-from longllava.config import save
 from longllava.errors import CheckpointError
 from longllava.files import sync_folder, write_json
 from longllava.inputs.tokenizer import Tokenizer
+from longllava.settings import save
 
 if TYPE_CHECKING:
     import torch

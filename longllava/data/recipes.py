@@ -20,13 +20,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from longllava.config import build, one_of, read_mapping
 from longllava.data.samples import Sample
 from longllava.data.sources import MAX_BAD, LlavaSource, Source
 from longllava.data.worlds.pictures import PicturePool, PoolSettings
 from longllava.data.worlds.tasks import WorldTask
 from longllava.errors import ConfigError, DataError
 from longllava.files import write_text
+from longllava.settings import build, one_of, read_mapping
 
 BLOCK = 1000  # shares are exact in every block of so many samples, to a thousandth
 

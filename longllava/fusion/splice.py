@@ -20,9 +20,9 @@ class Splice:
         if len(spans_S4) == 0:
             return text_BLD
         n_images, n_tokens = (0, 0) if image_tokens_NMD is None else image_tokens_NMD.shape[:2]
-        lengths = spans_S4[:, 2]
-        if image_tokens_NMD is None or int(spans_S4[:, 3].max()) >= n_images:
-            raise InputError(f"the prompt names image {int(spans_S4[:, 3].max()) + 1}, but {n_images} images were given")
+        lengths, last = spans_S4[:, 2], int(spans_S4[:, 3].max())
+        if image_tokens_NMD is None or last >= n_images:
+            raise InputError(f"the prompt names image {last + 1}, but {n_images} images were given")
         if not bool((lengths == n_tokens).all()):
             wrong = int((lengths != n_tokens).nonzero()[0])
             raise InputError(
@@ -32,8 +32,8 @@ class Splice:
         flat_TD = text_BLD.flatten(0, 1)
         first_S = spans_S4[:, 0] * text_BLD.shape[1] + spans_S4[:, 1]
         at_SM = first_S[:, None] + spans_S4.new_tensor(range(n_tokens))
-        spliced = flat_TD.index_copy(0, at_SM.flatten(), image_tokens_NMD[spans_S4[:, 3]].flatten(0, 1).to(flat_TD.dtype))
-        return spliced.view_as(text_BLD)
+        images_TD = image_tokens_NMD[spans_S4[:, 3]].flatten(0, 1).to(flat_TD.dtype)
+        return flat_TD.index_copy(0, at_SM.flatten(), images_TD).view_as(text_BLD)
 
     def adapt(self, block: Block, layer: int) -> Block:
         return block

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from longllava.config import ConfigError, PromptConfig, build, read_mapping
-from longllava.errors import CheckpointError, InputError
+from longllava.config import PromptConfig
+from longllava.errors import CheckpointError, ConfigError, InputError
 from longllava.files import write_text
+from longllava.settings import build, read_mapping
 
 FILE_NAME = "tokenizer.json"
 

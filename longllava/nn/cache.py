@@ -93,24 +93,25 @@ class AttentionState:
         buffer.write(Segment(keys_BSGK, values_BSGK, seq_idx_BS), self.length)
         return replace(self, buffer=buffer, length=end)
 
-    def fork(self, capacity: int = GROWTH) -> AttentionState:
-        """A state that reads the same tokens and writes to a buffer of its own."""
-        batch, _, heads, head_dim = self.buffer.keys_BSGK.shape
-        prefix = (*self.prefix, self.buffer.segment(self.length)) if self.length else self.prefix
-        own = Buffer(batch, capacity, heads, head_dim, self.buffer.keys_BSGK.device, self.buffer.keys_BSGK.dtype)
-        return AttentionState(prefix, own, 0)
-
     def segments(self) -> tuple[Segment, ...]:
         """All segments in order; the last one is the buffer's."""
         return (*self.prefix, self.buffer.segment(self.length))
 
-    def expand(self, batch: int, capacity: int = GROWTH) -> AttentionState:
-        """A fork of a batch-1 state for `batch` continuations; the prefix is read by all, copied by none."""
-        forked = self.fork(capacity)
-        prefix = tuple(Segment(*(None if t is None else t.expand(batch, *t.shape[1:]) for t in s)) for s in forked.prefix)
-        own = forked.buffer
-        _, _, heads, head_dim = own.keys_BSGK.shape
-        return AttentionState(prefix, Buffer(batch, capacity, heads, head_dim, own.keys_BSGK.device, own.keys_BSGK.dtype), 0)
+    def fork(self, capacity: int = GROWTH, batch: int | None = None) -> AttentionState:
+        """A state that reads the same tokens and writes to a buffer of its own.
+
+        batch: expand a batch-1 state for so many continuations; the tokens so far are read by all, copied by none.
+        """
+        shared = self.segments() if self.length else self.prefix
+        rows, _, heads, head_dim = self.buffer.keys_BSGK.shape
+        if batch is not None:
+            assert rows == 1, "only a batch of one can be expanded"
+            shared = tuple(
+                Segment(*(None if part is None else part.expand(batch, *part.shape[1:]) for part in segment))
+                for segment in shared
+            )
+        keys = self.buffer.keys_BSGK
+        return AttentionState(shared, Buffer(batch or rows, capacity, heads, head_dim, keys.device, keys.dtype), 0)
 
 
 LayerState = MambaState | AttentionState
@@ -125,8 +126,7 @@ def fork_state(state: State, capacity: int = GROWTH, batch: int = 1) -> State:
     forked: State = []
     for layer in state:
         if isinstance(layer, MambaState):
-            rows = (batch, *[1] * 2) if batch > 1 else (1, 1, 1)
-            forked.append(MambaState(layer.conv_BKE.repeat(rows), layer.scan_BEN.repeat(rows)))
+            forked.append(MambaState(*(part.repeat(batch, 1, 1) for part in layer)))
         else:
-            forked.append(layer.expand(batch, capacity) if batch > 1 else layer.fork(capacity))
+            forked.append(layer.fork(capacity, batch if batch > 1 else None))
     return forked

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longllava.config import build as build_config
-from longllava.config import divides, one_of, positive, read_mapping, set_override
 from longllava.errors import ConfigError
+from longllava.settings import build as build_config
+from longllava.settings import divides, one_of, positive, read_mapping, set_override
 
 PARTS = ("encoder", "bridge", "backbone")
 
@@ -61,9 +61,12 @@ class AidsConfig:
 
     grounding_weight: of attention supervision, -log of the mass that the question's name token puts on its
     evidence.
+    retrieval_prior: a fresh backbone's attention starts by looking up equal content and copying it
+    (longllava.nn.priors).
     """
 
     grounding_weight: float = 0.0
+    retrieval_prior: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from longllava.checkpoints import find_folder, save_model, shipped_models
 from longllava.checkpoints.load import read_entries
-from longllava.config import ModelConfig, load, read_mapping
+from longllava.config import ModelConfig
 from longllava.data.recipes import Recipe
 from longllava.errors import TrainingError
 from longllava.files import write_json
 from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
+from longllava.settings import load, read_mapping
 from longllava.shipped import shipped
 from longllava.train.config import PARTS, TrainConfig, load_stage
 from longllava.version import __version__
@@ -180,9 +181,12 @@ def load_tokenizer(model_config: ModelConfig, folders: dict[str, Path]) -> Token
 def build_start(config: TrainConfig, model_config: ModelConfig, folders: dict[str, Path]) -> Model:
     """The model as the stage begins: parts from their folders in fp32, the others fresh from the seed."""
     from longllava.model import Model
+    from longllava.nn.priors import retrieval_prior_
 
     model = Model(model_config)
     model.initialise_(config.seed)
+    if config.aids.retrieval_prior:
+        retrieval_prior_(model.backbone, config.seed)
     for part, folder in folders.items():
         tensors = read_part(folder, part)
         missing, unexpected = getattr(model, part).load_state_dict(tensors, strict=False)

@@ -29,13 +29,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from longllava.bridges.pool import pool_features
-from longllava.config import EncoderConfig, ModelConfig, load
+from longllava.config import EncoderConfig, ModelConfig
 from longllava.data.worlds.pictures import draw_spec
 from longllava.data.worlds.render import COLOURS, FRAME, MAX_COUNT, PLACES, SIDE, PictureSpec, render
 from longllava.data.worlds.sheets import STYLES, sprites, things
 from longllava.encoders import build_encoder
 from longllava.errors import TrainingError
 from longllava.files import write_atomic, write_json
+from longllava.settings import load
 
 CROP = 56
 
@@ -167,7 +168,7 @@ def train(config: VisionTrainConfig) -> None:
 
 
 def run_phase(config: VisionTrainConfig, model: VisionFoundation, phase: str, steps: int, progress: dict, out: Path):
-    parameters = [p for p in model.parameters()] if phase == "whole" else [
+    parameters = list(model.parameters()) if phase == "whole" else [
         *model.encoder.patches.parameters(), *model.crop_readout.parameters()]  # fmt: skip
     peak = config.whole_learning_rate if phase == "whole" else config.crop_learning_rate
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=config.weight_decay)
@@ -200,10 +201,11 @@ def run_phase(config: VisionTrainConfig, model: VisionFoundation, phase: str, st
             means[name] = value if name not in means else means[name] * 0.98 + value * 0.02
         bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()}, refresh=False)
         if (step + 1) % 50 == 0:
-            row = {"phase": phase, "step": step + 1, "time": round(time.time(), 1), **{k: round(v, 4) for k, v in means.items()}}
-            print(json.dumps(row), file=log, flush=True)
+            row = {"phase": phase, "step": step + 1, "time": round(time.time(), 1)}
+            print(json.dumps(row | {name: round(value, 4) for name, value in means.items()}), file=log, flush=True)
         if time.time() - last_save > config.save_seconds or step + 1 == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "phase": phase, "progress": progress}
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"phase": phase, "progress": progress}
             write_atomic(out / "last.pt", lambda file, state=state: torch.save(state, file))
             last_save = time.time()
 

@@ -6,7 +6,6 @@ import random
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from longllava.config import build
 from longllava.data.samples import Sample
 from longllava.data.worlds.album_tasks import Count, Needle, Order, Retrieval, Same, SubImage
 from longllava.data.worlds.conversation import Conversation
@@ -14,6 +13,7 @@ from longllava.data.worlds.image_tasks import Caption, Single
 from longllava.data.worlds.pictures import PicturePool
 from longllava.data.worlds.text_tasks import Facts, TagsCaption, TagsRecall, Text
 from longllava.errors import ConfigError
+from longllava.settings import build
 
 
 class Maker(Protocol):
