@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "longllava"
 LINES = """
 errors version
 files shipped
+settings
 config
 ops.dispatch
 ops.native

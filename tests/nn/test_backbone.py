@@ -1,0 +1,192 @@
+"""The stack: cut anywhere = whole, padding and packing do not leak, and it equals transformers' Jamba."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longllava.backbone import Backbone
+from longllava.config import BackboneConfig
+from longllava.nn import AttentionState, Context, MambaState, fork_state
+from longllava.nn.priors import retrieval_prior_
+
+TINY = {
+    "vocab_size": 50, "width": 32, "n_layers": 5, "attention_every": 3, "attention_at": 1, "n_heads": 4,
+    "n_kv_heads": 2, "head_dim": 8, "mlp_width": 48, "state_size": 4, "dt_rank": 4, "init_std": 0.3,
+}  # fmt: skip
+VARIANTS = {
+    "jamba": {},
+    "experts": {"n_experts": 4},
+    "nano": {"qk_norm": True, "log_length_scale": True, "tie_embeddings": True},
+}
+
+
+def tiny(variant: str) -> Backbone:
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneConfig(**{**TINY, **VARIANTS[variant]}))
+    backbone.initialise_()
+    return backbone.eval()
+
+
+def run(backbone: Backbone, x_BLD: torch.Tensor, cuts: list[int], seq_idx=None, positions=None):
+    state = backbone.empty_state(len(x_BLD), 1, "cpu", torch.float32)
+    pieces, bounds = [], [0, *sorted(cuts), x_BLD.shape[1]]
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        part = None if seq_idx is None else seq_idx[:, start:end]
+        where = None if positions is None else positions[:, start:end]
+        hidden, state = backbone(x_BLD[:, start:end], Context(part, where, start=start), state)
+        pieces.append(hidden)
+    return torch.cat(pieces, dim=1), state
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=8, deadline=None)
+@given(cuts=st.lists(st.integers(0, 23), max_size=4))
+def test_a_sequence_cut_anywhere_gives_the_same_hidden_states_and_state(variant, cuts):
+    backbone = tiny(variant)
+    x = torch.randn(2, 23, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole, _ = backbone(x, Context())
+        one, state_one = run(backbone, x, [])
+        cut, state_cut = run(backbone, x, cuts)
+    torch.testing.assert_close(one, whole, rtol=0, atol=2e-5)
+    torch.testing.assert_close(cut, whole, rtol=0, atol=2e-5)
+    for a, b in zip(state_one, state_cut, strict=True):
+        if isinstance(a, MambaState):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+        else:
+            torch.testing.assert_close(a.segments()[-1][:2], b.segments()[-1][:2], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_padded_batch_equals_each_row_alone(variant):
+    backbone = tiny(variant)
+    x = torch.randn(2, 12, 32)
+    seq_idx = torch.zeros(2, 12, dtype=torch.int32)
+    seq_idx[1, :5] = -1  # left padding
+    positions = (torch.arange(12)[None] - torch.tensor([[0], [5]])).clamp(min=0)
+    x[1, :5] = 1e4
+    with torch.no_grad():
+        both, state = run(backbone, x, [7], seq_idx, positions)
+        alone, state_alone = run(backbone, x[1:, 5:], [])
+    torch.testing.assert_close(both[1:, 5:], alone, rtol=0, atol=2e-5)
+    for a, b in zip(state, state_alone, strict=True):
+        if isinstance(a, MambaState):
+            torch.testing.assert_close(a.conv_BKE[1:], b.conv_BKE, rtol=0, atol=2e-5)
+            torch.testing.assert_close(a.scan_BEN[1:], b.scan_BEN, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_samples_equal_each_alone_gradients_included(variant):
+    backbone = tiny(variant)
+    a, b = torch.randn(1, 6, 32), torch.randn(1, 9, 32)
+    packed = torch.cat([a, b], dim=1).requires_grad_()
+    seq_idx = torch.tensor([[0] * 6 + [1] * 9], dtype=torch.int32)
+    positions = torch.cat([torch.arange(6), torch.arange(9)])[None]
+    hidden, _ = backbone(packed, Context(seq_idx, positions))
+    alone = b.clone().requires_grad_()
+    hidden_b, _ = backbone(alone, Context())
+    torch.testing.assert_close(hidden[:, 6:], hidden_b, rtol=0, atol=2e-5)
+    hidden[:, 6:].square().sum().backward()
+    hidden_b.square().sum().backward()
+    torch.testing.assert_close(packed.grad[:, 6:], alone.grad, rtol=0, atol=2e-3)
+    assert packed.grad[:, :6].abs().max() == 0
+
+
+def test_forks_continue_independently_and_leave_the_trunk_alone():
+    backbone = tiny("nano")
+    x, left, right = torch.randn(1, 9, 32), torch.randn(1, 4, 32), torch.randn(1, 3, 32)
+    with torch.no_grad():
+        _, trunk = run(backbone, x, [])
+        for tail in (left, right, left):
+            hidden, _ = backbone(tail, Context(start=9), fork_state(trunk))
+            fresh, _ = backbone(torch.cat([x, tail], dim=1), Context())
+            torch.testing.assert_close(hidden, fresh[:, 9:], rtol=0, atol=2e-5)
+        both, _ = backbone(torch.cat([left, left.flip(1)]), Context(start=9), fork_state(trunk, batch=2))
+        fresh, _ = backbone(torch.cat([x, left], dim=1), Context())
+        torch.testing.assert_close(both[:1], fresh[:, 9:], rtol=0, atol=2e-5)
+
+
+def test_continuing_one_state_twice_without_forking_copies_instead_of_overwriting():
+    state = AttentionState.empty(1, 8, 1, 2, torch.device("cpu"), torch.float32)
+    one, two, three = (torch.full((1, 2, 1, 2), value) for value in (1.0, 2.0, 3.0))
+    trunk = state.append(one, one, None)
+    first, second = trunk.append(two, two, None), trunk.append(three, three, None)
+    assert first.segments()[-1].keys_BSGK[0, :, 0, 0].tolist() == [1, 1, 2, 2]
+    assert second.segments()[-1].keys_BSGK[0, :, 0, 0].tolist() == [1, 1, 3, 3]
+    assert trunk.n_tokens() == 2
+
+
+def test_a_full_buffer_grows_and_keeps_what_it_held():
+    state = AttentionState.empty(1, 2, 1, 2, torch.device("cpu"), torch.float32)
+    for value in range(5):
+        piece = torch.full((1, 1, 1, 2), float(value))
+        state = state.append(piece, piece, None)
+    assert state.segments()[-1].values_BSGK[0, :, 0, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    backbone = tiny("experts").train()
+    x = torch.randn(1, 11, 32)
+    gradients = []
+    for flag in (False, True):
+        backbone.gradient_checkpointing = flag
+        backbone.zero_grad()
+        hidden, _ = backbone(x, Context())
+        hidden.square().mean().backward()
+        gradients.append([p.grad.clone() for p in backbone.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_the_retrieval_prior_finds_and_copies_equal_content():
+    backbone = tiny("nano")
+    assert retrieval_prior_(backbone) == 2
+    attention = backbone.layers[1].mixer
+    x = torch.nn.functional.normalize(torch.randn(1, 9, 32), dim=-1) * 32**0.5
+    x[0, 8] = x[0, 2]
+    with torch.no_grad():
+        attention.q_norm.weight.fill_(4.0)  # sharp, as training makes it
+        y, _ = attention(x, Context())
+    cosine = torch.nn.functional.cosine_similarity(y[0, 8], x[0, 2], dim=0)
+    assert cosine > 0.9
+
+
+@pytest.mark.parametrize("n_experts", [1, 4])
+def test_equals_transformers_jamba(n_experts):
+    """Logits in fp32 against stock JambaForCausalLM with the same weights, left padding included."""
+    from transformers import JambaConfig, JambaForCausalLM
+
+    ours = tiny("experts" if n_experts > 1 else "jamba")
+    config = ours.config
+    reference = JambaForCausalLM(JambaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, attn_layer_period=3, attn_layer_offset=1, num_experts=n_experts, num_experts_per_tok=2,
+        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
+        rms_norm_eps=config.norm_eps, pad_token_id=0, attn_implementation="eager",
+    )).eval()  # fmt: skip
+    names = {"mixer_norm": "input_layernorm", "ffn_norm": "pre_ff_layernorm", "dt_norm": "dt_layernorm",
+             "B_norm": "b_layernorm", "C_norm": "c_layernorm", "A_log_EN": "A_log", "D_E": "D",
+             "conv_weight_EK": "conv1d.weight", "conv_bias_E": "conv1d.bias", "dt_bias_E": "dt_proj.bias",
+             "ffn": "feed_forward", "final_norm": "final_layernorm"}  # fmt: skip
+    tensors = {}
+    for key, tensor in ours.state_dict().items():
+        parts = [names.get(part, part) for part in key.split(".")]
+        if parts[0] == "layers":
+            parts[2] = parts[2].replace("mixer", "self_attn" if config.mixers()[int(parts[1])] == "attention" else "mamba")
+        if parts[-1] == "conv1d.weight":
+            tensor = tensor[:, None]
+        prefix = "" if parts[0] == "lm_head" else "model."
+        tensors[prefix + ".".join(parts)] = tensor
+    missing, unexpected = reference.load_state_dict(tensors, strict=False)
+    assert not missing and not unexpected
+    ids = torch.randint(3, 50, (2, 17))
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    seq_idx = (mask - 1).int()
+    with torch.no_grad():
+        expected = reference(ids, attention_mask=mask, use_cache=False).logits
+        hidden, _ = ours(ours.embed_tokens(ids), Context(seq_idx))
+        got = ours.logits(hidden)
+    torch.testing.assert_close(got[mask == 1], expected[mask == 1], rtol=0, atol=1e-4)

@@ -1,0 +1,74 @@
+"""Configs: strict reading, and every shipped model has the parameters it states."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longllava.config import BackboneConfig, ModelConfig
+from longllava.errors import ConfigError
+from longllava.model import Model
+from longllava.settings import load
+from longllava.shipped import shipped
+
+
+@pytest.mark.parametrize("name", ["nano", "longllava-9b", "longllava-53b-a13b"])
+def test_every_shipped_model_builds_with_its_stated_parameter_count(name):
+    config = load(ModelConfig, shipped("configs", f"models/{name}"))
+    with torch.device("meta"):
+        model = Model(config)
+    assert config.n_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_the_published_sizes():
+    """9.29 B dense and 51.6 B with experts, from the language model's public config (with lm_head, without vision)."""
+    for n_experts, billions in ((1, 9.29), (16, 51.57)):
+        with torch.device("meta"):
+            from longllava.backbone import Backbone
+
+            backbone = Backbone(BackboneConfig(n_experts=n_experts))
+        assert sum(p.numel() for p in backbone.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("backbone: {n_layer: 3}", ["unknown key 'n_layer'", "n_layers"]),
+        ("backbone: {width: wide}", ["backbone", "width", "expected int"]),
+        ("backbone: {width: 0}", ["width", "above 0"]),
+        ("backbone: {width: 1000000000}", ["width", "at most"]),
+        ("backbone: {n_heads: 3, n_kv_heads: 2}", ["n_kv_heads", "divide"]),
+        ("backbone: {norm_eps: .nan}", ["norm_eps"]),
+        ("bridge: {tokens_per_image: 100}", ["tokens_per_image", "100", "allowed"]),
+        ("encoder: null", ["encoder and bridge"]),
+        ("name: a\nname: b", ["'name'", "twice"]),
+        ("[1, 2]", ["expected a mapping"]),
+        ("a: [", ["cannot be read"]),
+    ],
+)
+def test_bad_settings_are_one_sentence_that_names_file_and_key(tmp_path, text, words):
+    path = tmp_path / "model.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(ModelConfig, path)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    for word in words:
+        assert word in message
+
+
+def test_overrides_reach_into_parts_and_numbers_are_numbers(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text("name: x\nbackbone: {norm_eps: 1e-5}\n")
+    config = load(ModelConfig, path, ["backbone.width=64", "backbone.init_std=1e-2"])
+    assert (config.backbone.width, config.backbone.init_std, config.backbone.norm_eps) == (64, 0.01, 1e-5)
+    with pytest.raises(ConfigError, match="key=value"):
+        load(ModelConfig, path, ["backbone.width"])
+
+
+def test_json_refuses_nan_and_repeated_keys(tmp_path):
+    path = tmp_path / "config.json"
+    for text in ('{"name": NaN}', '{"name": "a", "name": "b"}', "[" * 5000):
+        path.write_text(text)
+        with pytest.raises(ConfigError):
+            load(ModelConfig, path)
