@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
-from longllava.cli import talk, work
+from longllava.cli import evaluate, talk, work
 from longllava.errors import LongLLaVAError
 from longllava.version import __version__
 
@@ -19,9 +20,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
+evaluations = typer.Typer(help="Measure a model.", no_args_is_help=True)
+evaluations.command()(evaluate.vniah)
+
 app.command()(talk.generate)
 app.command()(talk.chat)
 app.command()(work.train)
+app.add_typer(evaluations, name="eval")
 app.command()(work.world)
 app.command()(work.doctor)
 
@@ -41,13 +46,17 @@ def options(
     """Multimodal language models that look at a thousand images at once on one device."""
 
 
-def main() -> None:
-    """Run the command line. What the caller can mend is one sentence on stderr and code 1; Ctrl-C is 130."""
+def run(command: Callable[[], Any], name: str = "longllava") -> None:
+    """Call it. What the caller can mend is one sentence on stderr and exit code 1; Ctrl-C is 130."""
     try:
-        app()
+        command()
     except LongLLaVAError as error:
-        sys.exit(f"longllava: {error}")
+        sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # a full disk, a folder that may not be written: the system names the file
-        sys.exit(f"longllava: {error}")
+        sys.exit(f"{name}: {error}")
+
+
+def main() -> None:
+    run(app)

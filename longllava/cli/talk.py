@@ -24,7 +24,7 @@ Images = Annotated[
     typer.Option("--image", "-i", help="A picture, folder or pattern. Repeatable.", show_default=False),
 ]
 Video = Annotated[str | None, typer.Option("--video", "-v", help="A video file; frames at 1 per second.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU if there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="a GPU if there is one")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest of this total mass.")]
