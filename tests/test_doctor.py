@@ -63,9 +63,7 @@ def test_difference_is_relative_to_the_truth() -> None:
     assert doctor.difference(torch.tensor([1.0]), torch.tensor([1.0])) == 0
 
 
-def test_tables_and_json_tell_the_same(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tables_and_json_tell_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     verdicts = [
         Verdict(probe_of("a", ""), "works"),
         Verdict(probe_of("b", ""), "broken", "ImportError: libgone.so"),

@@ -82,9 +82,7 @@ def test_every_make_target_is_explained() -> None:
     done = subprocess.run(["make", "help"], capture_output=True, text=True, cwd=ROOT, check=True)
     assert set(re.findall(r"^make ([a-z0-9-]+) +\S", done.stdout, re.MULTILINE)) == targets
     for name in ("README.md", "CONTRIBUTING.md"):
-        used = set(
-            re.findall(r"(?:`|^)make ([a-z][a-z0-9-]*)", (ROOT / name).read_text("utf-8"), re.MULTILINE)
-        )
+        used = set(re.findall(r"(?:`|^)make ([a-z][a-z0-9-]*)", (ROOT / name).read_text("utf-8"), re.MULTILINE))
         assert used <= targets, name
 
 
