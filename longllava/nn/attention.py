@@ -95,30 +95,32 @@ def attend_segments(q_BLHK: Tensor, state: AttentionState, seq_idx_BL: Tensor | 
 
 
 def report_grounding(ctx: Context, q_BLHK: Tensor, k_BLGK: Tensor) -> None:
-    """Training aid: -log of the attention that marked queries give to their span, on the first half of the heads.
+    """Training aid: -log of the attention that marked queries give to their evidence, on the first half of the heads.
 
-    Row, query position, first key, end key per mark. Keys of other samples and of later tokens are left out,
-    as in attention itself.
+    Marks are (row, query position, first key, end key). A query with several marks (two pictures show the thing)
+    may look at any of their keys: its masses are added before the log. Keys of other samples and of later tokens
+    are left out, as in attention itself. G marks, Q different queries.
     """
     assert ctx.grounding_G4 is not None
-    row_G, query_G, first_G, end_G = ctx.grounding_G4.unbind(-1)
     heads, groups = q_BLHK.shape[2], k_BLGK.shape[2]
     used = max(1, heads // 2)
-    q_GHK = q_BLHK[row_G, query_G, :used].float()
-    kv_of_head = torch.arange(used, device=row_G.device) // (heads // groups)
-    at = torch.arange(k_BLGK.shape[1], device=row_G.device)
-    mass = []
-    for row in row_G.unique():
-        mine = row_G == row
-        k_SHK = k_BLGK[row][:, kv_of_head].float()
-        logits_GHS = torch.einsum("ghk,shk->ghs", q_GHK[mine], k_SHK) * q_GHK.shape[-1] ** -0.5
-        visible_GS = at <= query_G[mine, None]
+    at = torch.arange(k_BLGK.shape[1], device=k_BLGK.device)
+    kv_of_head = torch.arange(used, device=k_BLGK.device) // (heads // groups)
+    log_mass = []
+    for row in ctx.grounding_G4[:, 0].unique():
+        marks_G4 = ctx.grounding_G4[ctx.grounding_G4[:, 0] == row]
+        query_Q, of_mark_G = marks_G4[:, 1].unique(return_inverse=True)
+        inside_GS = (at >= marks_G4[:, 2, None]) & (at < marks_G4[:, 3, None])
+        n_marks_QS = torch.zeros(len(query_Q), len(at), dtype=torch.int32, device=at.device)
+        inside_QS = n_marks_QS.index_add_(0, of_mark_G, inside_GS.int()) > 0
+        q_QHK, k_SHK = q_BLHK[row, query_Q, :used].float(), k_BLGK[row][:, kv_of_head].float()
+        logits_QHS = torch.einsum("qhk,shk->qhs", q_QHK, k_SHK) * q_QHK.shape[-1] ** -0.5
+        visible_QS = at <= query_Q[:, None]
         if ctx.seq_idx_BL is not None:
-            visible_GS = visible_GS & (ctx.seq_idx_BL[row] == ctx.seq_idx_BL[row, query_G[mine]][:, None])
-        logits_GHS = logits_GHS.masked_fill(~visible_GS[:, None], -torch.inf)
-        inside_GS = (at >= first_G[mine, None]) & (at < end_G[mine, None])
-        on_span_GH = torch.logsumexp(logits_GHS.masked_fill(~inside_GS[:, None], -torch.inf), -1)
-        mass.append(on_span_GH - torch.logsumexp(logits_GHS, -1))
-    log_mass_GH = torch.cat(mass)
-    ctx.report("grounding", -log_mass_GH.mean())
-    ctx.report("grounding_mass", log_mass_GH.detach().exp().mean())
+            visible_QS = visible_QS & (ctx.seq_idx_BL[row] == ctx.seq_idx_BL[row, query_Q][:, None])
+        logits_QHS = logits_QHS.masked_fill(~visible_QS[:, None], -torch.inf)
+        on_evidence_QH = torch.logsumexp(logits_QHS.masked_fill(~inside_QS[:, None], -torch.inf), -1)
+        log_mass.append(on_evidence_QH - torch.logsumexp(logits_QHS, -1))
+    log_mass_QH = torch.cat(log_mass)
+    ctx.report("grounding", -log_mass_QH.mean())
+    ctx.report("grounding_mass", log_mass_QH.detach().exp().mean())
