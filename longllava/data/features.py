@@ -3,7 +3,7 @@
 One file of equal records per (encoder, tokens an image, pooling), and a list of what each record is of:
   features.bin  record i: (M, C) bfloat16     keys.txt  line i: the picture
 Both only grow. A record is flushed before its line is written, so a line always has its record; a lock lets
-several runs share a cache.
+several runs share a cache. Where a crash of the machine left a line without its record, both are dropped.
 Shapes: N pictures, M tokens after pooling, C width of the encoder.
 """
 
@@ -12,15 +12,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longllava.bridges.pool import pool_features
 from longllava.data.images import open_reference
 from longllava.data.worlds.pictures import PREFIX
+from longllava.errors import InputError
+from longllava.inputs.processor import Processor
+from longllava.model import Model
 
 BATCH = 64
 
@@ -31,14 +35,13 @@ def cache_folder() -> Path:
 
 
 def picture_key(reference: str) -> str:
-    """What a record is known by: world references describe themselves; files by path, size and time."""
-    if reference.startswith(PREFIX):
-        return reference
-    try:
-        status = os.stat(reference)
-    except OSError:
-        return reference  # opening it will say what is wrong
-    return f"{os.path.abspath(reference)} {status.st_size} {status.st_mtime_ns}"
+    """What a record is known by, in one line: world references describe themselves; files by path, size and time."""
+    key = reference
+    if not reference.startswith(PREFIX):
+        with contextlib.suppress(OSError):  # opening it will say what is wrong
+            status = os.stat(reference)
+            key = f"{os.path.abspath(reference)} {status.st_size} {status.st_mtime_ns}"
+    return key.replace("\\", "\\\\").replace("\n", "\\n")
 
 
 class FeatureCache:
@@ -80,21 +83,20 @@ class FeatureCache:
             yield
 
     def read_keys(self) -> None:
-        """Lines others have added since; a torn last line (a crash) is cut off, with its record."""
+        """Lines others have added since; a torn last line, and lines without a whole record, are cut off."""
         for path in (self.data, self.keys):
             path.touch()
         text = self.keys.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            os.truncate(self.keys, len(whole))
-        lines = whole.decode("utf-8").splitlines()
-        self.rows = {line: row for row, line in enumerate(lines)}
+        lines = text.split(b"\n")[:-1]  # not splitlines: a path may hold other line breaks
+        lines = lines[: self.data.stat().st_size // self.record]
+        whole = sum(map(len, lines)) + len(lines)
+        if whole < len(text):
+            os.truncate(self.keys, whole)
+        self.rows = {os.fsdecode(line): row for row, line in enumerate(lines)}
         self.n_records = len(lines)
 
     def missing(self, references: Sequence[str]) -> list[str]:
-        return [
-            reference for reference in dict.fromkeys(references) if picture_key(reference) not in self.rows
-        ]
+        return [reference for reference in dict.fromkeys(references) if picture_key(reference) not in self.rows]
 
     def fill(self, references: Sequence[str], show: Callable[[int, int], None] | None = None) -> int:
         """Encode the pictures that are not there yet. show(done, of). Returns how many were encoded."""
@@ -121,7 +123,7 @@ class FeatureCache:
                 file.flush()
                 os.fsync(file.fileno())
             with self.keys.open("ab") as file:
-                file.write("".join(picture_key(reference) + "\n" for reference in references).encode("utf-8"))
+                file.write(os.fsencode("".join(picture_key(reference) + "\n" for reference in references)))
             self.read_keys()
         self.map = None
 
@@ -136,15 +138,51 @@ class FeatureCache:
         return torch.from_numpy(self.map[rows]).view(torch.bfloat16)
 
 
+def encoder_cache(
+    model: Model,
+    processor: Processor,
+    *,
+    tokens: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    folder: Path | None = None,
+) -> FeatureCache:
+    """The cache of a model's frozen encoder, pooled to `tokens`. dtype: of matrix products, over fp32 weights.
+
+    Equal encoders share a cache, whatever models they are part of. Raises: InputError for a model of text.
+    """
+    encoder, bridge = model.config.encoder, model.config.bridge
+    if model.encoder is None or encoder is None or bridge is None:
+        raise InputError(f"model {model.config.name!r} reads text only; it has no encoder for images")
+
+    def encode(references: Sequence[str]) -> Tensor:
+        return encode_references(references, model, processor, tokens=tokens, device=device, dtype=dtype)
+
+    mark = f"{fingerprint(model.encoder.state_dict().items())} {encoder} {bridge.pool} {dtype}"
+    return FeatureCache(encode, fingerprint=mark, tokens=tokens, width=encoder.width, folder=folder)
+
+
 def encode_references(
     references: Sequence[str],
-    encoder: Callable[[Tensor], Tensor],
-    pixels: Callable[..., Tensor],
-    pool: Callable[[Tensor], Tensor],
+    model: Model,
+    processor: Processor,
+    *,
+    tokens: int,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Open, encode and pool pictures: (N, M, C). pixels: Processor.pixels."""
-    pixels_N3SS = pixels([open_reference(reference) for reference in references])
+    """Open, encode and pool pictures: (N, M, C)."""
+    assert model.config.bridge is not None
+    pixels_N3SS = processor.pixels([open_reference(reference) for reference in references])
     with torch.no_grad(), torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-        return pool(encoder(pixels_N3SS.to(device)))
+        return pool_features(model.encode(pixels_N3SS.to(device)), tokens, model.config.bridge.pool)
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes: whether frozen parts stayed as they were."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        plain = tensor.detach().to("cpu").contiguous()
+        digest.update(plain.view(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
+    return digest.hexdigest()

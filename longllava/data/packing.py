@@ -115,9 +115,7 @@ def encode_sample(
         else:
             raise InputError(f"sample {sample.id}: evidence names neither an image nor a key")
         pairs.append((query, start, end))
-    return Item(
-        number, sample.id, source, encoded.ids, encoded.trainable, encoded.spans, tuple(sample.images), pairs
-    )
+    return Item(number, sample.id, source, encoded.ids, encoded.trainable, encoded.spans, tuple(sample.images), pairs)
 
 
 def token_range(turn_tokens: Sequence[TurnTokens], turn: int, start: int, end: int) -> tuple[int, int]:

@@ -121,9 +121,7 @@ class TrainConfig:
                     raise ConfigError(f"{key}: got part {name!r}, allowed: {', '.join((*PARTS, 'all'))}")
         for name in self.init_from:
             if name not in self.start_from:
-                raise ConfigError(
-                    f"init_from: part {name!r} is not in start_from; say which stage it must be"
-                )
+                raise ConfigError(f"init_from: part {name!r} is not in start_from; say which stage it must be")
 
     def total_steps(self) -> int:
         return sum(phase.steps for phase in self.phases)

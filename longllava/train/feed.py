@@ -8,15 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from longllava.bridges.pool import pool_features
-from longllava.data.features import FeatureCache, encode_references
+from longllava.data.features import FeatureCache, encode_references, encoder_cache
 from longllava.data.images import open_reference
 from longllava.data.packing import Batch, Cursor, Item, Misfit, Plan, build_batch, plan_window
 from longllava.data.recipes import Recipe
 from longllava.inputs.processor import Processor
 from longllava.model import Model
 from longllava.train.config import TrainConfig
-from longllava.train.optimizer import fingerprint
 
 
 class Feed:
@@ -86,26 +84,17 @@ class Pictures:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self.model, self.processor, self.device = model, processor, device
-        self.dtype = dtype
+        self.model, self.processor, self.device, self.dtype = model, processor, device, dtype
         self.trains = "encoder" in config.train_only
         self.cache: FeatureCache | None = None
         bridge, encoder = model.config.bridge, model.config.encoder
         if bridge is None or encoder is None:
             return
-        self.pool = bridge.pool
         self.tokens = encoder.grid() ** 2
-        if self.pool == "2d":  # a mean of means: later phases may pool the rest of the way
+        if bridge.pool == "2d":  # a mean of means: later phases may pool the rest of the way
             self.tokens = max(phase.tokens_per_image or bridge.tokens_per_image for phase in config.phases)
         if config.feature_cache and not self.trains:
-            mark = f"{fingerprint(model.encoder.state_dict().items())} {encoder} {self.pool} {self.dtype}"
-            self.cache = FeatureCache(self.encode, fingerprint=mark, tokens=self.tokens, width=encoder.width)
-
-    def encode(self, references: Sequence[str]) -> Tensor:
-        return encode_references(
-            references, self.model.encoder, self.processor.pixels,
-            lambda features_NTC: pool_features(features_NTC, self.tokens, self.pool), self.device, self.dtype,
-        )  # fmt: skip
+            self.cache = encoder_cache(model, processor, tokens=self.tokens, device=device, dtype=dtype)
 
     def prepare(self, references: Sequence[str], say: Callable[[str], None]) -> None:
         """Fill the cache for a window."""
@@ -126,4 +115,6 @@ class Pictures:
         if self.trains:
             pixels_N3SS = self.processor.pixels([open_reference(reference) for reference in references])
             return pixels_N3SS.to(self.device)
-        return self.encode(references)
+        return encode_references(
+            references, self.model, self.processor, tokens=self.tokens, device=self.device, dtype=self.dtype
+        )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longllava.data.features import fingerprint
 from longllava.data.packing import Batch
 from longllava.data.recipes import Recipe
 from longllava.errors import TrainingError
@@ -25,7 +26,7 @@ from longllava.train.config import AidsConfig, TrainConfig, learning_rate
 from longllava.train.feed import Feed, Pictures
 from longllava.train.log import Meter, TrainingLog
 from longllava.train.loss import answer_loss
-from longllava.train.optimizer import build_optimizer, fingerprint, select_parts, set_learning_rate
+from longllava.train.optimizer import build_optimizer, select_parts, set_learning_rate
 from longllava.train.state import apply, compare, gather, latest_state, save_state
 
 
@@ -54,9 +55,7 @@ class Forward(nn.Module):
             images_NMD = model.image_tokens(features_NTC, tokens_per_image)
         x_BLD = model.embed(batch.ids_BL, batch.spans, images_NMD)
         aided = self.aids.grounding_weight > 0 and len(batch.grounding) > 0
-        context = Context(
-            batch.seq_idx_BL, batch.positions_BL, grounding_G4=batch.grounding if aided else None
-        )
+        context = Context(batch.seq_idx_BL, batch.positions_BL, grounding_G4=batch.grounding if aided else None)
         hidden_BLD, _ = model.backbone(x_BLD, context)
         answers = answer_loss(model.backbone.logits, hidden_BLD, batch.labels_BL)
         loss = answers.total
@@ -96,9 +95,7 @@ def train(
     device, world, chief = accelerator.device, accelerator.num_processes, accelerator.is_main_process
     for number, phase in enumerate(config.phases):
         if phase.rows % world:
-            raise TrainingError(
-                f"phases.{number}.rows: {phase.rows} rows do not divide among {world} processes"
-            )
+            raise TrainingError(f"phases.{number}.rows: {phase.rows} rows do not divide among {world} processes")
 
     parameters = select_parts(model, config.train_only)
     frozen = {name: fingerprint(part.state_dict().items()) for name, part in model.named_children()
@@ -137,11 +134,7 @@ def train(
                     n_labels = int(accelerator.reduce(torch.tensor(n_labels, device=device), "sum"))
                 for index, batch in enumerate(batches):
                     batch = batch.to(device)
-                    together = (
-                        contextlib.nullcontext()
-                        if index == len(batches) - 1
-                        else accelerator.no_sync(forward)
-                    )
+                    together = contextlib.nullcontext() if index == len(batches) - 1 else accelerator.no_sync(forward)
                     with together:
                         loss, measured = forward(batch, pictures.of(batch.refs), phase.tokens_per_image)
                         if loss.requires_grad:  # DDP averages over processes: `world` makes a sum of that
@@ -152,9 +145,7 @@ def train(
                     prepared.step()
                 else:
                     names = ", ".join(sorted({name for batch in batches for name in batch.sample_ids}))
-                    log.say(
-                        f"step {step + 1}: the gradient is not finite, nothing is updated; samples: {names}"
-                    )
+                    log.say(f"step {step + 1}: the gradient is not finite, nothing is updated; samples: {names}")
                 prepared.zero_grad()
                 step += 1
                 log.step(step)

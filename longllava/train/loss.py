@@ -38,9 +38,7 @@ def answer_loss(
     """
     learned_BL = labels_BL != IGNORED
     hidden_PD, labels_P = hidden_BLD[learned_BL], labels_BL[learned_BL]
-    total = (
-        hidden_PD.float().sum() * 0 if len(labels_P) == 0 else hidden_PD.new_zeros((), dtype=torch.float32)
-    )
+    total = hidden_PD.float().sum() * 0 if len(labels_P) == 0 else hidden_PD.new_zeros((), dtype=torch.float32)
     n_right = torch.zeros((), dtype=torch.int64, device=labels_BL.device)
 
     def chunk_loss(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from longllava.errors import TrainingError
 from longllava.train.config import OptimizerConfig
@@ -39,15 +39,3 @@ def build_optimizer(parameters: list[tuple[str, nn.Parameter]], config: Optimize
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes: whether frozen parts stayed as they were."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        plain = tensor.detach().to("cpu").contiguous()
-        digest.update(plain.view(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
-    return digest.hexdigest()

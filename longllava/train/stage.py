@@ -72,9 +72,7 @@ def run_stage(config: TrainConfig) -> Path:
     folders = start_folders(config, model_config)
     processor = Processor(model_config, load_tokenizer(model_config, folders))
     model = build_start(config, model_config, folders)
-    recipe = Recipe.load(
-        config.recipe if Path(config.recipe).is_file() else shipped("data_recipes", config.recipe)
-    )
+    recipe = Recipe.load(config.recipe if Path(config.recipe).is_file() else shipped("data_recipes", config.recipe))
     facts = resume_facts(config)
     write_json(
         folder / "config.json",
@@ -136,9 +134,7 @@ def start_folders(config: TrainConfig, model_config: ModelConfig) -> dict[str, P
         elif foundation in shipped_models():
             folder = find_folder(foundation)
         else:
-            raise TrainingError(
-                f"{config.stage} starts from {stage}, and {own} is not there; train {stage} first"
-            )
+            raise TrainingError(f"{config.stage} starts from {stage}, and {own} is not there; train {stage} first")
         check_stage(folder, part, stage, config.stage)
         folders[part] = folder
     return folders
@@ -154,9 +150,7 @@ def check_stage(folder: Path, part: str, wanted: str, stage: str) -> None:
     try:
         record = json.loads((folder / RECORD).read_text("utf-8"))
     except (OSError, ValueError):
-        raise TrainingError(
-            f"{folder}: no {RECORD} that says which stage it is of; {stage} needs {wanted}"
-        ) from None
+        raise TrainingError(f"{folder}: no {RECORD} that says which stage it is of; {stage} needs {wanted}") from None
     found = record.get("parts", {}).get(part, record.get("stage"))
     if found != wanted:
         raise TrainingError(f"{stage} starts its {part} from {wanted}; {folder} is of {found}")
@@ -193,9 +187,7 @@ def build_start(config: TrainConfig, model_config: ModelConfig, folders: dict[st
         # batch norm's count of batches is no weight, and a file of weights may lack it
         wrong = [*unexpected, *(name for name in missing if not name.endswith("num_batches_tracked"))]
         if wrong:
-            raise TrainingError(
-                f"{folder}: its {part} is of another model; they differ in {', '.join(wrong[:8])}"
-            )
+            raise TrainingError(f"{folder}: its {part} is of another model; they differ in {', '.join(wrong[:8])}")
     return model
 
 
@@ -238,9 +230,7 @@ def commit() -> str | None:
     """The library's commit, with "+" when files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parents[2]
     try:
-        name = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
+        name = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
         changed = subprocess.run(
             ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
         )

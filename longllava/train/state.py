@@ -71,9 +71,7 @@ def apply(state: TrainingState, model: nn.Module, parts: list[str], optimizer: t
     for key, value in slots.items():
         slot, _, name = key.partition("/")
         if name not in parameters:
-            raise TrainingError(
-                f"checkpoint of step {state.step} has {slot} of {name!r}, which does not train"
-            )
+            raise TrainingError(f"checkpoint of step {state.step} has {slot} of {name!r}, which does not train")
         parameter = parameters[name]
         # fused AdamW keeps its count of steps as an fp32 scalar beside the parameter
         optimizer.state[parameter][slot] = value.to(parameter.device)
@@ -130,9 +128,7 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 def latest_state(folder: Path) -> TrainingState | None:
     """The newest checkpoint below `folder`, or None. Raises: TrainingError when it cannot be read."""
     folders = checkpoint_folders(folder)
-    for path in (
-        folder.glob(".step-*.tmp") if folder.is_dir() else ()
-    ):  # of a run that was killed while writing
+    for path in folder.glob(".step-*.tmp") if folder.is_dir() else ():  # of a run that was killed while writing
         shutil.rmtree(path, ignore_errors=True)
     if not folders:
         return None
