@@ -43,6 +43,8 @@ def read_mapping(path: str | Path) -> dict:
             data = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
         else:
             data = yaml.load(text, Loader=unique_loader())
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

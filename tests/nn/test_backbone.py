@@ -23,9 +23,9 @@ VARIANTS = {
 }
 
 
-def tiny(variant: str) -> Backbone:
+def tiny(variant: str, **changes: int) -> Backbone:
     torch.manual_seed(0)
-    backbone = Backbone(BackboneConfig(**{**TINY, **VARIANTS[variant]}))
+    backbone = Backbone(BackboneConfig(**{**TINY, **VARIANTS[variant], **changes}))
     backbone.initialise_()
     return backbone.eval()
 
@@ -141,7 +141,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 def test_the_retrieval_prior_finds_and_copies_equal_content():
-    backbone = tiny("nano")
+    backbone = tiny("nano", n_kv_heads=4)  # 4 heads of 8: values span the width, so all content can be copied
     assert retrieval_prior_(backbone) == 2
     attention = backbone.layers[1].mixer
     x = torch.nn.functional.normalize(torch.randn(1, 9, 32), dim=-1) * 32**0.5
@@ -163,8 +163,7 @@ def test_equals_transformers_jamba(n_experts):
     reference = JambaForCausalLM(JambaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
         num_key_value_heads=2, attn_layer_period=3, attn_layer_offset=1, num_experts=n_experts, num_experts_per_tok=2,
-        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
-        rms_norm_eps=config.norm_eps, pad_token_id=0, attn_implementation="eager",
+        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4, rms_norm_eps=config.norm_eps, pad_token_id=0, attn_implementation="eager",
     )).eval()  # fmt: skip
     names = {"mixer_norm": "input_layernorm", "ffn_norm": "pre_ff_layernorm", "dt_norm": "dt_layernorm",
              "B_norm": "b_layernorm", "C_norm": "c_layernorm", "A_log_EN": "A_log", "D_E": "D",
@@ -179,6 +178,13 @@ def test_equals_transformers_jamba(n_experts):
             tensor = tensor[:, None]
         prefix = "" if parts[0] == "lm_head" else "model."
         tensors[prefix + ".".join(parts)] = tensor
+    for layer in range(5 if n_experts > 1 else 0):  # transformers 5 keeps the experts of a layer stacked
+        prefix = f"model.layers.{layer}.feed_forward.experts"
+        if f"{prefix}.0.gate_proj.weight" in tensors:
+            of = {kind: [tensors.pop(f"{prefix}.{j}.{kind}_proj.weight") for j in range(n_experts)]
+                  for kind in ("gate", "up", "down")}  # fmt: skip
+            tensors[f"{prefix}.gate_up_proj"] = torch.cat([torch.stack(of["gate"]), torch.stack(of["up"])], dim=1)
+            tensors[f"{prefix}.down_proj"] = torch.stack(of["down"])
     missing, unexpected = reference.load_state_dict(tensors, strict=False)
     assert not missing and not unexpected
     ids = torch.randint(3, 50, (2, 17))
