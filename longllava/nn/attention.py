@@ -47,7 +47,7 @@ class Attention(nn.Module):
         else:
             state = state.append(k_BLGK, v_BLGK, ctx.seq_idx_BL)
             y_BLHK = attend_segments(q_BLHK, state, ctx.seq_idx_BL)
-        return self.o_proj(y_BLHK.reshape(b, length, -1)), state
+        return self.o_proj(y_BLHK.flatten(2)), state
 
     def length_factor(self, ctx: Context, batch: int, length: int) -> Tensor:
         """(B or 1, L, H, 1) fp32."""
