@@ -147,7 +147,7 @@ class Chat:
             self.console.print(HELP, highlight=False)
         elif command == "/image":
             self.show(expand([rest.strip()]))
-            self.console.print(f"{len(self.pictures)} pictures go with the next question", highlight=False)
+            self.console.print(f"pictures for the next question: {len(self.pictures)}", highlight=False)
         elif command == "/video":
             self.show([], rest.strip())
         elif command == "/history":
