@@ -20,8 +20,17 @@ ABI = 1  # csrc/isa.h holds the same number; raise both when the C interface cha
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in csrc/vector.h
 
 
-@functools.lru_cache(maxsize=1)
+_loaded: tuple[ctypes.CDLL | None, str | None] | None = None  # a plain variable: torch.compile reads through it
+
+
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    global _loaded
+    if _loaded is None:
+        _loaded = _open()
+    return _loaded
+
+
+def _open() -> tuple[ctypes.CDLL | None, str | None]:
     rebuild = "run `python csrc/build.py` in a clone, or reinstall longllava where a C++ compiler is found"
     if not PATH.exists():
         return None, f"the compiled kernels are missing ({PATH}); {rebuild}"

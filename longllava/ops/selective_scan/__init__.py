@@ -31,7 +31,7 @@ def selective_scan(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(d_t A) h_(t-1) + d_t u_t B_t ;  y_t = (C_t . h_t + D u_t) silu(z_t) ;  d = softplus(delta + bias).
+    """h_t = exp(d_t A) h_(t-1) + d_t u_t B_t;  y_t = (C_t . h_t + D u_t) silu(z_t);  d = softplus(delta + bias).
 
     Shapes:  B batch, L tokens, E channels, N states. u, delta, z (B, L, E); A (E, N); B, C (B, L, N); D,
              delta_bias (E); state (B, E, N); seq_idx (B, L). Without z there is no gate, without
@@ -45,8 +45,8 @@ def selective_scan(
     Gradients go to every float input, the initial state included, and come from y and the returned state.
     The same call gives the same bits, whatever the number of threads.
     Raises:  LongLLaVAError if shapes disagree; BackendError if the backend asked for cannot run.
-    Source:  Gu & Dao 2023, arXiv:2312.00752, section 3.3 (Euler for B, as their code does); argument names are
-             those of mamba-ssm's selective_scan_fn, whose tensors are channel-major where these are token-major.
+    Source:  Gu & Dao 2023, arXiv:2312.00752, section 3.3 (Euler for B, as their code does). Names are those of
+             mamba-ssm's selective_scan_fn, whose tensors are channel-major where these are token-major.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, state, seq_idx)
     args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, seq_idx)
@@ -83,8 +83,6 @@ def _check(
         ("seq_idx", seq_idx, "(B, L)", (batch, length)),
     ):
         if x is not None and x.shape != shape:
-            raise LongLLaVAError(
-                f"selective_scan: {name} must be {letters} = {shape}, got {tuple(x.shape)}"
-            )
+            raise LongLLaVAError(f"selective_scan: {name} must be {letters} = {shape}, got {tuple(x.shape)}")
     if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
         raise LongLLaVAError(f"selective_scan: seq_idx must be int32, got {seq_idx.dtype}")

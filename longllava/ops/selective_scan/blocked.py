@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from longllava.ops.selective_scan.reference import reset_mask, step_sizes
+from longllava.ops import native
+from longllava.ops.selective_scan.reference import step_sizes
+from longllava.ops.sequences import reset_mask
 
 SPAN_ELEMENTS = 2**20  # state-elements per span: 4 MiB per temporary tensor in fp32
 
@@ -38,6 +40,8 @@ def run(
     state_BEN: Tensor | None = None,
     seq_idx_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if u_BLE.device.type == "cpu":
+        native.say_once_if_missing()
     dtype = torch.float64 if u_BLE.dtype == torch.float64 else torch.float32
     batch, length, _ = u_BLE.shape
     A = A_EN.to(dtype)

@@ -1,8 +1,8 @@
 """The selective scan on the CPU by the compiled kernels (csrc/selective_scan*), as torch custom ops.
 
-`longllava::selective_scan` and `longllava::selective_scan_backward` work under autograd and torch.compile. When
-no gradient is wanted and nothing is being traced, `run` calls the kernel directly, which saves the custom op's
-some 20 us: decoding calls this once per layer and token.
+`longllava::selective_scan` and `longllava::selective_scan_backward` work under autograd and torch.compile.
+When no gradient is wanted and nothing is being traced, `run` calls the kernel itself, which saves the custom
+op's overhead: decoding calls this once per layer and token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any = None, z: Tensor | None = None, *rest: Any
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *rest: Any,
 ) -> str | None:
     if u.device.type != "cpu":
         return f"needs CPU tensors, got {u.device.type}"
@@ -137,15 +144,13 @@ def _backward(
     seq_idx: Tensor | None,
     saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias and the initial state; empty where there is no input."""
+    """Gradients of u, delta, A, B, C, D, z, delta_bias, initial state; zero-sized where there is no input."""
     _, backward, _ = _kernels()
     batch, length, channels = u.shape
     n_states = A.shape[1]
     wanted = (u, delta, A, B, C, D, z, delta_bias)
     dtypes = [torch.float32 if x is None else x.dtype for x in wanted]
-    u, delta, B, C, z, A, D, delta_bias, _, seq_idx = _prepared(
-        u, delta, B, C, z, A, D, delta_bias, None, seq_idx
-    )
+    u, delta, B, C, z, A, D, delta_bias, _, seq_idx = _prepared(u, delta, B, C, z, A, D, delta_bias, None, seq_idx)
     grad_y = readable(grad_y)
     grad_state = None if grad_state is None else plain(grad_state)
     grads = [
@@ -171,9 +176,7 @@ def _backward(
     return (*first, grad_initial)  # type: ignore[return-value]
 
 
-selective_scan = torch.library.custom_op(
-    "longllava::selective_scan", _forward, mutates_args=(), device_types="cpu"
-)
+selective_scan = torch.library.custom_op("longllava::selective_scan", _forward, mutates_args=(), device_types="cpu")
 selective_scan_backward = torch.library.custom_op(
     "longllava::selective_scan_backward", _backward, mutates_args=(), device_types="cpu"
 )

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longllava.ops.sequences import reset_mask
+
 
 def why_not(*args: object) -> str | None:
     return None
@@ -55,22 +57,10 @@ def run(
     return y_BLE.to(u_BLE.dtype), h_BEN
 
 
-def step_sizes(
-    delta_BLE: Tensor, bias_E: Tensor | None, softplus: bool, padding_BL1: Tensor | None
-) -> Tensor:
+def step_sizes(delta_BLE: Tensor, bias_E: Tensor | None, softplus: bool, padding_BL1: Tensor | None) -> Tensor:
     """The step the recurrence takes at each token; exactly 0 at padding, which leaves the state as it is."""
     if bias_E is not None:
         delta_BLE = delta_BLE + bias_E.to(delta_BLE.dtype)
     if softplus:
         delta_BLE = F.softplus(delta_BLE)
     return delta_BLE if padding_BL1 is None else delta_BLE.masked_fill(padding_BL1, 0)
-
-
-def reset_mask(seq_idx_BL: Tensor) -> Tensor:
-    """True at each real token whose sequence differs from that of the real token before it, if there is one."""
-    real_BL = seq_idx_BL >= 0
-    place_BL = torch.arange(seq_idx_BL.shape[1], device=seq_idx_BL.device).expand(seq_idx_BL.shape)
-    latest_BL = place_BL.masked_fill(~real_BL, -1).cummax(1).values if seq_idx_BL.numel() else place_BL
-    before_BL = F.pad(latest_BL[:, :-1], (1, 0), value=-1)[:, : seq_idx_BL.shape[1]]  # latest real before t
-    previous_BL = seq_idx_BL.gather(1, before_BL.clamp(min=0))
-    return real_BL & (before_BL >= 0) & (previous_BL != seq_idx_BL)

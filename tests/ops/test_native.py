@@ -1,0 +1,129 @@
+"""The compiled library: every form of it computes right, a form or library that cannot be used is said so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from longllava.errors import BackendError
+from longllava.ops import native
+from longllava.ops.dispatch import Backend, choose, report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# both ops on a few ugly cases, against fp64, in a process of its own: the form is chosen when the library loads
+CHECK = """
+import sys
+from longllava.ops import causal_conv1d, native, selective_scan
+from longllava.ops.causal_conv1d import cases as conv_cases, cpu as conv_cpu, reference as conv_reference
+from longllava.ops.selective_scan import cases as scan_cases, cpu as scan_cpu, reference as scan_reference
+from tests.ops.parity import assert_matches
+assert native.isa() == sys.argv[1], native.isa()
+chosen = ("plain", "two-tiles", "many-states", "bf16-wild", "wild", "two-taps-two-tiles")
+for cases, cpu, reference in ((scan_cases, scan_cpu, scan_reference), (conv_cases, conv_cpu, conv_reference)):
+    for case in cases.CASES:
+        if case.name in chosen:
+            assert_matches(cpu.run, reference.run, cases.NAMES, case.inputs(), slack=2e-6)
+"""
+
+
+def needs_library() -> None:
+    if reason := native.why_not():
+        pytest.skip(reason)
+
+
+def python(code: str, isa: str, *args: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "LONGLLAVA_ISA": isa, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_form_matches_the_reference(isa) -> None:
+    needs_library()
+    done = python(CHECK, isa, isa)
+    if f"LONGLLAVA_ISA={isa}: this processor runs" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_form_that_does_not_exist_is_an_error() -> None:
+    needs_library()
+    done = python("from longllava.ops import native; native.why_not()", "abacus")
+    assert done.returncode == 1
+    assert "BackendError: LONGLLAVA_ISA=abacus: this processor runs portable" in done.stderr
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """native as a process sees it before it has looked for the library."""
+    monkeypatch.setattr(native, "_loaded", None)
+    native.say_once_if_missing.cache_clear()
+    yield monkeypatch
+    native.say_once_if_missing.cache_clear()
+
+
+def test_a_missing_library_is_a_reason_and_is_said_once(fresh, tmp_path, caplog) -> None:
+    from longllava.ops.selective_scan import BACKENDS, selective_scan
+    from longllava.ops.selective_scan.cases import Case
+
+    fresh.setattr(native, "PATH", tmp_path / "nowhere.so")
+    args = Case("small", length=3).inputs()
+    assert str(BACKENDS[0].why_not(*args)).startswith("the compiled kernels are missing (")
+    with pytest.raises(BackendError, match="cpu: the compiled kernels are missing"):
+        selective_scan(*args, backend="cpu")
+    selective_scan(*args)
+    selective_scan(*args)
+    assert [record.message[:40] for record in caplog.records] == ["longllava runs its slower plain-torch co"]
+
+
+def test_a_broken_library_is_a_reason(fresh, tmp_path) -> None:
+    (tmp_path / "broken.so").write_bytes(b"not a library")
+    fresh.setattr(native, "PATH", tmp_path / "broken.so")
+    assert str(native.why_not()).startswith("the compiled kernels cannot be loaded (")
+    with pytest.raises(BackendError, match="cannot be loaded"):
+        native.library()
+
+
+def test_a_library_of_another_interface_is_a_reason(fresh) -> None:
+    needs_library()
+    fresh.setattr(native, "_loaded", None)
+    fresh.setattr(native, "ABI", 99)
+    assert "speak interface 1, this longllava needs 99" in str(native.why_not())
+
+
+def test_a_struct_of_another_size_is_refused() -> None:
+    needs_library()
+    library = native.library()
+    assert library.longllava_scan_forward(bytes(536)) == 2
+    with pytest.raises(BackendError, match="of another version"):
+        native.succeed(2, "op")
+    with pytest.raises(MemoryError, match="op: out of memory"):
+        native.succeed(1, "op")
+
+
+def test_choose_takes_the_first_that_does_not_object() -> None:
+    def why_not(x: int) -> str | None:
+        return "wants an even number" if x % 2 else None
+
+    backends = (Backend("even", lambda x: x, why_not), Backend("any", lambda x: -x, lambda x: None))
+    assert choose("op", backends, 2).name == "even"
+    assert choose("op", backends, 3).name == "any"
+    assert report(backends, 3) == {"even": "wants an even number", "any": None}
+    with pytest.raises(BackendError, match="op: no backend can run this call:\n  even: wants an even number"):
+        choose("op", backends, 3, forced="even")
+
+
+def test_copies_are_made_only_where_the_kernels_need_them() -> None:
+    x = torch.randn(2, 3, 8)
+    for same in (x, x[:, :, :4], x[:, 1:], x[:, ::2], x.bfloat16()):
+        assert native.readable(same) is same
+    for copied in (x.transpose(1, 2), x[..., ::2], x.half(), x.double()):
+        made = native.readable(copied)
+        assert made is not copied and made.stride(2) == 1 and torch.equal(made, copied.to(made.dtype))
