@@ -9,7 +9,7 @@ namespace longllava {
 namespace LONGLLAVA_FORM {
 namespace {
 
-constexpr int KEYS_AT_ONCE = 4, VECTORS_AT_ONCE = 2;
+constexpr int KEYS_AT_ONCE = 4;
 constexpr int64_t MOST_ROWS = 8;
 
 // scores[row][key] = scale * k . q for ROWS rows; columns beyond whole vectors one by one.
@@ -20,21 +20,23 @@ LONGLLAVA_INLINE void score_rows(float* scores, const float* q, int64_t q_stride
     const Input* keys[KEYS_AT_ONCE];
     for (int64_t i = 0; i < KEYS_AT_ONCE; ++i)
       keys[i] = k + (key + i < n_keys ? key + i : n_keys - 1) * k_stride;  // the last block may end early
-    Vec sums[KEYS_AT_ONCE][ROWS] = {};
+    Vec sums[ROWS][KEYS_AT_ONCE] = {};
     int64_t c = 0;
     for (; c + LANES <= width; c += LANES) {
 #pragma GCC unroll 8
       for (int i = 0; i < KEYS_AT_ONCE; ++i) {
         const Vec channels = load_wide(keys[i] + c);
 #pragma GCC unroll 8
-        for (int row = 0; row < ROWS; ++row) sums[i][row] += channels * load(q + row * q_stride + c);
+        for (int row = 0; row < ROWS; ++row) sums[row][i] += channels * load(q + row * q_stride + c);
       }
     }
-    for (int i = 0; i < KEYS_AT_ONCE; ++i) {
-      for (int row = 0; row < ROWS; ++row) {
-        float sum = sum_of_lanes(sums[i][row]);
-        for (int64_t rest = c; rest < width; ++rest) sum += load_one(keys[i] + rest) * q[row * q_stride + rest];
-        scores[row * KEY_BLOCK + key + i] = sum * scale;
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; ++row) {
+      float* line = scores + row * KEY_BLOCK + key;
+      store_sums_of_lanes(line, sums[row]);
+      for (int i = 0; i < KEYS_AT_ONCE; ++i) {
+        for (int64_t rest = c; rest < width; ++rest) line[i] += load_one(keys[i] + rest) * q[row * q_stride + rest];
+        line[i] *= scale;
       }
     }
   }
@@ -63,17 +65,20 @@ LONGLLAVA_INLINE void add_channels(float* sums, int64_t stride, const float* p, 
     for (int j = 0; j < N; ++j) store(sums + row * stride + j * LANES, held[row][j]);
 }
 
-template <int ROWS, class Input>
+// The same for all channels from d on: N vectors at a time, then half as many, then one by one.
+template <int ROWS, int N, class Input>
 LONGLLAVA_INLINE void add_rows(float* sums, int64_t stride, const float* p, const Input* v, int64_t v_stride,
-                               int64_t n_keys, int64_t width) {
-  int64_t d = 0;
-  for (; d + VECTORS_AT_ONCE * LANES <= width; d += VECTORS_AT_ONCE * LANES)
-    add_channels<ROWS, VECTORS_AT_ONCE>(sums + d, stride, p, v + d, v_stride, n_keys);
-  for (; d + LANES <= width; d += LANES) add_channels<ROWS, 1>(sums + d, stride, p, v + d, v_stride, n_keys);
-  for (; d < width; ++d)
-    for (int row = 0; row < ROWS; ++row)
-      for (int64_t key = 0; key < n_keys; ++key)
-        sums[row * stride + d] += p[row * KEY_BLOCK + key] * load_one(v + key * v_stride + d);
+                               int64_t n_keys, int64_t width, int64_t d = 0) {
+  for (; d + N * LANES <= width; d += N * LANES)
+    add_channels<ROWS, N>(sums + d, stride, p, v + d, v_stride, n_keys);
+  if constexpr (N > 1) {
+    add_rows<ROWS, N / 2>(sums, stride, p, v, v_stride, n_keys, width, d);
+  } else {
+    for (; d < width; ++d)
+      for (int row = 0; row < ROWS; ++row)
+        for (int64_t key = 0; key < n_keys; ++key)
+          sums[row * stride + d] += p[row * KEY_BLOCK + key] * load_one(v + key * v_stride + d);
+  }
 }
 
 // The same where some keys are hidden from some rows: those add nothing, whatever v holds there.
@@ -160,8 +165,9 @@ void attend_few_rows(const AttentionCall& call, int64_t index) {
     }
     if (!masked)
       by_rows(n_rows, [&](auto rows, int64_t row) {
-        add_rows<decltype(rows)::value>(sums + row * stride, stride, scores + row * KEY_BLOCK, v_block,
-                                        call.v_strides.token, n_keys, width);
+        constexpr int ROWS = decltype(rows)::value;
+        add_rows<ROWS, 8 / ROWS>(sums + row * stride, stride, scores + row * KEY_BLOCK, v_block,
+                                 call.v_strides.token, n_keys, width);
       });
   }
   for (int64_t row = 0; row < n_rows; ++row)

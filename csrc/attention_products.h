@@ -79,8 +79,8 @@ struct Pair {
       if (first && second) {
         Bits spoiled{};
         for (; d + LANES <= width; d += LANES) {
-          const Bits a = __builtin_convertvector(load_as<Halves>(low + d), Bits);
-          const Bits b = __builtin_convertvector(load_as<Halves>(high + d), Bits);
+          const Bits a = load_halves(low + d);
+          const Bits b = load_halves(high + d);
           spoiled |= (Bits)((a & 0x7f80u) == 0x7f80u) | (Bits)((b & 0x7f80u) == 0x7f80u);
           store(v + d, a | b << 16);
         }

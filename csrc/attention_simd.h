@@ -68,6 +68,24 @@ LONGLLAVA_INLINE float sum_of_lanes(Vec value) {
   return lanes[0];
 }
 
+// The sums of four vectors' lanes, to `target`.
+LONGLLAVA_INLINE void store_sums_of_lanes(float* target, const Vec (&values)[4]) {
+#if defined(__AVX2__)
+  __m256 halves[4];
+  for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+    halves[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)values[i]), _mm512_extractf32x8_ps((__m512)values[i], 1));
+#else
+    halves[i] = (__m256)values[i];
+#endif
+  }
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(halves[0], halves[1]), _mm256_hadd_ps(halves[2], halves[3]));
+  _mm_storeu_ps(target, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+#else
+  for (int i = 0; i < 4; ++i) target[i] = sum_of_lanes(values[i]);
+#endif
+}
+
 // 2^x for x <= ~120, relative error 2e-7; exactly 0 below -127 and for -infinity; NaN stays NaN.
 // x = n + f with |f| <= 1/2: adding 1.5 * 2^23 + 127 leaves n + 127, the exponent's bits, in the lowest places.
 // The polynomial is the one of degree 5 nearest to 2^f on [-1/2, 1/2] (relative error) that is 1 at 0.
@@ -85,9 +103,16 @@ LONGLLAVA_INLINE Vec exp2_of(Vec x) {
   return power * (Vec)((Bits)shifted << 23);
 }
 
-LONGLLAVA_INLINE Vec widen(const uint16_t* source) {  // bf16 to fp32
-  return (Vec)(__builtin_convertvector(load_as<Halves>(source), Bits) << 16);
+LONGLLAVA_INLINE Bits load_halves(const uint16_t* source) {  // 16 bits to the low half of 32
+#if defined(__AVX512F__)
+  return (Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif defined(__AVX2__)  // GCC 12 makes four instructions of a __builtin_convertvector
+  return (Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#else
+  return __builtin_convertvector(load_as<Halves>(source), Bits);
+#endif
 }
+LONGLLAVA_INLINE Vec widen(const uint16_t* source) { return (Vec)(load_halves(source) << 16); }  // bf16 to fp32
 LONGLLAVA_INLINE float widen_one(uint16_t half) {
   const uint32_t bits = static_cast<uint32_t>(half) << 16;
   float value;

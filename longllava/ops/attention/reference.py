@@ -43,8 +43,6 @@ def run(
     n_queries, n_heads, n_keys, n_groups = *q_BLHK.shape[1:3], *k_BSGK.shape[1:3]
     visible_BLS = visible(n_queries, n_keys, causal, seq_idx_q_BL, seq_idx_k_BS, q_BLHK.device)
     q, k, v = (x.to(dtype) for x in (q_BLHK, k_BSGK, v_BSGK))
-    if n_keys == 0:
-        return torch.zeros_like(q_BLHK), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     unseen_BS11 = ~visible_BLS.any(1)[:, :, None, None]
     blind_BL = ~visible_BLS.any(2)
     q = q.masked_fill(blind_BL[:, :, None, None], 0)  # 0 times NaN would be NaN

@@ -1,0 +1,116 @@
+"""One table of attention calls for parity tests, gradients and benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call. `packing`: None, "samples" (three or more, one after the other), or "padding" (these, with -1 on
+    the left of even rows, on the right of odd ones, and in the middle)."""
+
+    name: str
+    n_queries: int
+    n_keys: int
+    n_heads: int
+    n_groups: int
+    head_dim: int
+    batch: int = 1
+    causal: bool = True
+    packing: str | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return f"{self.name}-{str(self.dtype).removeprefix('torch.')}"
+
+    def seq_idx(self) -> tuple[Tensor | None, Tensor | None]:
+        """seq_idx of the queries (B, L) and of the keys (B, S)."""
+        if self.packing is None:
+            return None, None
+        sample = max(1, min(self.n_keys // 3, 500))
+        keys_BS = (torch.arange(self.n_keys) // sample).int().repeat(self.batch, 1)
+        if self.packing == "padding":
+            n_padded = min(5, self.n_keys)
+            keys_BS[0::2, :n_padded] = -1
+            keys_BS[1::2, self.n_keys - n_padded :] = -1
+            keys_BS[:, self.n_keys // 2 : self.n_keys // 2 + n_padded] = -1
+        return keys_BS[:, self.n_keys - self.n_queries :], keys_BS
+
+    def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, standard normal."""
+        random = torch.Generator().manual_seed(seed)
+        shapes = ((self.n_queries, self.n_heads), (self.n_keys, self.n_groups), (self.n_keys, self.n_groups))
+        q, k, v = (
+            torch.randn(self.batch, length, heads, self.head_dim, generator=random).to(self.dtype)
+            for length, heads in shapes
+        )
+        return q, k, v
+
+    def multiplications(self) -> int:
+        """Of the forward pass: one score and one weighted value a visible pair. Backward takes 2.5 times as many."""
+        pairs = self.n_queries * self.n_keys
+        if self.causal:
+            pairs -= self.n_queries * (self.n_queries - 1) // 2
+        return 2 * self.batch * self.n_heads * self.head_dim * pairs
+
+
+def _small() -> tuple[Case, ...]:
+    """Lengths around the sizes of vectors, tiles and blocks, with every group size and kind of packing."""
+    groups, head_dims = ((1, 1), (2, 1), (4, 1), (4, 4), (6, 2)), (8, 20, 64, 128)
+    packings = (None, "samples", "padding")
+    shapes = [(n, n + extra) for n in (0, 1, 2, 3, 63, 65, 130) for extra in (0, 1, 37, 200)]
+    cases = []
+    for i, (n_queries, n_keys) in enumerate(shapes):
+        n_heads, n_groups = groups[i % len(groups)]
+        for dtype in (torch.float32, torch.bfloat16):
+            cases.append(
+                Case(
+                    name=f"{n_queries}of{n_keys}",
+                    n_queries=n_queries,
+                    n_keys=n_keys,
+                    n_heads=n_heads,
+                    n_groups=n_groups,
+                    head_dim=head_dims[(i + i // 4) % len(head_dims)],
+                    batch=2,
+                    causal=i % 7 != 3,
+                    packing=packings[i % len(packings)],
+                    dtype=dtype,
+                )
+            )
+    return tuple(cases)
+
+
+CASES = (
+    *_small(),
+    # keys split over tasks: decode, a short question, and its merge
+    Case(name="split-decode", n_queries=1, n_keys=5000, n_heads=4, n_groups=2, head_dim=64),
+    Case(name="split-decode", n_queries=1, n_keys=5000, n_heads=4, n_groups=2, head_dim=64, dtype=torch.bfloat16),
+    Case(
+        name="split-question", batch=2, n_queries=20, n_keys=3100, n_heads=4, n_groups=2, head_dim=64, packing="padding"
+    ),
+    # more than one chunk of keys in the backward pass
+    Case(name="chunks", n_queries=700, n_keys=1200, n_heads=2, n_groups=1, head_dim=64),
+    Case(name="packed", n_queries=1100, n_keys=1100, n_heads=2, n_groups=2, head_dim=64, packing="padding"),
+)
+
+# What the library spends its time on. nano: 36 tokens a picture, 1,000 pictures; 9b: LongLLaVA-9B's layers.
+BENCHMARKS = (
+    Case(
+        name="nano-last-chunk",
+        n_queries=2048,
+        n_keys=38_000,
+        n_heads=4,
+        n_groups=2,
+        head_dim=64,
+        dtype=torch.bfloat16,
+    ),
+    Case(name="nano-decode", n_queries=1, n_keys=40_000, n_heads=4, n_groups=2, head_dim=64, dtype=torch.bfloat16),
+    Case(name="nano-training", n_queries=4096, n_keys=4096, n_heads=4, n_groups=2, head_dim=64, packing="samples"),
+    Case(
+        name="9b-chunk", n_queries=1024, n_keys=8192, n_heads=32, n_groups=8, head_dim=128, dtype=torch.bfloat16
+    ),
+)
