@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longllava.cli import evaluate, talk, work
+from longllava.cli import curriculum, evaluate, talk, work
 from longllava.errors import LongLLaVAError
 from longllava.version import __version__
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 
 evaluations = typer.Typer(help="Measure a model.", no_args_is_help=True)
 evaluations.command()(evaluate.vniah)
+evaluations.command()(curriculum.curriculum)
 
 app.command()(talk.generate)
 app.command()(talk.chat)

@@ -79,7 +79,9 @@ class TrainConfig:
     "<model>-foundation". recipe: a data recipe, shipped or a path. text_only: without encoder and bridge.
     dtype: of matrix products, over fp32 weights; "auto" is bfloat16 where the device multiplies it in
     hardware (on a CPU without that it is 50 times slower than fp32). threads: of torch on a CPU (0 = as torch
-    decides); a run that goes on must have as many. window: steps planned together.
+    decides); a run that goes on must have as many. window: steps planned together. evaluate: tasks of the
+    curriculum that are measured after the last step, with eval_questions each. preset: which one was laid over
+    the file; its stages lie in runs/<model>-<preset>.
     """
 
     stage: str
@@ -103,10 +105,11 @@ class TrainConfig:
     save_every: int = 200
     log_every: int = 10
     evaluate: list[str] = field(default_factory=list)
-    eval_samples: int = 200
+    eval_questions: int = 200
+    preset: str = ""
 
     def __post_init__(self) -> None:
-        positive(self, "window", "save_every", "log_every")
+        positive(self, "window", "save_every", "log_every", "eval_questions")
         one_of(self, "dtype", ("auto", "bfloat16", "float32"))
         if not self.phases:
             raise ConfigError("phases: the list is empty; a stage has at least one")
@@ -152,7 +155,7 @@ def load_stage(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
         elif name not in presets:
             raise ConfigError(f"{path}: no preset {name!r}; have {', '.join(presets) or 'none'}")
         else:
-            data = overlaid(data, presets[name])
+            data = overlaid(data, presets[name]) | {"preset": name}
     for override in plain:
         override_item(data, override)
     return build_config(TrainConfig, data, str(path))

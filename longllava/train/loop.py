@@ -51,8 +51,10 @@ class Forward(nn.Module):
         """The next-token loss summed over labels, plus the aids; and sums of what was measured."""
         model, images_NMD = self.model, None
         if pictures is not None:
-            features_NTC = model.encoder(pictures) if pictures.dtype == torch.uint8 else pictures
-            images_NMD = model.image_tokens(features_NTC, tokens_per_image)
+            if pictures.dtype == torch.uint8:  # the encoder trains
+                assert model.encoder is not None
+                pictures = model.encoder(pictures)
+            images_NMD = model.image_tokens(pictures, tokens_per_image)
         x_BLD = model.embed(batch.ids_BL, batch.spans, images_NMD)
         aided = self.aids.grounding_weight > 0 and len(batch.grounding) > 0
         context = Context(batch.seq_idx_BL, batch.positions_BL, grounding_G4=batch.grounding if aided else None)
@@ -153,8 +155,9 @@ def train(
                     log.write(step, {**meter.take(), "norm": float(norm), "rate": rate, "phase": number})
                 if step % config.save_every == 0 or step == total or signals.number:
                     if chief:
-                        place = {"step": step, "first_step": feed.first_step, "begin": feed.begin}
-                        save_state(checkpoints, gather(model, config.train_only, optimizer, facts, **place))
+                        state = gather(model, config.train_only, optimizer, facts, step=step,
+                                       first_step=feed.first_step, begin=feed.begin)  # fmt: skip
+                        save_state(checkpoints, state)
                 if signals.number:
                     log.say(f"{config.stage}: saved after step {step}; start it again to go on")
                     raise Stopped(signals.number)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,16 +21,16 @@ from longllava.inputs.tokenizer import Tokenizer
 from longllava.settings import load, read_mapping
 from longllava.shipped import shipped
 from longllava.train.config import PARTS, TrainConfig, load_stage
-from longllava.version import __version__
+from longllava.train.record import RECORD, environment, read_record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from longllava.evals.curriculum_task import Task
     from longllava.model import Model
 
-RECORD = "training.json"
 # what may differ between a run and its going on
-FREE = ("output", "save_every", "log_every", "evaluate", "eval_samples", "device", "feature_cache")
+FREE = ("output", "preset", "save_every", "log_every", "evaluate", "eval_questions", "device", "feature_cache")
 
 
 def main(path: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -60,8 +57,11 @@ def main(path: str | Path, overrides: Sequence[str] = ()) -> None:
 
 
 def run_stage(config: TrainConfig) -> Path:
-    """Train one stage and write runs/<model>/<stage>/model. Returns that folder."""
+    """Train one stage, write runs/<model>/<stage>/model, and say what it can do. Returns that folder."""
+    from longllava.evals.curriculum_task import tasks_named
     from longllava.train.loop import train
+
+    tasks = tasks_named(config.evaluate)  # a misspelt one is told now, not after the last step
 
     model_config = model_config_of(config)
     folder = output_folder(config, model_config)
@@ -81,6 +81,8 @@ def run_stage(config: TrainConfig) -> Path:
     write_json(folder / "environment.json", environment())
     started = time.monotonic()
     train(config, model, processor, recipe, folder, facts)
+    if int(os.environ.get("RANK", "0")):
+        return final
     save_model(model, processor.tokenizer, final)
     record = {
         "stage": config.stage,
@@ -97,7 +99,23 @@ def run_stage(config: TrainConfig) -> Path:
     }
     write_json(final / RECORD, record)
     print(f"{config.stage}: the model is in {final}")
+    if tasks:
+        evaluate(config, tasks, model, processor, folder)
     return final
+
+
+def evaluate(config: TrainConfig, tasks: Sequence[Task], model: Model, processor: Processor, folder: Path) -> None:
+    """What the stage taught, on held-out pictures: printed, and kept in evaluation.json."""
+    from longllava.evals.curriculum import measure
+    from longllava.evals.curriculum_report import Column, as_json, print_report
+    from longllava.train.loop import compute_dtype
+
+    started = time.monotonic()
+    outcomes = measure(model, processor, tasks, n_questions=config.eval_questions, dtype=compute_dtype(config))
+    seconds = round(time.monotonic() - started, 1)
+    column = Column(config.stage, None, str(folder / "model"), {one.task: one for one in outcomes}, seconds)
+    print_report([column])
+    write_json(folder / "evaluation.json", as_json([column], seed=0, questions_per_task=config.eval_questions))
 
 
 def model_config_of(config: TrainConfig) -> ModelConfig:
@@ -111,7 +129,27 @@ def model_config_of(config: TrainConfig) -> ModelConfig:
 
 
 def output_folder(config: TrainConfig, model_config: ModelConfig) -> Path:
-    return Path(config.output) if config.output else Path("runs") / model_config.name / config.stage
+    return Path(config.output) if config.output else runs_folder(config, model_config) / config.stage
+
+
+def runs_folder(config: TrainConfig, model_config: ModelConfig) -> Path:
+    """Where a model's stages lie; those of a preset apart, or a trial would pass for the real stage."""
+    if config.output:
+        return Path(config.output).parent
+    return Path("runs") / "-".join(filter(None, (model_config.name, config.preset)))
+
+
+def own_folder(config: TrainConfig, model_config: ModelConfig, stage: str, part: str) -> Path:
+    """An earlier stage's folder; a preset's stages may start from the real ones."""
+    places = [runs_folder(config, model_config)]
+    if config.preset and not config.output:
+        places.append(Path("runs") / model_config.name)
+    for runs in places:
+        if (runs / stage / "model").is_dir():
+            return runs / stage / "model"
+        if (runs / stage / f"{part}.safetensors").is_file():
+            return runs / stage  # a foundation that is one part, not a model
+    return places[0] / stage / "model"
 
 
 def start_folders(config: TrainConfig, model_config: ModelConfig) -> dict[str, Path]:
@@ -122,10 +160,7 @@ def start_folders(config: TrainConfig, model_config: ModelConfig) -> dict[str, P
         if stage is None:
             continue
         named = config.init_from.get(part) or config.init_from.get("all")
-        runs = Path(config.output).parent if config.output else Path("runs") / model_config.name
-        own = runs / stage / "model"
-        if not own.is_dir() and (runs / stage / f"{part}.safetensors").is_file():
-            own = runs / stage  # a foundation that is one part, not a model
+        own = own_folder(config, model_config, stage, part)
         foundation = f"{model_config.name}-foundation"
         if named is not None:
             folder = find_folder(named)
@@ -147,10 +182,9 @@ def check_stage(folder: Path, part: str, wanted: str, stage: str) -> None:
     """
     if (folder / f"{part}.safetensors").is_file() and folder.name == wanted:
         return
-    try:
-        record = json.loads((folder / RECORD).read_text("utf-8"))
-    except (OSError, ValueError):
-        raise TrainingError(f"{folder}: no {RECORD} that says which stage it is of; {stage} needs {wanted}") from None
+    record = read_record(folder)
+    if not record:
+        raise TrainingError(f"{folder}: no {RECORD} that says which stage it is of; {stage} needs {wanted}")
     found = record.get("parts", {}).get(part, record.get("stage"))
     if found != wanted:
         raise TrainingError(f"{stage} starts its {part} from {wanted}; {folder} is of {found}")
@@ -213,27 +247,3 @@ def resume_facts(config: TrainConfig) -> dict[str, Any]:
     facts["threads"] = config.threads or torch.get_num_threads()
     facts["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
     return json.loads(json.dumps(facts))  # tuples become lists, as they come back from a checkpoint
-
-
-def environment() -> dict[str, Any]:
-    import torch
-
-    return {
-        "longllava": __version__, "torch": torch.__version__, "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(), "commit": commit(), "command": " ".join(sys.argv),
-    }  # fmt: skip
-
-
-def commit() -> str | None:
-    """The library's commit, with "+" when files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parents[2]
-    try:
-        name = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return name.stdout.strip() + "+" * bool(changed.stdout.strip())

@@ -155,7 +155,8 @@ def compare(saved: dict[str, Any], now: dict[str, Any], n_phases: int) -> None:
     """
     pairs = {key: (saved.get(key), now.get(key)) for key in sorted({*saved, *now})}
     if "phases" in pairs:
-        pairs["phases"] = tuple(phases[:n_phases] if phases else phases for phases in pairs["phases"])
+        then, at = (phases and phases[:n_phases] for phases in pairs["phases"])
+        pairs["phases"] = then, at
     different = [f"{key}: {then!r} then, {at!r} now" for key, (then, at) in pairs.items() if then != at]
     if different:
         raise TrainingError(

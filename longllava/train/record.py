@@ -1,0 +1,55 @@
+"""What a run knows of itself: the record in a model's folder, the machine, the library's commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from longllava.version import __version__
+
+RECORD = "training.json"
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """How the model in `folder` came to be; empty where nothing readable says so."""
+    try:
+        record = json.loads((folder / RECORD).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def environment() -> dict[str, Any]:
+    import torch
+
+    return {
+        "longllava": __version__, "torch": torch.__version__, "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}", "processor": processor(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(), "commit": commit(), "command": " ".join(sys.argv),
+    }  # fmt: skip
+
+
+def commit() -> str | None:
+    """The library's commit, with "+" when files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parents[2]
+    try:
+        name = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name.stdout.strip() + "+" * bool(changed.stdout.strip())
+
+
+def processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
