@@ -139,24 +139,26 @@ def show(report: dict[str, Any], *, as_json: bool = False) -> None:
         print(json.dumps(report, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
     about = Table(title=f"longllava {report['longllava']}", title_justify="left", show_header=False)
     for name, value in report["machine"].items():
-        about.add_row(name, str(value))
+        about.add_row(name, escape(str(value)))
     console.print(about)
 
     table = Table("op", "uses", "backend", "its answer", title="ops", title_justify="left")
     for op, found in report["ops"].items():
         uses = found["uses"] + (f" (LONGLLAVA_{op.upper()})" if found["forced"] else "")
         for i, (backend, answer) in enumerate(found["backends"].items()):
-            table.add_row(*((op, uses) if i == 0 else ("", "")), backend, answer)
+            table.add_row(*((op, escape(uses)) if i == 0 else ("", "")), backend, escape(answer))
         table.add_section()
     console.print(table)
 
     table = Table("package", "serves", "state", "to mend", title="optional packages", title_justify="left")
     for row in report["packages"]:
         state = row["state"] + (f": {row['why']}" if row["why"] else "")
-        table.add_row(row["package"], row["serves"], state, "" if row["state"] == "works" else row["mend"])
+        mend = "" if row["state"] == "works" else row["mend"]
+        table.add_row(row["package"], row["serves"], escape(state), escape(mend))
     console.print(table)

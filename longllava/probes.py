@@ -47,13 +47,14 @@ NMS = "import torch, torchvision; torchvision.ops.nms(torch.tensor([[0., 0., 1.,
 @dataclass(frozen=True)
 class Probe:
     """package: as pip names it; module: as Python does; serves: what it is for; use: code that must run;
-    mend: the pip line that brings it."""
+    mend: the pip line that brings it; wanted: False for what need not be there, but must work if it is."""
 
     package: str
     module: str
     serves: str
     use: str
     mend: str
+    wanted: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ PROBES = (
     Probe("causal-conv1d", "causal_conv1d", "the convolution of its authors", CONV,
           extra("cuda") + " --no-build-isolation"),
     Probe("torchvision", "torchvision", "not needed; a mismatched one breaks others", NMS,
-          "pip install --force-reinstall torchvision, from the same index as torch"),
+          "pip install --force-reinstall torchvision, from the same index as torch", wanted=False),
 )  # fmt: skip
 
 
@@ -105,6 +106,7 @@ def try_probe(probe: Probe) -> Verdict:
 
 
 def try_all(probes: Iterable[Probe] = PROBES) -> list[Verdict]:
-    """One verdict a probe, in their order; up to four at a time."""
+    """One verdict a probe, in their order, up to four at a time; none for what is neither there nor wanted."""
     with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(try_probe, probes))
+        verdicts = list(pool.map(try_probe, probes))
+    return [verdict for verdict in verdicts if verdict.probe.wanted or verdict.state != "missing"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,22 @@ import torch
 
 from longllava import doctor, probes
 from longllava.ops.dispatch import Backend
-from longllava.probes import Probe, Verdict, try_probe
+from longllava.probes import Probe, Verdict, try_all, try_probe
 
 
 def probe_of(module: str, use: str) -> Probe:
-    return Probe("a-package", module, "a purpose", use, "pip install a-package")
+    return Probe("a-package", module, "a purpose", use, "pip install 'a-package[all]'")
 
 
 def test_a_package_that_is_not_there_is_missing() -> None:
     assert try_probe(probe_of("no_such_module_anywhere", "1")).state == "missing"
+
+
+def test_what_is_not_wanted_is_not_missed() -> None:
+    gone = probe_of("no_such_module_anywhere", "1")
+    there = replace(probe_of("json", "import json"), wanted=False)
+    verdicts = try_all([gone, replace(gone, wanted=False), there])
+    assert [(v.probe, v.state) for v in verdicts] == [(gone, "missing"), (there, "works")]
 
 
 def test_a_package_that_works_works() -> None:
@@ -80,7 +88,7 @@ def test_tables_and_json_tell_the_same(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert report["machine"]["torch"] in printed
     assert report["ops"]["selective_scan"]["uses"] in printed
     assert "broken: ImportError: libgone.so" in printed
-    assert "pip install a-package" in printed
+    assert "pip install 'a-package[all]'" in printed
 
 
 def test_a_backend_that_lies_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
