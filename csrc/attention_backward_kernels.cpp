@@ -65,7 +65,9 @@ LONGLLAVA_INLINE void differentiate_scores(float* p, float* ds, const float* sco
   for (int64_t key = 0; key < n_keys; ++key) {
     for (int j = 0; j < N; ++j) {
       const int64_t place = (key * N + j) * LANES;
-      const Vec one = exp2_of(load(scores + place) - load(log2_sums + j * LANES));
+      const Vec score = load(scores + place);
+      // an unseen key counts as 0 though lse be NaN for what the row does see
+      const Vec one = score == NEGATIVE_INFINITY ? Vec{} : exp2_of(score - load(log2_sums + j * LANES));
       const Vec slope = one * (load(dp + place) - load(offsets + j * LANES));
       store(p + key * TILE + j * LANES, one);
       store(ds + key * TILE + j * LANES, one == 0.0f ? Vec{} : slope);  // an unseen v may hold NaN

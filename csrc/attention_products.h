@@ -172,7 +172,7 @@ LONGLLAVA_INLINE void add_values_seen(float* sums_panel, int64_t width, const ty
         const typename Dot::Vector weight = load_as<typename Dot::Vector>(p + t * p_step + j * LANES);
         for (int part = 0; part < Dot::DEPTH; ++part) {
           const Vec one = Dot::part(weight, part);
-          sum += one == 0.0f ? Vec{} : one * Dot::part(v[t * v_stride + d], part);
+          sum = one == 0.0f ? sum : sum + one * Dot::part(v[t * v_stride + d], part);
         }
       }
       store(place, sum);
