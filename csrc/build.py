@@ -55,7 +55,8 @@ def build(output_dir: str | Path) -> Path:
     forms = X86_FORMS if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".build-") as scratch:
+    finished, unfinished = output_dir / NAME, output_dir / f".{NAME}.{os.getpid()}"
+    with tempfile.TemporaryDirectory(prefix="longllava-build-") as scratch:
         jobs: list[list[str]] = []
         for source in sorted(SOURCES.glob("*.cpp")):
             is_kernel = source.stem.endswith("_kernels")
@@ -66,9 +67,9 @@ def build(output_dir: str | Path) -> Path:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(_run, jobs))
         objects = [job[-1] for job in jobs]
-        _run([*command, "-shared", "-pthread", *objects, "-o", f"{scratch}/{NAME}"])
-        os.replace(f"{scratch}/{NAME}", output_dir / NAME)
-    return output_dir / NAME
+        _run([*command, "-shared", "-pthread", *objects, "-o", str(unfinished)])
+    os.replace(unfinished, finished)
+    return finished
 
 
 def _run(command: list[str]) -> None:

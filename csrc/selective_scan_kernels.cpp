@@ -41,21 +41,32 @@ int lanes_of(const Tile& tile, int block) {
 void transpose_in(const Tile& tile, const float* from, vec* to) {
   const int n = tile.n_states;
   for (int block = 0; block < tile.n_blocks; ++block, from += n * WIDTH, to += n) {
-    const int n_lanes = lanes_of(tile, block);
-    if (n_lanes < WIDTH)
-      for (int i = 0; i < n; ++i) to[i] = vec{};
-    float* lanes = reinterpret_cast<float*>(to);
-    for (int lane = 0; lane < n_lanes; ++lane)
-      for (int i = 0; i < n; ++i) lanes[i * WIDTH + lane] = from[lane * n + i];
+    const int lanes = lanes_of(tile, block);
+    for (int i = 0; i < n; i += WIDTH) {
+      const int columns = n - i < WIDTH ? n - i : WIDTH;
+      vec square[WIDTH] = {};
+      for (int lane = 0; lane < lanes; ++lane)
+        square[lane] = columns == WIDTH ? load(from + lane * n + i) : load_some(from + lane * n + i, columns);
+      transpose(square);
+      for (int k = 0; k < columns; ++k) to[i + k] = square[k];
+    }
   }
 }
 
 void transpose_out(const Tile& tile, const vec* from, float* to) {
   const int n = tile.n_states;
   for (int block = 0; block < tile.n_blocks; ++block, from += n, to += n * WIDTH) {
-    const float* lanes = reinterpret_cast<const float*>(from);
-    for (int lane = 0; lane < lanes_of(tile, block); ++lane)
-      for (int i = 0; i < n; ++i) to[lane * n + i] = lanes[i * WIDTH + lane];
+    const int lanes = lanes_of(tile, block);
+    for (int i = 0; i < n; i += WIDTH) {
+      const int columns = n - i < WIDTH ? n - i : WIDTH;
+      vec square[WIDTH] = {};
+      for (int k = 0; k < columns; ++k) square[k] = from[i + k];
+      transpose(square);
+      for (int lane = 0; lane < lanes; ++lane) {
+        if (columns == WIDTH) store(to + lane * n + i, square[lane]);
+        else store_some(to + lane * n + i, square[lane], columns);
+      }
+    }
   }
 }
 

@@ -101,6 +101,36 @@ LONGLLAVA_INLINE float max_lanes(vec x) {
   return most;
 }
 
+// low = a0 b0 a1 b1 ...; high = the same of the upper halves
+LONGLLAVA_INLINE void zip(vec a, vec b, vec& low, vec& high) {
+  ivec from_low, from_high;
+  for (int i = 0; i < WIDTH; ++i) {
+    from_low[i] = i / 2 + i % 2 * WIDTH;
+    from_high[i] = from_low[i] + WIDTH / 2;
+  }
+#if defined(__clang__)
+  float both[2 * WIDTH];
+  store(both, a);
+  store(both + WIDTH, b);
+  for (int i = 0; i < WIDTH; ++i) low[i] = both[from_low[i]], high[i] = both[from_high[i]];
+#else
+  low = __builtin_shuffle(a, b, from_low);
+  high = __builtin_shuffle(a, b, from_high);
+#endif
+}
+
+// A WIDTH x WIDTH square, in place: log2(WIDTH) perfect shuffles of the rows.
+LONGLLAVA_INLINE void transpose(vec (&rows)[WIDTH]) {
+#pragma GCC unroll 4
+  for (int round = 1; round < WIDTH; round *= 2) {
+    vec next[WIDTH];
+#pragma GCC unroll 8
+    for (int i = 0; i < WIDTH / 2; ++i) zip(rows[i], rows[i + WIDTH / 2], next[2 * i], next[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; ++i) rows[i] = next[i];
+  }
+}
+
 // x[k] = 2^x[k] by a degree-5 polynomial on [-1/2, 1/2]; relative error 1.5e-7, and exactly 1 at 0, so that a step
 // of length 0 keeps the state as it is. With CLAMP any finite x; without it |x| <= 126 (the AVX-512 form needs no
 // clamp: its scale instruction saturates). K vectors go in step, each waiting for the others instead of for its own

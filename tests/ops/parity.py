@@ -85,11 +85,11 @@ def split_equals_whole(
 
 
 def poison_empty(monkeypatch: Any) -> None:
-    """torch.empty holds NaN: an output that a kernel forgets to write is seen."""
-    honest = torch.empty
+    """Fresh memory holds NaN: an output that a kernel forgets to write is seen."""
+    honest = Tensor.new_empty
 
-    def empty(*args: Any, **options: Any) -> Tensor:
+    def new_empty(*args: Any, **options: Any) -> Tensor:
         made = honest(*args, **options)
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
-    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)

@@ -120,6 +120,20 @@ def test_traces_without_graph_breaks() -> None:
     assert weight.grad is not None
 
 
+def test_the_callers_default_dtype_and_device_change_nothing() -> None:
+    args = Case("defaults", length=5).inputs()
+    skip_if_it_cannot(BACKENDS[0], args)
+    expected = outputs_and_gradients(cpu.run, NAMES, args)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        y, state = cpu.run(*args)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(y, expected["y"]) and torch.equal(state, expected["state"])
+
+
 def test_offsets_beyond_32_bits() -> None:
     """Rows 2^30 elements apart, as in the selective scan's test."""
     x, *rest = Case("far", length=3, channels=8, dtype=torch.bfloat16).inputs()

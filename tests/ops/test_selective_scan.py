@@ -203,6 +203,20 @@ def test_runs_on_the_meta_device() -> None:
     assert y.shape == args[0].shape and state.shape == args[NAMES.index("state")].shape
 
 
+def test_the_callers_default_dtype_and_device_change_nothing() -> None:
+    args = Case("defaults", length=5).inputs()
+    skip_if_it_cannot(BACKENDS[0], args)
+    expected = outputs_and_gradients(cpu.run, NAMES, args)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        y, state = cpu.run(*args)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(y, expected["y"]) and torch.equal(state, expected["state"])
+
+
 def test_offsets_beyond_32_bits() -> None:
     """Rows 2^30 elements apart: the third lies 2^31 elements from the first. Only touched pages take memory."""
     args = list(Case("far", length=3, channels=8, layout="whole", dtype=torch.bfloat16).inputs())

@@ -79,7 +79,7 @@ CASES = (
     replace(PLAIN, name="wild-one-token", packing="wild", batch=3, length=1),
 )
 
-TIMED = (
+BENCHMARKS = (
     Case("prefill", length=2048, channels=1024, state=False, source="as the selective scan's"),
     Case("prefill-bf16", length=2048, channels=1024, state=False, dtype=torch.bfloat16),
     Case("prefill-nano", length=2048, channels=512, dtype=torch.bfloat16, source="nano, one chunk of a prompt"),

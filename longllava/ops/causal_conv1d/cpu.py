@@ -79,8 +79,9 @@ def _forward(
     n_taps = weight.shape[1]
     dtype = x.dtype
     x, weight, bias, state, seq_idx = _prepared(x, weight, bias, state, seq_idx)
-    y = torch.empty((batch, length, channels), dtype=x.dtype)
-    state_out = torch.empty((batch, n_taps - 1, channels), dtype=x.dtype)
+    # new_empty: torch.empty would follow the caller's default dtype and device
+    y = x.new_empty((batch, length, channels))
+    state_out = x.new_empty((batch, n_taps - 1, channels))
     status = forward(
         FIELDS.pack(
             FIELDS.size, batch, length, channels, n_taps, silu, torch.get_num_threads(),
@@ -110,10 +111,10 @@ def _backward(
     x, weight, bias, state, seq_idx = _prepared(x, weight, bias, state, seq_idx)
     grad_y = readable(grad_y)
     grad_state = None if grad_state is None else readable(grad_state)
-    grad_x = torch.empty((batch, length, channels), dtype=x.dtype)
-    grad_weight = torch.empty((channels, n_taps))
-    grad_bias = torch.empty(0 if bias is None else channels)
-    grad_initial = torch.empty((batch, n_taps - 1, channels), dtype=x.dtype)
+    grad_x = x.new_empty((batch, length, channels))
+    grad_weight = x.new_empty((channels, n_taps), dtype=torch.float32)
+    grad_bias = x.new_empty(0 if bias is None else channels, dtype=torch.float32)
+    grad_initial = x.new_empty((batch, n_taps - 1, channels))
     status = backward(
         FIELDS.pack(
             FIELDS.size, batch, length, channels, n_taps, silu, torch.get_num_threads(),

@@ -71,6 +71,19 @@ def _check(
         )
     batch, length, channels = u.shape
     n_states = A.shape[1]
+    per_state = (batch, length, n_states)
+    if (  # the whole check in one expression: decoding comes here once per layer and token
+        delta.shape == u.shape
+        and A.shape[0] == channels
+        and B.shape == per_state
+        and C.shape == per_state
+        and (D is None or D.shape == (channels,))
+        and (z is None or z.shape == u.shape)
+        and (delta_bias is None or delta_bias.shape == (channels,))
+        and (state is None or state.shape == (batch, channels, n_states))
+        and (seq_idx is None or (seq_idx.shape == (batch, length) and seq_idx.dtype in (torch.int32, torch.int64)))
+    ):
+        return
     for name, x, letters, shape in (
         ("delta", delta, "(B, L, E)", (batch, length, channels)),
         ("A", A, "(E, N)", (channels, n_states)),
@@ -84,5 +97,4 @@ def _check(
     ):
         if x is not None and x.shape != shape:
             raise LongLLaVAError(f"selective_scan: {name} must be {letters} = {shape}, got {tuple(x.shape)}")
-    if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
-        raise LongLLaVAError(f"selective_scan: seq_idx must be int32, got {seq_idx.dtype}")
+    raise LongLLaVAError(f"selective_scan: seq_idx must be int32, got {seq_idx.dtype if seq_idx is not None else None}")

@@ -96,9 +96,10 @@ def _forward(
     n_states = A.shape[1]
     dtype = u.dtype
     u, delta, B, C, z, *parameters = _prepared(u, delta, B, C, z, A, D, delta_bias, state, seq_idx)
-    y = torch.empty((batch, length, channels), dtype=u.dtype)
-    state_out = torch.empty((batch, channels, n_states))
-    saved = torch.empty(count(batch, length, channels, n_states) if save else 0)
+    # new_empty: torch.empty would follow the caller's default dtype and device
+    y = u.new_empty((batch, length, channels))
+    state_out = u.new_empty((batch, channels, n_states), dtype=torch.float32)
+    saved = u.new_empty(count(batch, length, channels, n_states) if save else 0, dtype=torch.float32)
     status = forward(
         FIELDS.pack(
             FIELDS.size, batch, length, channels, n_states, delta_softplus, torch.get_num_threads(),
@@ -154,11 +155,11 @@ def _backward(
     grad_y = readable(grad_y)
     grad_state = None if grad_state is None else plain(grad_state)
     grads = [
-        torch.empty(x.shape, dtype=x.dtype) if x is not None else torch.empty(0)
+        u.new_empty(0, dtype=torch.float32) if x is None else x.new_empty(x.shape)
         for x in (u, delta, A, B, C, D, z, delta_bias)
     ]
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias = grads
-    grad_initial = torch.empty((batch, channels, n_states))
+    grad_initial = u.new_empty((batch, channels, n_states), dtype=torch.float32)
     status = backward(
         FIELDS.pack(
             FIELDS.size, batch, length, channels, n_states, delta_softplus, torch.get_num_threads(),
