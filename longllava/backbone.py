@@ -24,7 +24,9 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        # given its weight, it draws none, which on the meta device would import all of torch._dynamo: 1.4 s
+        weight_VD = torch.empty(config.vocab_size, config.width)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width, _weight=weight_VD)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
