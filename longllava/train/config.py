@@ -61,11 +61,13 @@ class AidsConfig:
 
     grounding_weight: of attention supervision, -log of the mass that the question's name token puts on its
     evidence.
+    alignment_weight: of drawing image tokens to the word embeddings of their caption (train/alignment.py).
     retrieval_prior: a fresh backbone's attention starts by looking up equal content and copying it
     (longllava.nn.priors).
     """
 
     grounding_weight: float = 0.0
+    alignment_weight: float = 0.0
     retrieval_prior: bool = False
 
 

@@ -22,6 +22,7 @@ from longllava.files import write_text
 from longllava.inputs.processor import Processor
 from longllava.model import Model
 from longllava.nn import Context
+from longllava.train.alignment import alignment_loss
 from longllava.train.config import AidsConfig, TrainConfig, learning_rate
 from longllava.train.feed import Feed, Pictures
 from longllava.train.log import Meter, TrainingLog
@@ -59,14 +60,20 @@ class Forward(nn.Module):
         aided = self.aids.grounding_weight > 0 and len(batch.grounding) > 0
         context = Context(batch.seq_idx_BL, batch.positions_BL, grounding_G4=batch.grounding if aided else None)
         hidden_BLD, _ = model.backbone(x_BLD, context)
+        if self.aids.alignment_weight > 0 and images_NMD is not None:
+            words_VD = model.backbone.embed_tokens.weight
+            aligned = alignment_loss(images_NMD, batch.spans, batch.labels_BL, batch.seq_idx_BL, words_VD)
+            if aligned is not None:
+                context.report("alignment", aligned)
         answers = answer_loss(model.backbone.logits, hidden_BLD, batch.labels_BL)
         loss = answers.total
+        weights = {"grounding": self.aids.grounding_weight, "alignment": self.aids.alignment_weight}
         measured = {"loss": answers.total.detach(), "accuracy": answers.n_right}
         for name, value in context.losses.items():
             # aids are means, the answers' loss is a sum that is divided by its labels later
             measured[name] = value.detach() * batch.n_labels
-            if name == "grounding":
-                loss = loss + self.aids.grounding_weight * batch.n_labels * value
+            if name in weights:
+                loss = loss + weights[name] * batch.n_labels * value
         return loss, measured
 
 

@@ -111,7 +111,8 @@ def evaluate(config: TrainConfig, tasks: Sequence[Task], model: Model, processor
     from longllava.train.loop import compute_dtype
 
     started = time.monotonic()
-    outcomes = measure(model, processor, tasks, n_questions=config.eval_questions, dtype=compute_dtype(config))
+    outcomes = measure(model, processor, tasks, n_questions=config.eval_questions, dtype=compute_dtype(config),
+                       tokens_per_image=config.phases[-1].tokens_per_image)  # fmt: skip
     seconds = round(time.monotonic() - started, 1)
     column = Column(config.stage, None, str(folder / "model"), {one.task: one for one in outcomes}, seconds)
     print_report([column])
