@@ -27,9 +27,7 @@ TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSP
 ORIENTATION = 0x0112
 
 
-def open_image(
-    source: Any, *, wanted_side: int | None = None, open_reference: Callable | None = None
-) -> Image.Image:
+def open_image(source: Any, *, wanted_side: int | None = None, open_reference: Callable | None = None) -> Image.Image:
     """Any image source as an RGB PIL image of its own.
 
     source: a path, the bytes of a file, a PIL image, a numpy array (H, W, 3) uint8, or "scheme:..." which
@@ -52,7 +50,7 @@ def open_image(
     if "://" in os.fspath(source):
         raise InputError("addresses are not downloaded; save the picture to a file first")
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError("no such file")
     if not path.is_file():  # a folder, a device, a pipe
         raise InputError("not a regular file")
@@ -67,7 +65,7 @@ def is_reference(text: str) -> bool:
     """Whether `text` is "scheme:..." (C:\\ is a drive) and no file of that name exists."""
     scheme, colon, rest = text.partition(":")
     named_so = bool(colon) and len(scheme) > 1 and scheme.isalpha() and not rest.startswith("//")
-    return named_so and not Path(text).exists()
+    return named_so and not os.path.exists(text)  # not Path.exists, which raises where a name is too long
 
 
 def decode(file: Any, wanted_side: int | None) -> Image.Image:
@@ -172,9 +170,7 @@ def square(image: Image.Image, side: int, mean: Sequence[float]) -> Image.Image:
     return canvas
 
 
-def square_pixels(
-    source: Any, side: int, mean: Sequence[float], open_reference: Callable | None = None
-) -> Tensor:
+def square_pixels(source: Any, side: int, mean: Sequence[float], open_reference: Callable | None = None) -> Tensor:
     """Image source -> uint8 (3, side, side)."""
     import numpy as np
     import torch

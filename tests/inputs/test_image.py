@@ -116,9 +116,7 @@ def test_every_cut_of_every_format_is_an_error():
 
 
 @settings(max_examples=150)
-@given(
-    st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]), st.integers(0, 10**6), st.integers(1, 255)
-)
+@given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]), st.integers(0, 10**6), st.integers(1, 255))
 def test_flipped_bytes_give_a_picture_or_one_error(kind, position, flip):
     data = bytearray(encoded(picture(20, 10), kind))
     data[position % len(data)] ^= flip
@@ -162,11 +160,16 @@ def test_pipes_are_refused(tmp_path):
         open_image(tmp_path / "pipe")
 
 
+def test_a_name_too_long_for_a_file_is_a_reference_or_a_missing_file():
+    image = Image.new("RGB", (4, 4), (9, 8, 7))
+    assert open_image("world:" + "7" * 300, open_reference=lambda text: image).size == (4, 4)
+    with pytest.raises(InputError, match="no such file"):
+        open_image("7" * 300)
+
+
 def test_references_go_through_the_callable(tmp_path):
     image = picture()
-    assert np.array_equal(
-        np.asarray(open_image("world:7", open_reference=lambda text: image)), np.asarray(image)
-    )
+    assert np.array_equal(np.asarray(open_image("world:7", open_reference=lambda text: image)), np.asarray(image))
     with pytest.raises(InputError, match="no such file"):
         open_image("world:7")
 
@@ -174,11 +177,7 @@ def test_references_go_through_the_callable(tmp_path):
 def test_fit_pads_with_the_mean_colour():
     out = np.asarray(square(Image.new("RGB", (8, 4), (10, 20, 30)), 8, MEAN))
     assert out.shape == (8, 8, 3)
-    assert (
-        (out[2:6] == (10, 20, 30)).all()
-        and (out[:2] == (127, 63, 191)).all()
-        and (out[6:] == (127, 63, 191)).all()
-    )
+    assert (out[2:6] == (10, 20, 30)).all() and (out[:2] == (127, 63, 191)).all() and (out[6:] == (127, 63, 191)).all()
 
 
 @given(st.integers(1, 90), st.integers(1, 90))
