@@ -18,8 +18,9 @@ import json
 import random
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from longllava.bridges.pool import pool_features
 from longllava.config import EncoderConfig, ModelConfig
+from longllava.data.packing import Cursor
 from longllava.data.worlds.pictures import draw_spec
 from longllava.data.worlds.render import COLOURS, FRAME, MAX_COUNT, PLACES, SIDE, PictureSpec, render
 from longllava.data.worlds.sheets import STYLES, sprites, things
@@ -37,8 +39,10 @@ from longllava.encoders import build_encoder
 from longllava.errors import TrainingError
 from longllava.files import write_atomic, write_json
 from longllava.settings import load
+from longllava.train.state import apply, compare, gather, latest_state, save_state
 
 CROP = 56
+PARTS = ["encoder", "readout", "crop_readout"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,41 +152,43 @@ def crop_box(spec: PictureSpec, rng: random.Random) -> tuple[int, int, int, int]
 
 
 def train(config: VisionTrainConfig) -> None:
+    """Both phases, from the newest checkpoint in the output folder. Writes encoder.safetensors and results.json."""
+    out = Path(config.out)
+    if (out / "results.json").is_file():
+        print(f"{out} is finished. Delete it to train it again.")
+        return
     torch.manual_seed(config.seed)
     if config.n_threads:
         torch.set_num_threads(config.n_threads)
     model_config = load(ModelConfig, config.model)
     if model_config.encoder is None:
         raise TrainingError(f"{config.model}: has no encoder to train")
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     model = VisionFoundation(model_config.encoder).to(memory_format=torch.channels_last)
-    progress = {"crops": 0, "whole": 0}
     for phase, steps in (("crops", config.crop_steps), ("whole", config.whole_steps)):
-        run_phase(config, model, phase, steps, progress, out)
-    results = {style: evaluate(config, model, style) for style in STYLES}
+        run_phase(config, model, phase, steps, out)
     save_encoder(model, out)
+    results = {style: evaluate(config, model, style) for style in STYLES}
     write_json(out / "results.json", results)
     for style, accuracy in results.items():
         print(style, {name: round(value, 4) for name, value in accuracy.items()})
 
 
-def run_phase(config: VisionTrainConfig, model: VisionFoundation, phase: str, steps: int, progress: dict, out: Path):
-    parameters = list(model.parameters()) if phase == "whole" else [
-        *model.encoder.patches.parameters(), *model.crop_readout.parameters()]  # fmt: skip
-    peak = config.whole_learning_rate if phase == "whole" else config.crop_learning_rate
+def run_phase(config: VisionTrainConfig, model: VisionFoundation, phase: str, steps: int, out: Path) -> None:
+    if phase == "crops":
+        parameters = [*model.encoder.patches.parameters(), *model.crop_readout.parameters()]
+        peak = config.crop_learning_rate
+    else:
+        parameters, peak = list(model.parameters()), config.whole_learning_rate
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    resume(model, optimizer, phase, progress, out)
-    start = progress[phase]
+    start = resume(config, model, optimizer, phase, steps, out)
     if start >= steps:
         return
     if phase == "whole" and start == 0:  # what the crops taught: the table of names, and what they are read from
         model.readout.norm.load_state_dict(model.crop_readout.norm.state_dict())
         model.readout.heads["thing"].load_state_dict(model.crop_readout.heads["thing"].state_dict())
-    loader = DataLoader(Pictures(config, phase, "train", STYLES, start, steps - start), batch_size=None, num_workers=1,
-                        prefetch_factor=8)  # fmt: skip
+    pictures = Pictures(config, phase, "train", STYLES, start, steps - start)
+    loader = DataLoader(pictures, batch_size=None, num_workers=1, prefetch_factor=8)
     bar = tqdm(loader, desc=f"vision: {phase}", initial=start, total=steps, unit="batch", mininterval=5)
-    log = open(out / "log.jsonl", "a", encoding="utf-8")
     last_save, means = time.time(), {}
     for step, (pixels, labels) in enumerate(bar, start):
         for group in optimizer.param_groups:
@@ -196,18 +202,44 @@ def run_phase(config: VisionTrainConfig, model: VisionFoundation, phase: str, st
         if not torch.isfinite(loss):
             raise TrainingError(f"vision {phase}: loss is {loss.item()} at step {step}; lower the learning rate")
         optimizer.step()
-        progress[phase] = step + 1
         for name, value in (("loss", loss.item()), *rights.items()):
             means[name] = value if name not in means else means[name] * 0.98 + value * 0.02
         bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()}, refresh=False)
         if (step + 1) % 50 == 0:
             row = {"phase": phase, "step": step + 1, "time": round(time.time(), 1)}
-            print(json.dumps(row | {name: round(value, 4) for name, value in means.items()}), file=log, flush=True)
+            row |= {name: round(value, 4) for name, value in means.items()}
+            with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+                print(json.dumps(row), file=log)
         if time.time() - last_save > config.save_seconds or step + 1 == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"phase": phase, "progress": progress}
-            write_atomic(out / "last.pt", lambda file, state=state: torch.save(state, file))
+            done = step + 1 if phase == "crops" else config.crop_steps + step + 1
+            facts = {"phase": phase, "step": step + 1, **numbers(config)}
+            state = gather(model, PARTS, optimizer, facts, step=done, first_step=0, begin=Cursor(0, ()))
+            save_state(out / "checkpoints", state)
             last_save = time.time()
+
+
+def resume(config: VisionTrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, phase: str, steps: int,
+           out: Path) -> int:  # fmt: skip
+    """Steps of this phase that are done. Raises: TrainingError when the run was begun with other numbers."""
+    state = latest_state(out / "checkpoints")
+    if state is None:
+        return 0
+    compare({name: state.facts.get(name) for name in numbers(config)}, numbers(config), 0)
+    if state.facts["phase"] == phase:
+        apply(state, model, PARTS, optimizer)
+        return int(state.facts["step"])
+    if phase == "crops":
+        return steps  # the checkpoint is of the phase after it
+    for part in PARTS:  # of the phase before: its weights, with a fresh optimizer
+        own = {key[len(part) + 1 :]: value for key, value in state.tensors.items() if key.startswith(part + ".")}
+        getattr(model, part).load_state_dict(own)
+    return 0
+
+
+def numbers(config: VisionTrainConfig) -> dict[str, Any]:
+    """What a run that goes on must share with its beginning."""
+    free = ("out", "save_seconds", "n_threads", "n_test")
+    return {name: value for name, value in asdict(config).items() if name not in free}
 
 
 def losses_of(config: VisionTrainConfig, model: VisionFoundation, phase: str, pixels: Tensor, labels: dict, step: int):
@@ -256,19 +288,6 @@ def evaluate(config: VisionTrainConfig, model: VisionFoundation, style: str) -> 
         for name, logits in model.whole(pixels, config.pool_tokens, mean).items():
             totals.setdefault(name, []).append(accuracy(logits, labels[name]))
     return {name: float(np.mean(values)) for name, values in totals.items()}
-
-
-def resume(model: nn.Module, optimizer: torch.optim.Optimizer, phase: str, progress: dict, out: Path) -> None:
-    path = out / "last.pt"
-    if not path.is_file():
-        return
-    state = torch.load(path, weights_only=True)
-    if state["progress"].get(phase, 0) == 0 and state["phase"] != phase:
-        return  # the file is of the phase before: its weights are already in the model
-    model.load_state_dict(state["model"])
-    if state["phase"] == phase:
-        optimizer.load_state_dict(state["optimizer"])
-    progress.update(state["progress"])
 
 
 def save_encoder(model: VisionFoundation, out: Path) -> None:

@@ -1,0 +1,74 @@
+"""The vision foundation: every picture follows from seed and number, and a stopped run goes on as if it had not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longllava.errors import TrainingError
+from longllava.train import vision
+from longllava.train.vision import Pictures, VisionTrainConfig, one_cycle, random_means
+
+SMALL = {"batch": 2, "crop_steps": 2, "whole_steps": 3, "save_seconds": 0.0, "n_test": 2, "n_threads": 1}
+
+
+def model_yaml(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text(
+        "encoder: {image_size: 96, patch_size: 8, width: 16, n_layers: 1, n_heads: 2, mlp_width: 16, select_layer: -1,\n"
+        "  stem_widths: [8, 16], stem_strides: [4, 2], stem_blocks: [1, 1]}\n"
+        "bridge: {tokens_per_image: 36}\n"
+    )
+    return str(path)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    model = model_yaml(tmp_path)
+    vision.train(VisionTrainConfig(model=model, out=str(tmp_path / "straight"), **SMALL))
+    broken = VisionTrainConfig(model=model, out=str(tmp_path / "broken"), **SMALL)
+    for phase, at in (("crops", 1), ("whole", 0), ("whole", 2)):
+        honest = vision.losses_of
+
+        def stop(config, model, now, pixels, labels, step, phase=phase, at=at, honest=honest):
+            if (now, step) == (phase, at):
+                raise KeyboardInterrupt
+            return honest(config, model, now, pixels, labels, step)
+
+        monkeypatch.setattr(vision, "losses_of", stop)
+        with pytest.raises(KeyboardInterrupt):
+            vision.train(broken)
+        monkeypatch.setattr(vision, "losses_of", honest)
+    vision.train(broken)
+    one, other = (load_file(tmp_path / name / "encoder.safetensors") for name in ("straight", "broken"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_other_numbers_do_not_go_on_with_a_run(tmp_path, monkeypatch):
+    config = VisionTrainConfig(model=model_yaml(tmp_path), out=str(tmp_path / "run"), **SMALL)
+    monkeypatch.setattr(vision, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        vision.train(config)
+    with pytest.raises(TrainingError, match="batch"):
+        vision.train(VisionTrainConfig(model=config.model, out=config.out, **{**SMALL, "batch": 3}))
+
+
+def test_batches_are_a_pure_function_of_their_number():
+    config = VisionTrainConfig(model="", batch=3)
+    one = Pictures(config, "whole", "train", ("noto", "fluent"), 0, 9)[5]
+    other = Pictures(config, "whole", "train", ("noto", "fluent"), 5, 4)[0]
+    assert torch.equal(one[0], other[0]) and all(torch.equal(one[1][k], other[1][k]) for k in one[1])
+    assert not torch.equal(one[0], Pictures(config, "whole", "test", ("noto", "fluent"), 0, 9)[5][0])
+
+
+def test_means_are_over_the_asked_number_of_tokens():
+    weights = random_means(50, 36, 2, 5, seed=1)
+    counts = (weights > 0).sum(-1)
+    assert counts.min() >= 2 and counts.max() <= 5 and len(counts.unique()) > 1
+    torch.testing.assert_close(weights.sum(-1), torch.ones(50))
+
+
+def test_the_rate_rises_then_falls_to_zero():
+    rates = [one_cycle(1.0, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == 1.0 and rates[-1] < 0.01
