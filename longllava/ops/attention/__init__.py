@@ -67,9 +67,7 @@ def merge(results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return y_BLHK.to(results[0][0].dtype), lse_BLH  # type: ignore[union-attr]
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, seq_idx_q: Tensor | None, seq_idx_k: Tensor | None
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, seq_idx_q: Tensor | None, seq_idx_k: Tensor | None) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise LongLLaVAError(
             "attention: q must be (B, L, H, K), k and v (B, S, G, K), "

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longllava.ops.attention.reference import visible
+from longllava.ops.sequences import sample_seq_idx
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One call. `packing`: None, "samples" (three or more, one after the other), or "padding" (these, with -1 on
-    the left of even rows, on the right of odd ones, and in the middle)."""
+    """One call. `packing` is a kind of sample_seq_idx, for the keys; the queries have that of the last keys."""
 
     name: str
     n_queries: int
@@ -23,22 +25,15 @@ class Case:
     causal: bool = True
     packing: str | None = None
     dtype: torch.dtype = torch.float32
+    directions: tuple[bool, ...] = (False, True)  # what a benchmark times: forward, backward
 
     def __str__(self) -> str:
         return f"{self.name}-{str(self.dtype).removeprefix('torch.')}"
 
     def seq_idx(self) -> tuple[Tensor | None, Tensor | None]:
         """seq_idx of the queries (B, L) and of the keys (B, S)."""
-        if self.packing is None:
-            return None, None
-        sample = max(1, min(self.n_keys // 3, 500))
-        keys_BS = (torch.arange(self.n_keys) // sample).int().repeat(self.batch, 1)
-        if self.packing == "padding":
-            n_padded = min(5, self.n_keys)
-            keys_BS[0::2, :n_padded] = -1
-            keys_BS[1::2, self.n_keys - n_padded :] = -1
-            keys_BS[:, self.n_keys // 2 : self.n_keys // 2 + n_padded] = -1
-        return keys_BS[:, self.n_keys - self.n_queries :], keys_BS
+        keys_BS = sample_seq_idx(self.packing, self.batch, self.n_keys, torch.Generator().manual_seed(0))
+        return None if keys_BS is None else keys_BS[:, self.n_keys - self.n_queries :], keys_BS
 
     def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, standard normal."""
@@ -52,16 +47,15 @@ class Case:
 
     def multiplications(self) -> int:
         """Of the forward pass: one score and one weighted value a visible pair. Backward takes 2.5 times as many."""
-        pairs = self.n_queries * self.n_keys
-        if self.causal:
-            pairs -= self.n_queries * (self.n_queries - 1) // 2
-        return 2 * self.batch * self.n_heads * self.head_dim * pairs
+        seq_idx_q, seq_idx_k = self.seq_idx()
+        seen = visible(self.n_queries, self.n_keys, self.causal, seq_idx_q, seq_idx_k, torch.device("cpu"))
+        return 2 * self.n_heads * self.head_dim * int(seen.sum()) * (self.batch if seen.shape[0] == 1 else 1)
 
 
 def _small() -> tuple[Case, ...]:
     """Lengths around the sizes of vectors, tiles and blocks, with every group size and kind of packing."""
     groups, head_dims = ((1, 1), (2, 1), (4, 1), (4, 4), (6, 2)), (8, 20, 64, 128)
-    packings = (None, "samples", "padding")
+    packings = (None, "packed", "left", "right", "middle", "wild")
     shapes = [(n, n + extra) for n in (0, 1, 2, 3, 63, 65, 130) for extra in (0, 1, 37, 200)]
     cases = []
     for i, (n_queries, n_keys) in enumerate(shapes):
@@ -77,7 +71,7 @@ def _small() -> tuple[Case, ...]:
                     head_dim=head_dims[(i + i // 4) % len(head_dims)],
                     batch=2,
                     causal=i % 7 != 3,
-                    packing=packings[i % len(packings)],
+                    packing=packings[(i + i // 6) % len(packings)],
                     dtype=dtype,
                 )
             )
@@ -90,11 +84,12 @@ CASES = (
     Case(name="split-decode", n_queries=1, n_keys=5000, n_heads=4, n_groups=2, head_dim=64),
     Case(name="split-decode", n_queries=1, n_keys=5000, n_heads=4, n_groups=2, head_dim=64, dtype=torch.bfloat16),
     Case(
-        name="split-question", batch=2, n_queries=20, n_keys=3100, n_heads=4, n_groups=2, head_dim=64, packing="padding"
+        name="split-question", batch=2, n_queries=20, n_keys=3100, n_heads=4, n_groups=2, head_dim=64, packing="middle"
     ),
     # more than one chunk of keys in the backward pass
+    Case(name="wild", batch=2, n_queries=300, n_keys=420, n_heads=4, n_groups=2, head_dim=64, packing="wild"),
     Case(name="chunks", n_queries=700, n_keys=1200, n_heads=2, n_groups=1, head_dim=64),
-    Case(name="packed", n_queries=1100, n_keys=1100, n_heads=2, n_groups=2, head_dim=64, packing="padding"),
+    Case(name="packed", n_queries=1100, n_keys=1100, n_heads=2, n_groups=2, head_dim=64, packing="middle"),
 )
 
 # What the library spends its time on. nano: 36 tokens a picture, 1,000 pictures; 9b: LongLLaVA-9B's layers.
@@ -107,10 +102,28 @@ BENCHMARKS = (
         n_groups=2,
         head_dim=64,
         dtype=torch.bfloat16,
+        directions=(False,),
     ),
-    Case(name="nano-decode", n_queries=1, n_keys=40_000, n_heads=4, n_groups=2, head_dim=64, dtype=torch.bfloat16),
-    Case(name="nano-training", n_queries=4096, n_keys=4096, n_heads=4, n_groups=2, head_dim=64, packing="samples"),
     Case(
-        name="9b-chunk", n_queries=1024, n_keys=8192, n_heads=32, n_groups=8, head_dim=128, dtype=torch.bfloat16
+        name="nano-decode",
+        n_queries=1,
+        n_keys=40_000,
+        n_heads=4,
+        n_groups=2,
+        head_dim=64,
+        dtype=torch.bfloat16,
+        directions=(False,),
+    ),
+    Case(name="nano-training", n_queries=4096, n_keys=4096, n_heads=4, n_groups=2, head_dim=64, packing="packed"),
+    Case(name="one-long-sample", n_queries=2048, n_keys=2048, n_heads=4, n_groups=2, head_dim=64),
+    Case(
+        name="9b-chunk",
+        n_queries=1024,
+        n_keys=8192,
+        n_heads=32,
+        n_groups=8,
+        head_dim=128,
+        dtype=torch.bfloat16,
+        directions=(False,),
     ),
 )

@@ -74,8 +74,9 @@ def _rows(x_BLHK: Tensor) -> tuple[int, int, int, int]:
 
 
 def _sizes(q: Tensor, k: Tensor, causal: bool) -> tuple[int, ...]:
-    is_bf16 = q.dtype is torch.bfloat16
-    return FIELDS.size, *q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], causal, is_bf16, torch.get_num_threads()
+    batch, n_queries, n_heads, head_dim = q.shape
+    sizes = FIELDS.size, batch, n_queries, k.shape[1], n_heads, k.shape[2], head_dim
+    return *sizes, causal, q.dtype is torch.bfloat16, torch.get_num_threads()
 
 
 def _forward(
@@ -166,9 +167,7 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_lse: Tensor | None) -> 
     q, k, v, y, lse, seq_idx_q, seq_idx_k = ctx.saved_tensors
     if grad_y is None:
         grad_y = torch.zeros_like(y)
-    grads = attention_backward(
-        grad_y, grad_lse, q, k, v, y, lse, ctx.scale, ctx.causal, seq_idx_q, seq_idx_k
-    )
+    grads = attention_backward(grad_y, grad_lse, q, k, v, y, lse, ctx.scale, ctx.causal, seq_idx_q, seq_idx_k)
     return (*grads, None, None, None, None, None)
 
 

@@ -55,9 +55,7 @@ def _with_mask(
     seq_idx_q_BL: Tensor | None,
     seq_idx_k_BS: Tensor | None,
 ) -> tuple[Tensor, None]:
-    visible_BLS = reference.visible(
-        q_BLHK.shape[1], k_BSGK.shape[1], causal, seq_idx_q_BL, seq_idx_k_BS, q_BLHK.device
-    )
+    visible_BLS = reference.visible(q_BLHK.shape[1], k_BSGK.shape[1], causal, seq_idx_q_BL, seq_idx_k_BS, q_BLHK.device)
     blind_BL11 = ~visible_BLS.any(2)[:, :, None, None]
     unseen_BS11 = ~visible_BLS.any(1)[:, :, None, None]
     if seq_idx_k_BS is not None:
