@@ -185,9 +185,7 @@ class LongLLaVA:
         from longllava.generation import Session
         from longllava.generation.prefill import Reader
 
-        return Session(
-            Reader(self.model, self.processor, self.tokens_per_image, chunk_tokens, open_reference)
-        )
+        return Session(Reader(self.model, self.processor, self.tokens_per_image, chunk_tokens, open_reference))
 
     def pieces(
         self, prompt: Prompt, images: Any, video: Any, fps: float, session: Session

@@ -53,10 +53,7 @@ def test_every_kind_of_image_source_is_the_same_picture(files):
     picture = tiny_pictures(1)[0]
     kinds = [files[0], Path(files[0]), Path(files[0]).read_bytes(), picture, np.asarray(picture)]
     assert (
-        len(
-            {MODEL.generate("a", source, **SHORT) for source in kinds}
-            | {MODEL.generate("a", [files[0]], **SHORT)}
-        )
+        len({MODEL.generate("a", source, **SHORT) for source in kinds} | {MODEL.generate("a", [files[0]], **SHORT)})
         == 1
     )
     assert MODEL.generate("a", files[1], **SHORT) != MODEL.generate("a", files[0], **SHORT)

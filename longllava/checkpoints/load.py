@@ -60,9 +60,7 @@ def find_folder(name: str | Path) -> Path:
             )
         return path
     if path.suffix in PICKLES or path.suffix == ".safetensors":
-        raise CheckpointError(
-            f"{path}: give the folder that holds {CONFIG} and {WEIGHTS}, not a file of weights"
-        )
+        raise CheckpointError(f"{path}: give the folder that holds {CONFIG} and {WEIGHTS}, not a file of weights")
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         return download(str(name))
     raise CheckpointError(
@@ -78,9 +76,7 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{name}: not a folder here, and the hub says: {' '.join(str(error).split())}"
-        ) from None
+        raise CheckpointError(f"{name}: not a folder here, and the hub says: {' '.join(str(error).split())}") from None
 
 
 def load_model(
@@ -150,9 +146,7 @@ def load_weights_(
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
     if not_finite:
-        raise CheckpointError(
-            f"{folder}: NaN or infinite weights in {listed(not_finite)}; the checkpoint is damaged"
-        )
+        raise CheckpointError(f"{folder}: NaN or infinite weights in {listed(not_finite)}; the checkpoint is damaged")
     model.load_state_dict(state, strict=False, assign=True)
 
 
@@ -200,9 +194,7 @@ def read_index(path: Path) -> dict[str, str]:
     for name in weight_map.values():
         plain = isinstance(name, str) and name == Path(name).name and "\\" not in name and ":" not in name
         if not plain or not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path}: {name!r:.80} is not the plain name of a .safetensors file in this folder"
-            )
+            raise CheckpointError(f"{path}: {name!r:.80} is not the plain name of a .safetensors file in this folder")
     return weight_map
 
 
@@ -220,9 +212,7 @@ def header(path: Path) -> Iterator[tuple[str, Entry]]:
 def no_weights(folder: Path) -> str:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
-        return (
-            f"{pickles[0]} is a pickle, which may run code when it is opened; convert it to safetensors first"
-        )
+        return f"{pickles[0]} is a pickle, which may run code when it is opened; convert it to safetensors first"
     return f"no {WEIGHTS} or {INDEX} in it"
 
 
@@ -235,9 +225,7 @@ def borrowed_encoder(config: ModelConfig, folder: Path, allow_missing: Sequence[
     other = beside if (beside / CONFIG).is_file() else find_folder(source)
     entries = {key: entry for key, entry in read_entries(other).items() if key.startswith("encoder.")}
     if not entries and "encoder." not in allow_missing:
-        raise CheckpointError(
-            f"{other}: it has no encoder, which {folder / CONFIG} wants from it (encoder.weights)"
-        )
+        raise CheckpointError(f"{other}: it has no encoder, which {folder / CONFIG} wants from it (encoder.weights)")
     return entries
 
 

@@ -17,9 +17,7 @@ PADDING = -1  # seq_idx of tokens that no layer may see
 
 
 @torch.inference_mode()
-def answer_many(
-    reader: Reader, prefix: State, start: int, rows: list[list[int]], sampling: Sampling
-) -> list[str]:
+def answer_many(reader: Reader, prefix: State, start: int, rows: list[list[int]], sampling: Sampling) -> list[str]:
     """Answers to questions as token ids, each row as if it were alone. start: tokens in the prefix."""
     model, tokenizer, device = reader.model, reader.processor.tokenizer, reader.device
     n_rows, longest = len(rows), max(map(len, rows))
@@ -41,9 +39,7 @@ def answer_many(
     return decode_many(reader, last_BD, state, start + length_B, sampling)
 
 
-def decode_many(
-    reader: Reader, last_BD: Tensor, state: State, next_B: Tensor, sampling: Sampling
-) -> list[str]:
+def decode_many(reader: Reader, last_BD: Tensor, state: State, next_B: Tensor, sampling: Sampling) -> list[str]:
     """next_B: the position of each row's next token. Rows that are done go on as padding."""
     model, tokenizer, device = reader.model, reader.processor.tokenizer, reader.device
     n_rows = len(last_BD)
@@ -59,9 +55,7 @@ def decode_many(
             going[row] = going[row] and token != tokenizer.eos_id and not texts[row].done
         if not any(going) or number + 1 == sampling.max_new_tokens:
             break
-        seq_idx_B1 = torch.tensor(
-            [[0 if row else PADDING] for row in going], dtype=torch.int32, device=device
-        )
+        seq_idx_B1 = torch.tensor([[0 if row else PADDING] for row in going], dtype=torch.int32, device=device)
         ctx = Context(seq_idx_B1, (next_B + number)[:, None])
         hidden_B1D, state = model(model.embed(torch.tensor(tokens, device=device)[:, None]), ctx, state)
         last_BD = hidden_B1D[:, 0]

@@ -47,11 +47,7 @@ class Reader:
     open_reference: Callable[[str], Any] | None = None
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.chunk_tokens, bool)
-            or not isinstance(self.chunk_tokens, int)
-            or self.chunk_tokens < 1
-        ):
+        if isinstance(self.chunk_tokens, bool) or not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1:
             raise InputError(f"chunk_tokens: got {self.chunk_tokens!r}, expected a whole number above 0")
 
     @property
@@ -78,15 +74,11 @@ class Reader:
             encoder = self.model.config.encoder
             frames = read_frames(video, fps=fps, side=encoder.image_size if encoder else None)
         if sources or frames:
-            self.processor.tokens_per_image(
-                self.tokens_per_image
-            )  # a model without eyes says so before it reads
+            self.processor.tokens_per_image(self.tokens_per_image)  # a model without eyes says so before it reads
         return [*sources, *frames], len(sources), len(frames)
 
     @torch.inference_mode()
-    def read(
-        self, encoded: Encoded, sources: Sequence[Any], state: State, start: int
-    ) -> tuple[Tensor, State]:
+    def read(self, encoded: Encoded, sources: Sequence[Any], state: State, start: int) -> tuple[Tensor, State]:
         """Prefill: returns the last token's hidden state (1, D) and the state after it.
 
         sources: images by number, as encoded.spans name them. start: tokens already in `state`.
@@ -177,8 +169,8 @@ def checked_features(features_MC: Tensor, index: int, shape: tuple[int, int]) ->
     """Features that `LongLLaVA.encode` made. Raises: InputError when another model or setting made them."""
     if features_MC.shape != shape or not features_MC.is_floating_point():
         raise InputError(
-            f"image {index + 1}: a tensor of {features_MC.dtype} {tuple(features_MC.shape)}; as features of this"
-            f" model it would be floats {shape}; give a picture, or what encode() of this model made"
+            f"image {index + 1}: got a tensor of {features_MC.dtype} {tuple(features_MC.shape)}, expected floats"
+            f" {shape}, which this model's encode() makes; or give a picture"
         )
     return features_MC
 
@@ -187,9 +179,7 @@ def listed(images: Any) -> list[Any]:
     """One image or several, as a list."""
     if images is None:
         return []
-    single = isinstance(images, (str, bytes, bytearray, os.PathLike)) or hasattr(
-        images, "__array_interface__"
-    )
+    single = isinstance(images, (str, bytes, bytearray, os.PathLike)) or hasattr(images, "__array_interface__")
     return [images] if single else list(images)
 
 

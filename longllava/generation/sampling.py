@@ -55,9 +55,7 @@ class Sampling:
         return generator
 
 
-def check_number(
-    settings: Sampling, name: str, kinds: type | tuple[type, ...], low: float, high: float
-) -> None:
+def check_number(settings: Sampling, name: str, kinds: type | tuple[type, ...], low: float, high: float) -> None:
     value: Any = getattr(settings, name)
     in_kind = not isinstance(value, bool) and isinstance(value, kinds)
     if not in_kind or not low <= value <= high:  # NaN is in no range
@@ -72,9 +70,7 @@ def next_tokens(logits_BV: Tensor, sampling: Sampling, generators: list[torch.Ge
     """
     logits_BV = logits_BV.float().cpu()
     if torch.isnan(logits_BV).any():
-        raise LongLLaVAError(
-            "the model's logits are NaN; its weights are damaged or its dtype overflows (try float32)"
-        )
+        raise LongLLaVAError("the model's logits are NaN; its weights are damaged or its dtype overflows (try float32)")
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     probabilities_BV = kept(torch.softmax(logits_BV / sampling.temperature, -1), sampling)

@@ -68,9 +68,7 @@ class Session:
         self.n_images = 0
         self.waiting: list[Piece] = [reader.processor.user_open()]
 
-    def append(
-        self, images: Any = None, text: str | None = None, video: Any = None, fps: float = 1.0
-    ) -> None:
+    def append(self, images: Any = None, text: str | None = None, video: Any = None, fps: float = 1.0) -> None:
         """Read more: images, a video, text, in this order, or images at the <image> marks of the text.
 
         On any error the session is as it was.
@@ -88,13 +86,8 @@ class Session:
     def take(self, pieces: Sequence[Piece], sources: Sequence[Any]) -> None:
         """Read pieces as far as their tokens are certain; keep the rest waiting."""
         waiting = [*self.waiting, *pieces]
-        last_certain = max(
-            (i for i, piece in enumerate(waiting) if isinstance(piece, (Mark, Answer))), default=-1
-        )
-        if (
-            sum(len(piece.text) for piece in waiting[last_certain + 1 :] if isinstance(piece, Plain))
-            > LONG_TEXT
-        ):
+        last_certain = max((i for i, piece in enumerate(waiting) if isinstance(piece, (Mark, Answer))), default=-1)
+        if sum(len(piece.text) for piece in waiting[last_certain + 1 :] if isinstance(piece, Plain)) > LONG_TEXT:
             last_certain = len(waiting) - 1
         if last_certain >= 0:
             encoded = self.encode(waiting[: last_certain + 1])
@@ -125,29 +118,21 @@ class Session:
         """
         sampling = Sampling(**settings)
         pieces, sources = self.question_pieces(question, images, video)
-        answer = self.respond(
-            [*self.waiting, *pieces, self.reader.processor.assistant_open()], sources, sampling
-        )
+        answer = self.respond([*self.waiting, *pieces, self.reader.processor.assistant_open()], sources, sampling)
         if keep:
             answer = self.keeping(answer, pieces, sources)
         return answer if stream else "".join(answer)
 
-    def keeping(
-        self, answer: Iterator[str], pieces: Sequence[Piece], sources: Sequence[Any]
-    ) -> Iterator[str]:
+    def keeping(self, answer: Iterator[str], pieces: Sequence[Piece], sources: Sequence[Any]) -> Iterator[str]:
         """Pass an answer on; when it is whole, read the turn into the session."""
         text = ""
         for piece in answer:
             text += piece
             yield piece
         processor = self.reader.processor
-        self.take(
-            [*pieces, *processor.turn(Message("assistant", (Answer(text),))), processor.user_open()], sources
-        )
+        self.take([*pieces, *processor.turn(Message("assistant", (Answer(text),))), processor.user_open()], sources)
 
-    def ask_many(
-        self, questions: Sequence[str], *, batch_size: int = 32, **settings: Unpack[Settings]
-    ) -> list[str]:
+    def ask_many(self, questions: Sequence[str], *, batch_size: int = 32, **settings: Unpack[Settings]) -> list[str]:
         """Answer many questions on what was read, in batches; each as `ask` would (with the same seed)."""
         sampling = Sampling(**settings)
         if isinstance(questions, str):
@@ -155,10 +140,7 @@ class Session:
         if batch_size < 1:
             raise InputError(f"batch_size: got {batch_size}, must be at least 1")
         close = self.reader.processor.assistant_open()
-        rows = [
-            self.encode([*self.waiting, *self.question_pieces(q, None, None)[0], close]).ids
-            for q in questions
-        ]
+        rows = [self.encode([*self.waiting, *self.question_pieces(q, None, None)[0], close]).ids for q in questions]
         answers: list[str] = []
         for first in range(0, len(rows), batch_size):
             batch = rows[first : first + batch_size]

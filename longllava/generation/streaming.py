@@ -50,8 +50,6 @@ class TextStream:
         if cuts:
             self.done, self.waiting = True, ""
             return text[: min(cuts)]
-        held = max(
-            (n for word in self.stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0
-        )
+        held = max((n for word in self.stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
         self.waiting = text[len(text) - held :]
         return text[: len(text) - held]

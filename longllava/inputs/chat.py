@@ -156,9 +156,7 @@ def messages_of_dicts(
                 pieces.append(Plain(text))
             elif kind == "image" and message["role"] == "user":
                 if (source := source_of(part, kind)) is None and not given:
-                    raise InputError(
-                        f"{where}: an image part has neither 'image' nor 'path', and no image is left"
-                    )
+                    raise InputError(f"{where}: an image part has neither 'image' nor 'path', and no image is left")
                 pieces.append(Mark(len(sources)))
                 sources.append(given.pop(0) if source is None else source)
             elif kind == "video" and message["role"] == "user":
@@ -166,16 +164,12 @@ def messages_of_dicts(
                 pieces += media_pieces(0, len(frames), prompt, first=len(sources))
                 sources += frames
             else:
-                raise InputError(
-                    f"{where}: part {part!r:.80}; allowed: text; image and video in a user's message"
-                )
+                raise InputError(f"{where}: part {part!r:.80}; allowed: text; image and video in a user's message")
         if message["role"] == "assistant":
             pieces = [Answer("".join(piece.text for piece in pieces if isinstance(piece, Plain)))]
         result.append(Message(message["role"], tuple(pieces)))
     if given:
-        raise InputError(
-            f"messages: {len(given)} of {len(images)} images have no image part; add parts or drop them"
-        )
+        raise InputError(f"messages: {len(given)} of {len(images)} images have no image part; add parts or drop them")
     if result[-1].role != "user":
         raise InputError("messages: the last one is the assistant's; end with a user's message")
     if not any(not isinstance(piece, Plain) or piece.text.strip() for piece in result[-1].pieces):

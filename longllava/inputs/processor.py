@@ -76,9 +76,7 @@ class Processor:
         n_tokens = encoder.grid() ** 2
         allowed = pooled_counts(encoder.grid()) if bridge.pool == "2d" else [n_tokens]
         if bridge.pool != "1d" and asked not in allowed or not 0 < asked <= n_tokens:
-            raise InputError(
-                f"tokens_per_image: got {asked}, allowed with pooling {bridge.pool!r}: {allowed}"
-            )
+            raise InputError(f"tokens_per_image: got {asked}, allowed with pooling {bridge.pool!r}: {allowed}")
         return asked
 
     def user_open(self) -> Markup:
@@ -137,9 +135,7 @@ class Processor:
     def tagged(self, pieces: Sequence[Piece]) -> list[Piece]:
         """Pieces with the tags that stand around each image."""
         before, after = Markup(self.prompt.image_open), Markup(self.prompt.image_close)
-        return [
-            p for piece in pieces for p in ((before, piece, after) if isinstance(piece, Mark) else (piece,))
-        ]
+        return [p for piece in pieces for p in ((before, piece, after) if isinstance(piece, Mark) else (piece,))]
 
     def pixels(self, images: Sequence[Any], open_reference: Callable[[str], Any] | None = None) -> Tensor:
         """Images (paths, PIL, arrays, bytes; references by `open_reference`) -> uint8 (N, 3, S, S)."""

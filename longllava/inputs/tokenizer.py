@@ -86,20 +86,14 @@ class Tokenizer:
             self.cache[text] = (list(ids), list(offsets))
         return ids, offsets
 
-    def as_text(
-        self, ids: list[int], offsets: list[tuple[int, int]]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
+    def as_text(self, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
         """Special ids out of plain text, spelled in characters and bytes.
 
         A Unigram model whose vocabulary lists its special tokens matches them in any text.
         """
         if not any(number in self.spelled for number in ids):
             return ids, offsets
-        pairs = [
-            (piece, span)
-            for number, span in zip(ids, offsets)
-            for piece in self.spelled.get(number, [number])
-        ]
+        pairs = [(piece, span) for number, span in zip(ids, offsets) for piece in self.spelled.get(number, [number])]
         return [piece for piece, _ in pairs], [span for _, span in pairs]
 
     def spell(self, name: str) -> list[int]:

@@ -59,13 +59,9 @@ def folder_frames(folder: Path) -> list[Path]:
     """Pictures of a folder, frame 2 before frame 10."""
 
     def natural(path: Path) -> list:
-        return [
-            (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)
-        ]
+        return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
-    frames = sorted(
-        (p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.is_file()), key=natural
-    )
+    frames = sorted((p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.is_file()), key=natural)
     if not frames:
         raise InputError(f"the folder holds no pictures; known endings: {', '.join(PICTURES)}")
     return frames
@@ -105,9 +101,7 @@ def gif_frames(path: Path) -> Iterator[Shown]:
             check_size(*gif.size)
             second = 0.0
             for frame in ImageSequence.Iterator(gif):
-                length = (
-                    frame.info.get("duration") or 100
-                ) / 1000  # browsers show a frame of 0 ms for 100 ms
+                length = (frame.info.get("duration") or 100) / 1000  # browsers show a frame of 0 ms for 100 ms
                 yield second + length, partial(rgb, frame)
                 second += length
     except InputError:

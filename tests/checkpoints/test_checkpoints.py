@@ -67,9 +67,7 @@ def test_saving_again_leaves_nothing_of_the_old(tmp_path):
 def test_a_save_that_fails_leaves_the_old(tmp_path, monkeypatch):
     save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(
-        type(TINY.tokenizer), "save", lambda self, folder: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr(type(TINY.tokenizer), "save", lambda self, folder: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save(tmp_path, dtype=torch.bfloat16)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -222,9 +220,7 @@ def test_config_faults_name_file_and_key(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["backbone"]["n_layer"] = 3
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ConfigError, match=r"config\.json: backbone: unknown key 'n_layer'; did you mean 'n_layers'"
-    ):
+    with pytest.raises(ConfigError, match=r"config\.json: backbone: unknown key 'n_layer'; did you mean 'n_layers'"):
         load_model(folder)
 
 

@@ -102,7 +102,5 @@ def test_chunk_tokens_must_be_a_count(value):
 
 def test_results_carry_no_gradient_history():
     album = MODEL.session(images=tiny_pictures(2))
-    assert not any(
-        t.requires_grad for layer in album.state if not isinstance(layer, AttentionState) for t in layer
-    )
+    assert not any(t.requires_grad for layer in album.state if not isinstance(layer, AttentionState) for t in layer)
     assert torch.is_grad_enabled()

@@ -37,11 +37,7 @@ def test_loaded_is_the_same_session(saved):
     loaded = MODEL.load_session(path)
     assert_same_state(album.state, loaded.state, 0)
     assert (loaded.n_tokens, loaded.n_images) == (album.n_tokens, album.n_images)
-    assert (
-        [piece.text for piece in loaded.waiting]
-        == [piece.text for piece in album.waiting]
-        == ["</img>", " red"]
-    )
+    assert [piece.text for piece in loaded.waiting] == [piece.text for piece in album.waiting] == ["</img>", " red"]
     assert loaded.ask("heart?", **SHORT) == album.ask("heart?", **SHORT)
     for session in (loaded, album):
         session.append(images=tiny_pictures(1))

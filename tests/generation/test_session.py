@@ -202,9 +202,7 @@ def test_score_is_the_log_probability_of_each_token():
     images = MODEL.model.image_tokens(MODEL.model.encode(MODEL.processor.pixels(sources)))
     spans = torch.tensor([(0, span.start, span.length, span.image) for span in asked.spans])
     hidden, _ = MODEL.model(MODEL.model.embed(torch.tensor([asked.ids + ids]), spans, images), Context())
-    expected = torch.log_softmax(MODEL.model.logits(hidden[0, len(asked.ids) - 1 : -1]), -1)[
-        range(len(ids)), ids
-    ]
+    expected = torch.log_softmax(MODEL.model.logits(hidden[0, len(asked.ids) - 1 : -1]), -1)[range(len(ids)), ids]
     assert score.log_probabilities == pytest.approx(expected.tolist(), abs=1e-4)
     assert score.log_probability == pytest.approx(float(expected.sum()), abs=1e-4)
     assert not score.exact
