@@ -155,13 +155,14 @@ def print_summary(cells: Sequence[Cell]) -> None:
 
 def summary_table(cells: Sequence[Cell]) -> Table:
     """A row per number of images: both accuracies, the generated answers' by kind of question, costs."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     rows = summarise(cells)
     kinds = sorted({kind for row in rows for kind in row.by_kind}, reverse=True)
-    table = Table()
-    for name in ("images", "prompts", "teacher-forced", "generated", *kinds, "seconds", "s/prompt", "tokens",
-                 "peak memory"):  # fmt: skip
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    names = ("\nimages", "\nprompts", "teacher-\nforced", "\ngenerated", *(f"of it:\n{kind}" for kind in kinds))
+    for name in (*names, "\nseconds", "seconds\na prompt", "\ntokens", "peak\nMB"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -173,6 +174,6 @@ def summary_table(cells: Sequence[Cell]) -> Table:
             f"{row.seconds:.0f}",
             f"{row.seconds_per_cell:.2f}",
             f"{row.tokens:,}",
-            f"{row.peak_memory / MEGABYTE:,.0f} MB",
+            f"{row.peak_memory / MEGABYTE:,.0f}",
         )
     return table
