@@ -39,12 +39,7 @@ struct Pair {
   static constexpr int DEPTH = 2;
 
   LONGLLAVA_INLINE Vec add_product(Vec sum, uint32_t a, Bits b) {
-#if !defined(LONGLLAVA_EMULATE)
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)broadcast(a), (__m512bh)b);
-#else
-    for (int half = 1; half >= 0; --half) sum += part(a, half) * part(b, half);
-    return sum;
-#endif
   }
   LONGLLAVA_INLINE Vec part(Bits b, int half) { return (Vec)(half == 0 ? b << 16 : b & 0xffff0000u); }
   LONGLLAVA_INLINE Vec part(uint32_t a, int half) { return part(broadcast(a), half); }

@@ -178,7 +178,7 @@ LONGLLAVA_INLINE void finish_row(const AttentionCall& call, const AttentionTask&
   const float scale = total == 0 ? 0 : 1 / total;  // a row that sees nothing; NaN passes on
   for (int64_t d = 0; d < width; ++d) store_one(y + d, sums[d * step] * scale);
   if (call.lse != nullptr)
-    call.lse[row_number(call, task, row)] = total == 0 ? NEGATIVE_INFINITY : (top + __builtin_log2f(total)) * LN_2;
+    call.lse[row_number(call, task, row)] = (top + __builtin_log2f(total)) * LN_2;  // -infinity for such a row
 }
 
 }  // namespace LONGLLAVA_FORM
