@@ -24,6 +24,7 @@ NAME = "liblongllava_cpu.so"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-warning-option"]
 FLAGS += ["-Wno-maybe-uninitialized"]  # GCC 12's own AVX-512 headers raise it
+FLAGS += ["-fno-tree-loop-distribute-patterns"]  # GCC would copy arrays of vectors by memcpy, in 16-byte pieces
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_FORMS: dict[str, list[str]] = {"portable": [], "avx2": AVX2, "avx512": AVX2 + AVX512}

@@ -7,7 +7,6 @@ Which instruction set it uses is chosen when it is loaded; LONGLLAVA_ISA=portabl
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 from pathlib import Path
 
@@ -66,10 +65,14 @@ def isa() -> str:
     return str(library().longllava_isa_name().decode())
 
 
-@functools.lru_cache(maxsize=1)
+_said = False
+
+
 def say_once_if_missing() -> None:
     """For the plain torch stand-ins: one line on stderr, once per process, when the kernels are missing."""
-    if (reason := why_not()) is not None:
+    global _said
+    if not _said and not torch.compiler.is_compiling() and (reason := why_not()) is not None:
+        _said = True
         logging.getLogger("longllava").warning("longllava runs its slower plain-torch code: %s", reason)
 
 

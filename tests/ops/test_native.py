@@ -64,9 +64,8 @@ def test_a_form_that_does_not_exist_is_an_error() -> None:
 def fresh(monkeypatch):
     """native as a process sees it before it has looked for the library."""
     monkeypatch.setattr(native, "_loaded", None)
-    native.say_once_if_missing.cache_clear()
-    yield monkeypatch
-    native.say_once_if_missing.cache_clear()
+    monkeypatch.setattr(native, "_said", False)
+    return monkeypatch
 
 
 def test_a_missing_library_is_a_reason_and_is_said_once(fresh, tmp_path, caplog) -> None:

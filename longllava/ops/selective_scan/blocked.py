@@ -10,6 +10,7 @@ gradients are wanted, a span is computed again in backward, so memory does not g
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def run(
         cut = slice(start, start + span)
         parts = [None if x is None else x[:, cut] for x in (u_BLE, delta_BLE, B_BLN, C_BLN, z_BLE)]
         masks = [None if x is None else x[:, cut] for x in (seq_idx_BL, resets_BL)]
-        args = (h_BEN, A, D, delta_bias_E, delta_softplus, *parts, *masks)
+        args: tuple[Any, ...] = (h_BEN, A, D, delta_bias_E, delta_softplus, *parts, *masks)
         y_BTE, h_BEN = checkpoint(one_span, *args, use_reentrant=False) if save else one_span(*args)
         ys.append(y_BTE)
     return torch.cat(ys, 1) if ys else torch.zeros_like(u_BLE), h_BEN
