@@ -2,8 +2,9 @@
 
 The mean token of a picture is compared with every word embedding; the caption's words should be the nearest.
 A frozen language model's next-token loss reaches the bridge through all its layers and says this only
-faintly at first; here it is said directly. Words that stand in more than half of the captions tell nothing
-and are left out. A setting, off by default, named in the model card where it was on.
+faintly at first; here it is said directly. A word counts by how rare it is among the batch's captions (the
+log of one over its share), so that a name weighs more than a colour; words that stand in more than half of
+the captions tell nothing and are left out. A setting, off by default, named in the model card where it was on.
 Shapes: N images, M tokens an image, D width, S spans, P labelled positions, V vocabulary, B rows, L tokens.
 """
 
@@ -22,7 +23,7 @@ COMMON = 0.5
 def alignment_loss(
     images_NMD: Tensor, spans_S4: Tensor, labels_BL: Tensor, seq_idx_BL: Tensor, words_VD: Tensor
 ) -> Tensor | None:
-    """Mean over samples of one picture of -log p(word | picture), averaged over its caption's telling words.
+    """Mean over samples of one picture of -log p(word | picture), averaged over its caption's words by rarity.
 
     None when no sample has just one picture and a telling word.
     """
@@ -37,7 +38,8 @@ def alignment_loss(
     said = torch.zeros(labels_BL.shape[0] * n_samples, len(words_VD), device=labels_BL.device)
     said[sample_P, labels_BL[row_P, at_P]] = 1.0
     said_SV = said[sample_S]
-    said_SV = said_SV * (said_SV.mean(0) <= COMMON)
+    share_V = said_SV.mean(0)
+    said_SV = said_SV * torch.where(share_V <= COMMON, -share_V.clamp(min=1e-6).log(), 0.0)
     told_S = said_SV.sum(-1) > 0
     if not told_S.any():
         return None

@@ -20,6 +20,8 @@ class PhaseConfig:
     row_length: tokens of a packed row; rows: packed rows a step, over all processes; rows_at_once: rows in
     one forward (fewer than `rows` = gradient accumulation; 0 = all of this process's). learning_rate: after
     `warmup` steps, kept for the first `hold` of the phase, then to final_learning_rate by `decay`.
+    alignment_only: the loss is the alignment aid alone, and the language model does not run: hundreds of
+    pictures for the time of one.
     tasks: settings of the recipe's tasks for this phase (numbers of images, of questions).
     """
 
@@ -33,6 +35,7 @@ class PhaseConfig:
     warmup: int = 0
     hold: float = 0.0
     decay: str = "linear"
+    alignment_only: bool = False
     tasks: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -47,15 +47,24 @@ class Forward(nn.Module):
         self.model, self.aids = model, aids
 
     def forward(
-        self, batch: Batch, pictures: Tensor | None, tokens_per_image: int | None
+        self, batch: Batch, pictures: Tensor | None, tokens_per_image: int | None, alignment_only: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The next-token loss summed over labels, plus the aids; and sums of what was measured."""
+        """The next-token loss summed over labels, plus the aids; and sums of what was measured.
+
+        alignment_only: the alignment aid alone, without running the backbone.
+        """
         model, images_NMD = self.model, None
         if pictures is not None:
             if pictures.dtype == torch.uint8:  # the encoder trains
                 assert model.encoder is not None
                 pictures = model.encoder(pictures)
             images_NMD = model.image_tokens(pictures, tokens_per_image)
+        if alignment_only:
+            assert images_NMD is not None, "a phase of alignment is fed with pictures"
+            words_VD = model.backbone.embed_tokens.weight
+            aligned = alignment_loss(images_NMD, batch.spans, batch.labels_BL, batch.seq_idx_BL, words_VD)
+            loss = images_NMD.sum() * 0 if aligned is None else aligned * batch.n_labels
+            return loss, {"loss": loss.detach()}
         x_BLD = model.embed(batch.ids_BL, batch.spans, images_NMD)
         aided = self.aids.grounding_weight > 0 and len(batch.grounding) > 0
         context = Context(batch.seq_idx_BL, batch.positions_BL, grounding_G4=batch.grounding if aided else None)
@@ -145,7 +154,9 @@ def train(
                     batch = batch.to(device)
                     together = contextlib.nullcontext() if index == len(batches) - 1 else accelerator.no_sync(forward)
                     with together:
-                        loss, measured = forward(batch, pictures.of(batch.refs), phase.tokens_per_image)
+                        loss, measured = forward(
+                            batch, pictures.of(batch.refs), phase.tokens_per_image, phase.alignment_only
+                        )
                         if loss.requires_grad:  # DDP averages over processes: `world` makes a sum of that
                             accelerator.backward(loss * (world / max(1, n_labels)))
                     meter.add(measured, batch.n_tokens, batch.n_labels)

@@ -163,7 +163,7 @@ def train(config: VisionTrainConfig) -> None:
     model_config = load(ModelConfig, config.model)
     if model_config.encoder is None:
         raise TrainingError(f"{config.model}: has no encoder to train")
-    model = VisionFoundation(model_config.encoder).to(memory_format=torch.channels_last)
+    model = VisionFoundation(model_config.encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for phase, steps in (("crops", config.crop_steps), ("whole", config.whole_steps)):
         run_phase(config, model, phase, steps, out)
     save_encoder(model, out)
@@ -189,7 +189,7 @@ def run_phase(config: VisionTrainConfig, model: VisionFoundation, phase: str, st
     pictures = Pictures(config, phase, "train", STYLES, start, steps - start)
     loader = DataLoader(pictures, batch_size=None, num_workers=1, prefetch_factor=8)
     bar = tqdm(loader, desc=f"vision: {phase}", initial=start, total=steps, unit="batch", mininterval=5)
-    last_save, means = time.time(), {}
+    last_save, means = time.time(), dict[str, float]()
     for step, (pixels, labels) in enumerate(bar, start):
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(peak, step, steps)
