@@ -5,6 +5,8 @@ B batch, L tokens, D width, V vocabulary. Source: Lieber et al. 2024, "Jamba" (a
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -49,7 +51,10 @@ class Backbone(nn.Module):
 
     def empty_state(self, batch: int, capacity: int, device: torch.device | str, dtype: torch.dtype) -> State:
         """The state before the first token; capacity: tokens the attention layers make room for."""
-        return [layer.mixer.empty_state(batch, capacity, torch.device(device), dtype) for layer in self.layers]
+        return [block.mixer.empty_state(batch, capacity, torch.device(device), dtype) for block in self.blocks()]
+
+    def blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.layers))
 
     @torch.no_grad()
     def initialise_(self) -> None:
@@ -58,8 +63,8 @@ class Backbone(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=self.config.init_std)
         nn.init.normal_(self.embed_tokens.weight, std=self.config.embedding_std)
-        for layer in self.layers:
-            layer.mixer.initialise_()
-            for name, module in layer.named_modules():
-                if name.endswith(("out_proj", "o_proj", "down_proj")):
-                    module.weight.mul_((2 * len(self.layers)) ** -0.5)
+        for block in self.blocks():
+            block.mixer.initialise_()
+            for name, weight in block.named_parameters():
+                if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+                    weight.mul_((2 * len(self.layers)) ** -0.5)

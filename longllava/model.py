@@ -30,7 +30,7 @@ class Model(nn.Module):
             self.bridge = build_bridge(config.bridge, config.encoder.width, config.backbone.width)
         self.fusion = build_fusion(config.fusion)
         self.backbone = Backbone(config.backbone)
-        for i, block in enumerate(self.backbone.layers):
+        for i, block in enumerate(self.backbone.blocks()):
             self.backbone.layers[i] = self.fusion.adapt(block, i)
 
     def encode(self, pixels_N3SS: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from longllava.cli.talk import Device, Model
 if TYPE_CHECKING:
     from longllava.evals.curriculum import Outcome
 
-DType = Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: the fast one]")]
-Tasks = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Some of the tasks. [default: all]")]
+DType = Annotated[str | None, typer.Option(help="float32, bfloat16, float16.", show_default="the fast one")]
+Tasks = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Some of the tasks.", show_default="all")]
 Output = Annotated[str | None, typer.Option(metavar="DIR", help="Receives curriculum.json and .png.")]
 
 

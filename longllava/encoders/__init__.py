@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from longllava.config import EncoderConfig
 from longllava.encoders.vit import VisionTransformer
 from longllava.errors import ConfigError
@@ -11,7 +9,7 @@ from longllava.errors import ConfigError
 ENCODERS = {"vit": VisionTransformer}
 
 
-def build_encoder(config: EncoderConfig) -> nn.Module:
+def build_encoder(config: EncoderConfig) -> VisionTransformer:
     if config.kind not in ENCODERS:
         raise ConfigError(f"encoder.kind: got {config.kind!r}, allowed: {', '.join(ENCODERS)}")
     return ENCODERS[config.kind](config)

@@ -10,6 +10,7 @@ arXiv:2106.14881).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from longllava.config import EncoderConfig
 from longllava.errors import InputError
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -31,6 +32,9 @@ class VisionTransformer(nn.Module):
     uint8 pixels are scaled to [0, 1] here and normalised with the config's mean and std, so that a thousand
     waiting pictures take one byte a value. Float pixels are taken as already normalised.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: EncoderConfig):
         super().__init__()

@@ -12,7 +12,7 @@ from longllava.nn.mamba import Mamba
 from longllava.nn.mlp import MixtureOfExperts, SwiGLU
 from longllava.nn.norm import RMSNorm
 
-MIXERS = {"mamba": Mamba, "attention": Attention}
+MIXERS: dict[str, type[Mamba] | type[Attention]] = {"mamba": Mamba, "attention": Attention}
 
 
 class Block(nn.Module):

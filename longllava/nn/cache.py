@@ -107,7 +107,7 @@ class AttentionState:
         if batch is not None:
             assert rows == 1, "only a batch of one can be expanded"
             shared = tuple(
-                Segment(*(None if part is None else part.expand(batch, *part.shape[1:]) for part in segment))
+                Segment._make(None if part is None else part.expand(batch, *part.shape[1:]) for part in segment)
                 for segment in shared
             )
         keys = self.buffer.keys_BSGK

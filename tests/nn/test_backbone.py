@@ -163,7 +163,8 @@ def test_equals_transformers_jamba(n_experts):
     reference = JambaForCausalLM(JambaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
         num_key_value_heads=2, attn_layer_period=3, attn_layer_offset=1, num_experts=n_experts, num_experts_per_tok=2,
-        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4, rms_norm_eps=config.norm_eps, pad_token_id=0, attn_implementation="eager",
+        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4,
+        rms_norm_eps=config.norm_eps, pad_token_id=0, attn_implementation="eager",
     )).eval()  # fmt: skip
     names = {"mixer_norm": "input_layernorm", "ffn_norm": "pre_ff_layernorm", "dt_norm": "dt_layernorm",
              "B_norm": "b_layernorm", "C_norm": "c_layernorm", "A_log_EN": "A_log", "D_E": "D",
@@ -173,7 +174,8 @@ def test_equals_transformers_jamba(n_experts):
     for key, tensor in ours.state_dict().items():
         parts = [names.get(part, part) for part in key.split(".")]
         if parts[0] == "layers":
-            parts[2] = parts[2].replace("mixer", "self_attn" if config.mixers()[int(parts[1])] == "attention" else "mamba")
+            theirs = "self_attn" if config.mixers()[int(parts[1])] == "attention" else "mamba"
+            parts[2] = parts[2].replace("mixer", theirs)
         if parts[-1] == "conv1d.weight":
             tensor = tensor[:, None]
         prefix = "" if parts[0] == "lm_head" else "model."

@@ -16,8 +16,8 @@ SMALL = {"batch": 2, "crop_steps": 2, "whole_steps": 3, "save_seconds": 0.0, "n_
 def model_yaml(tmp_path):
     path = tmp_path / "model.yaml"
     path.write_text(
-        "encoder: {image_size: 96, patch_size: 8, width: 16, n_layers: 1, n_heads: 2, mlp_width: 16, select_layer: -1,\n"
-        "  stem_widths: [8, 16], stem_strides: [4, 2], stem_blocks: [1, 1]}\n"
+        "encoder: {image_size: 96, patch_size: 8, width: 16, n_layers: 1, n_heads: 2, mlp_width: 16,\n"
+        "  select_layer: -1, stem_widths: [8, 16], stem_strides: [4, 2], stem_blocks: [1, 1]}\n"
         "bridge: {tokens_per_image: 36}\n"
     )
     return str(path)

@@ -64,5 +64,5 @@ def sprites(style: str) -> tuple[Image.Image | None, ...]:
     for index in range(len(things())):
         x, y = index % COLUMNS * CELL, index // COLUMNS * CELL
         cell = sheet.crop((x, y, x + CELL, y + CELL))
-        cells.append(cell if cell.getchannel("A").getextrema()[1] > 0 else None)
+        cells.append(cell if cell.getchannel("A").getbbox() else None)
     return tuple(cells)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,18 @@ BACKENDS = tuple(
 )
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = True,
+    seq_idx_q: Tensor | None = None, seq_idx_k: Tensor | None = None, return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = True,
+    seq_idx_q: Tensor | None = None, seq_idx_k: Tensor | None = None, return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q: Tensor,
     k: Tensor,
