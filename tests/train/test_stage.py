@@ -1,0 +1,236 @@
+"""Stages: what they start from, what they leave alone, and that a stopped run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longllava.errors import ConfigError, TrainingError
+from longllava.train import loop
+from longllava.train.config import load_stage
+from longllava.train.stage import main, run_stage
+from tests.tiny_world import write_foundation, write_stage
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("LONGLLAVA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PRESET", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    return write_foundation(tmp_path / "runs")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(record["step"], record["loss"], record["norm"]) for record in records]
+
+
+# --- what a stage starts from
+
+
+def test_parts_come_from_their_stages_and_only_some_learn(runs) -> None:
+    main(write_stage(runs, stage="stage1", recipe="nano/stage1", train_only=["bridge"]))
+    vision, text, first = (weights(runs / stage) for stage in ("foundation-vision", "foundation-text", "stage1"))
+    assert first.keys() == text.keys()
+    for name, tensor in first.items():
+        source = vision if name.startswith("encoder") else text
+        if not name.startswith("bridge"):
+            assert torch.equal(tensor, source[name]), name
+    assert any(not torch.equal(first[name], text[name]) for name in first if name.startswith("bridge"))
+    # the next stage begins where this one ended; both of its parts learn, the encoder still does not
+    main(write_stage(runs, start_from={"all": "stage1"}))
+    second = weights(runs / "stage2")
+    changed = {name.partition(".")[0] for name in first if not torch.equal(first[name], second[name])}
+    assert changed == {"bridge", "backbone"}
+    record = json.loads((runs / "stage2" / "model" / "training.json").read_text())
+    assert (record["stage"], record["steps"], record["trained"]) == ("stage2", 6, ["bridge", "backbone"])
+    assert record["started_from"]["bridge"] == str(runs / "stage1" / "model")
+
+
+def test_a_finished_stage_is_left_as_it_is(runs, capsys) -> None:
+    path = write_stage(runs)
+    run_stage(load_stage(path))
+    before = (runs / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns
+    run_stage(load_stage(path))
+    assert "stage2 is finished" in capsys.readouterr().out
+    assert (runs / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start_from": {"all": "stage1"}}, "stage2 starts from stage1, and .* is not there; train stage1 first"),
+        (
+            {"start_from": {"backbone": "stage1"}, "init_from": {"backbone": "RUNS/foundation-text/model"}},
+            "stage2 starts its backbone from stage1; .*foundation-text/model is of foundation-text",
+        ),
+        ({"start_from": {"bridge": "nothing"}}, "no training.json that says which stage it is of"),
+        ({"model": "RUNS/wide.json"}, "its backbone is of another model"),
+    ],
+)
+def test_a_folder_of_another_stage_is_refused(runs, monkeypatch, changes: dict, message: str) -> None:
+    monkeypatch.setattr("longllava.train.stage.shipped_models", list)  # the foundation that ships is no way out
+    (runs / "nothing" / "model").mkdir(parents=True)
+    wide = (runs / "foundation-text" / "model" / "config.json").read_text().replace('"n_layers": 3', '"n_layers": 4')
+    (runs / "wide.json").write_text(wide)
+    named = json.loads(json.dumps(changes).replace("RUNS", str(runs)))
+    with pytest.raises(TrainingError, match=message):
+        run_stage(load_stage(write_stage(runs, **named)))
+    assert not (runs / "stage2").exists()  # nothing half-written
+
+
+def test_a_misspelt_evaluation_is_told_before_training(runs) -> None:
+    with pytest.raises(ConfigError, match="no task 'captoin'; have recall, facts, caption"):
+        run_stage(load_stage(write_stage(runs, evaluate=["captoin"])))
+
+
+def test_an_evaluation_follows_the_last_step(runs, capsys) -> None:
+    run_stage(load_stage(write_stage(runs, evaluate=["caption", "needle@4"], eval_questions=6)))
+    result = json.loads((runs / "stage2" / "evaluation.json").read_text())
+    tasks = result["models"][0]["tasks"]
+    assert list(tasks) == ["caption", "needle@4"] and tasks["caption"]["questions"] == 6
+    assert "needle@4" in capsys.readouterr().out
+
+
+# --- a step that cannot be taken, and a part that must not change
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_names_its_samples(runs, monkeypatch, capsys) -> None:
+    phases = [{"steps": 2, "row_length": 192, "rows": 1, "learning_rate": 0.01}]
+    real, seen = loop.Forward.forward, []
+
+    def forward(self, batch, *arguments):
+        loss, measured = real(self, batch, *arguments)
+        seen.append(batch.sample_ids)
+        return (loss * float("nan") if len(seen) == 2 else loss), measured
+
+    monkeypatch.setattr(loop.Forward, "forward", forward)
+    run_stage(load_stage(write_stage(runs, phases=phases, save_every=1)))
+    printed = capsys.readouterr().out
+    assert "step 2: the gradient is not finite, nothing is updated; samples: " + ", ".join(sorted(seen[1])) in printed
+    first, second = (runs / "stage2" / "checkpoints" / f"step-{step:08d}" for step in (1, 2))
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+    start = weights(runs / "foundation-text")
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in load_file(first / "model.safetensors").items())
+
+
+def test_a_frozen_part_that_changed_is_an_error(runs, monkeypatch) -> None:
+    real = loop.Forward.forward
+
+    def forward(self, *arguments):
+        with torch.no_grad():
+            self.model.encoder.position_embedding.add_(1e-3)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(loop.Forward, "forward", forward)
+    with pytest.raises(TrainingError, match="encoder changed although it was frozen"):
+        run_stage(load_stage(write_stage(runs)))
+
+
+def test_rows_at_once_split_a_step_without_changing_it(runs) -> None:
+    phase = {"steps": 3, "row_length": 192, "rows": 4, "learning_rate": 1e-3}
+    for stage, at_once in (("whole", 0), ("split", 1)):
+        run_stage(load_stage(write_stage(runs, stage=stage, phases=[phase | {"rows_at_once": at_once}])))
+    for (step, whole, norm), (_, split, split_norm) in zip(losses(runs / "whole"), losses(runs / "split"), strict=True):
+        assert (split, split_norm) == pytest.approx((whole, norm), rel=1e-3), step
+
+
+# --- going on
+
+
+LONG = {"phases": [{"steps": 14, "row_length": 128, "rows": 2, "learning_rate": 5e-3, "warmup": 2},
+                   {"steps": 10, "row_length": 192, "rows": 1, "learning_rate": 5e-3,
+                    "tasks": {"single": {"n_questions": [1, 3]}}}]}  # fmt: skip
+
+
+def start(path: Path) -> subprocess.Popen:
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "longllava.train", str(path)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(child: subprocess.Popen, log: Path, step: int) -> None:
+    while not (log.exists() and f'{{"step": {step},' in log.read_text()):
+        assert child.poll() is None, child.stdout and child.stdout.read()
+        time.sleep(0.005)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(runs) -> None:
+    run_stage(load_stage(write_stage(runs, stage="whole", **LONG)))
+    path, folder = write_stage(runs, stage="killed", **LONG), runs / "killed"
+    rng = random.Random(os.urandom(8))
+    steps = rng.randint(1, 9), rng.randint(10, 18)
+    ends = (signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)
+    for step, (number, code) in zip(steps, ends):
+        child = start(path)
+        wait_for_step(child, folder / "log.jsonl", step)
+        time.sleep(rng.random() * 0.1)
+        child.send_signal(number)
+        printed, _ = child.communicate()
+        assert child.returncode == code, printed
+        if number == signal.SIGTERM:
+            assert "killed: saved after step" in printed and "Traceback" not in printed
+    child = start(path)
+    printed, _ = child.communicate()
+    assert child.returncode == 0 and "killed: goes on after step" in printed, printed
+    where = f"killed at about {steps}"
+    assert losses(folder) == losses(runs / "whole"), where
+    for file in ("model/model.safetensors", "checkpoints/step-00000024/optimizer.safetensors"):
+        assert (folder / file).read_bytes() == (runs / "whole" / file).read_bytes(), f"{file}, {where}"
+
+
+def test_a_run_goes_on_only_as_the_same_run(runs, monkeypatch) -> None:
+    path = write_stage(runs, **LONG)
+    real, n_calls = loop.Forward.forward, []
+
+    def forward(self, *arguments):
+        n_calls.append(1)
+        if len(n_calls) == 5:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(loop.Forward, "forward", forward)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(load_stage(path))
+    for override, message in (
+        ("seed=2", "seed: 1 then, 2 now"),
+        ("phases.0.learning_rate=0.1", "phases"),
+        ("threads=2", "threads: 1 then, 2 now"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            run_stage(load_stage(path, [override]))
+    torch.set_num_threads(1)
+    run_stage(load_stage(path, ["phases.1.steps=1", "log_every=5"]))  # what has not begun may change
+    assert len(n_calls) == 5 + 15 - 3  # from the checkpoint of step 3
+
+
+def test_a_torn_checkpoint_is_named(runs) -> None:
+    path = write_stage(runs)
+    run_stage(load_stage(path))
+    (runs / "stage2" / "model" / "training.json").unlink()
+    newest = sorted((runs / "stage2" / "checkpoints").iterdir())[-1]
+    os.truncate(newest / "model.safetensors", 100)
+    with pytest.raises(
+        TrainingError, match=f"{newest.name}: cannot be read: .*; delete it to go on from the one before"
+    ):
+        run_stage(load_stage(path))
