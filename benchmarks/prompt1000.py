@@ -45,9 +45,10 @@ def main() -> None:
     if chosen.child:
         answer_one(json.loads(chosen.child))
         return
-    sizes = [chosen.images, *filter(None, [2 * chosen.images if chosen.more is None else chosen.more])]
-    if chosen.images < 1 or sizes[-1] < chosen.images or chosen.repeat < 1:
-        raise InputError("--images and --repeat must be at least 1, and --more above --images")
+    more = 2 * chosen.images if chosen.more is None else chosen.more
+    if chosen.images < 1 or chosen.repeat < 1 or (more and more <= chosen.images):
+        raise InputError("--images and --repeat must be at least 1, and --more above --images, or 0")
+    sizes = [chosen.images, more] if more else [chosen.images]
     with tempfile.TemporaryDirectory(prefix="longllava-pictures-") as folder:
         question, answer = write_pictures(Path(folder), sizes, chosen.seed)
         runs = {n: [one_prompt(chosen, folder, n, question) for _ in range(chosen.repeat)] for n in sizes}
@@ -101,22 +102,28 @@ def answer_one(task: dict) -> None:
     pieces = model.generate("\n" + task["question"], images=paths, max_new_tokens=16, stream=True)
     first = next(pieces, "")
     print(PRINTED + json.dumps(first), flush=True)
+    cpu_seconds = round(time.process_time(), 2)
     answer = first + "".join(pieces)
     peak = resident_peak()
     config, weight = model.model.config.backbone, model.model.backbone.embed_tokens.weight
     n_attention = config.mixers().count("attention")
     per_token = 2 * n_attention * config.n_kv_heads * config.head_dim * weight.element_size()
     per_image = model.session(images=paths[:1] * 2).n_tokens - model.session(images=paths[:1]).n_tokens
-    print(json.dumps({
-        "answer": answer.strip(), "peak_bytes": peak, "tokens_per_image_with_tags": per_image,
-        "key_value_bytes_per_image": per_image * per_token, "dtype": str(weight.dtype).removeprefix("torch."),
-    }))  # fmt: skip
+    measured = {
+        "answer": answer.strip(),
+        "cpu_seconds": cpu_seconds,
+        "peak_bytes": peak,
+        "tokens_per_image_with_tags": per_image,
+        "key_value_bytes_per_image": per_image * per_token,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+    }
+    print(json.dumps(measured))
 
 
 def summary(n: int, runs: list[dict]) -> dict:
     """Of the runs of one size: median and all times, highest peak, the answer."""
     seconds = [round(run["seconds"], 2) for run in runs]
-    kept = {name: runs[0][name] for name in ("answer", "dtype", "tokens_per_image_with_tags",
+    kept = {name: runs[0][name] for name in ("answer", "dtype", "cpu_seconds", "tokens_per_image_with_tags",
                                              "key_value_bytes_per_image")}  # fmt: skip
     peak = max(run["peak_bytes"] for run in runs)
     return {"images": n, "seconds_to_first_answer": statistics.median(seconds), "all_seconds": seconds,
@@ -136,10 +143,12 @@ def growth(prompts: list[dict]) -> dict:
 def report(result: dict) -> None:
     for row in result["prompts"]:
         times = f" (all: {', '.join(map(str, row['all_seconds']))})" if len(row["all_seconds"]) > 1 else ""
-        print(f"{row['images']:,} pictures, {row['tokens_per_image_with_tags']} tokens each with their tags,"
-              f" {row['dtype']}: first answer after {row['seconds_to_first_answer']} s{times}, process start"
-              f" included; peak memory {row['peak_bytes'] / 1e6:,.0f} MB; said {row['answer']!r},"
-              f" right is {result['right_answer']!r}")  # fmt: skip
+        print(
+            f"{row['images']:,} pictures, {row['tokens_per_image_with_tags']} tokens each with their tags,"
+            f" {row['dtype']}: first answer after {row['seconds_to_first_answer']} s{times}, process start included"
+            f" ({row['cpu_seconds']} s of processor time); peak memory {row['peak_bytes'] / 1e6:,.0f} MB;"
+            f" said {row['answer']!r}, right is {result['right_answer']!r}"
+        )
     if "bytes_per_further_image" in result:
         print(f"a further picture: {result['bytes_per_further_image']:,} bytes,"
               f" {result['times_its_keys_and_values']} times its keys and values"
