@@ -164,11 +164,8 @@ void backward(const ConvPlan& plan, Tile& tile) {
         pre[t] = sum;
       }
       if (a.silu) {
-        for (int t = 0; t < piece.n_tokens; ++t) {
-          if (piece.flags[t] == TOKEN_PADDING) continue;
-          const vec gate = sigmoid(pre[t]);
-          g[t] *= gate * (1.0f + pre[t] * (1.0f - gate));
-        }
+        for (int t = 0; t < piece.n_tokens; ++t)
+          if (piece.flags[t] != TOKEN_PADDING) g[t] *= silu_slope(pre[t]);
       }
       vec flow[K], gw[K], gb = {};  // flow[k + 1]: gradient of window[k] after this token; flow[0] is empty
       flow[0] = vec{};

@@ -145,10 +145,7 @@ void close_chunk(const ScanArguments& a, const Tile& tile, const Piece& piece, T
       vec &u = chunk.u[block][t], &d = chunk.d[block][t], &z = chunk.z[block][t];
       const vec g = chunk.g[block][t], sum_gB = chunk.sum_gB[block][t];
       sum_D += g * u;
-      if (gated) {
-        const vec gate = sigmoid(z);
-        z = chunk.grad[block][t] * chunk.y[block][t] * gate * (1.0f + z * (1.0f - gate));
-      }
+      if (gated) z = chunk.grad[block][t] * chunk.y[block][t] * silu_slope(z);
       // A was scaled by log2(e) for exp2; the gradient wants it back
       vec grad_d = chunk.sum_step[block][t] * (1.0f / LOG2_E) + u * sum_gB;
       if (a.softplus) {

@@ -46,6 +46,15 @@ def test_matches_reference(case, monkeypatch) -> None:
     assert_matches(cpu.run, reference.run, NAMES, args, slack=2e-6)
 
 
+def test_sums_far_out_saturate() -> None:
+    args = list(Case("far-out", length=10).inputs())
+    skip_if_it_cannot(BACKENDS[0], args)
+    args[0] = args[0] * torch.tensor([1.0, 30, 1e3, 1e9, 1e30]).repeat(8)
+    truth = outputs_and_gradients(reference.run, NAMES, args, torch.float64)
+    for name, got in outputs_and_gradients(cpu.run, NAMES, args).items():
+        assert error(got, truth[name]) < 1e-5, name
+
+
 @pytest.mark.parametrize("packing", [None, "wild"])
 def test_gradcheck_of_the_reference(packing) -> None:
     x, weight, bias, state, seq_idx, silu = Case("tiny", 2, 6, 2, n_taps=3, packing=packing).inputs()
@@ -135,11 +144,11 @@ def test_the_callers_default_dtype_and_device_change_nothing() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """Rows 2^30 elements apart, as in the selective scan's test."""
-    x, *rest = Case("far", length=3, channels=8, dtype=torch.bfloat16).inputs()
+    """Rows 2^26 elements apart, as in the selective scan's test."""
+    x, *rest = Case("far", length=34, channels=8, dtype=torch.bfloat16).inputs()
     skip_if_it_cannot(BACKENDS[0], (x, *rest))
     try:
-        far = torch.empty(2**31 + 8, dtype=torch.bfloat16).as_strided(x.shape, (1, 2**30, 1))
+        far = torch.empty(33 * 2**26 + 8, dtype=torch.bfloat16).as_strided(x.shape, (1, 2**26, 1))
     except RuntimeError as refused:
         pytest.skip(f"4 GiB of address space: {refused}")
     far.copy_(x)

@@ -128,6 +128,18 @@ def test_huge_steps_neither_overflow_nor_lose_the_input(backend, packing) -> Non
         assert error(got, truth[name]) < 1e-5, name
 
 
+def test_gates_and_steps_far_out_saturate() -> None:
+    args = list(Case("far-out", length=40).inputs())
+    skip_if_it_cannot(BACKENDS[0], args)
+    far = torch.tensor([-1e30, -3e4, -200, -87.5, -20, 0, 19.9, 20.1, 88, 3e4]).repeat(4)
+    for name in ("z", "delta"):
+        moved = list(args)
+        moved[NAMES.index(name)] = far.expand(1, 40, 40).clone()
+        truth = outputs_and_gradients(reference.run, NAMES, moved, torch.float64)
+        for found, got in outputs_and_gradients(cpu.run, NAMES, moved).items():
+            assert error(got, truth[found]) < 1e-5, (name, found)
+
+
 def test_growing_states_are_right_too() -> None:
     args = list(Case("growing", length=40).inputs())
     args[2] = args[2].abs() * 0.05
@@ -218,12 +230,12 @@ def test_the_callers_default_dtype_and_device_change_nothing() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """Rows 2^30 elements apart: the third lies 2^31 elements from the first. Only touched pages take memory."""
-    args = list(Case("far", length=3, channels=8, layout="whole", dtype=torch.bfloat16).inputs())
+    """Rows 2^26 elements apart: the 33rd lies 2^31 elements from the first. Only touched pages take memory."""
+    args = list(Case("far", length=34, channels=8, layout="whole", dtype=torch.bfloat16).inputs())
     skip_if_it_cannot(BACKENDS[0], args)
     u = args[0]
     try:
-        far = torch.empty(2**31 + 8, dtype=torch.bfloat16).as_strided(u.shape, (1, 2**30, 1))
+        far = torch.empty(33 * 2**26 + 8, dtype=torch.bfloat16).as_strided(u.shape, (1, 2**26, 1))
     except RuntimeError as refused:
         pytest.skip(f"4 GiB of address space: {refused}")
     far.copy_(u)
