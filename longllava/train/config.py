@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,14 +137,20 @@ class TrainConfig:
 
     def phase_at(self, step: int) -> tuple[int, int]:
         """(number of the phase, step inside it) of a step counted from 0 over all phases."""
+        inside = step
         for number, phase in enumerate(self.phases):
-            if step < phase.steps:
-                return number, step
-            step -= phase.steps
+            if inside < phase.steps:
+                return number, inside
+            inside -= phase.steps
         raise ConfigError(f"step {step} lies after the last phase")
 
 
-def load_stage(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The stage that the YAML at `path` describes, with overrides as in `read_stage`. Raises: ConfigError."""
+    return build_config(TrainConfig, read_stage(path, overrides), str(path))
+
+
+def read_stage(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a stage's YAML; "preset=NAME" lays a preset of the file over it, then key=value overrides.
 
     A key may name a list's item by number: phases.0.steps=20. Raises: ConfigError.
@@ -163,7 +170,7 @@ def load_stage(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
             data = overlaid(data, presets[name]) | {"preset": name}
     for override in plain:
         override_item(data, override)
-    return build_config(TrainConfig, data, str(path))
+    return data
 
 
 def overlaid(data: dict, changes: dict) -> dict:

@@ -18,7 +18,7 @@ import json
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,35 +40,10 @@ from longllava.errors import TrainingError
 from longllava.files import write_atomic, write_json
 from longllava.settings import load
 from longllava.train.state import apply, compare, gather, latest_state, save_state
+from longllava.train.vision_config import VisionTrainConfig, load_vision
 
 CROP = 56
 PARTS = ["encoder", "readout", "crop_readout"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionTrainConfig:
-    """One run of the vision foundation.
-
-    pool_tokens: the tokens a picture is read through. Read is the mean of a random 1 to max_tokens_read of
-    them; in the first easy_share of the steps of half to all, so that names are learned before routing.
-    """
-
-    model: str
-    out: str = "runs/nano/foundation-vision"
-    seed: int = 0
-    batch: int = 64
-    crop_steps: int = 2800
-    whole_steps: int = 2200
-    crop_learning_rate: float = 2e-3
-    whole_learning_rate: float = 1.2e-3
-    weight_decay: float = 0.05
-    pool_tokens: int = 36
-    max_tokens_read: int = 12
-    easy_share: float = 0.2
-    restyle: float = 0.25
-    save_seconds: float = 60.0
-    n_threads: int = 0
-    n_test: int = 2000
 
 
 class Readout(nn.Module):
@@ -300,7 +275,7 @@ def save_encoder(model: VisionFoundation, out: Path) -> None:
 
 
 def main(path: str, *overrides: str) -> None:
-    train(load(VisionTrainConfig, path, overrides))
+    train(load_vision(path, overrides))
 
 
 if __name__ == "__main__":

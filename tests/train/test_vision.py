@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longllava.errors import TrainingError
+from longllava.errors import ConfigError, TrainingError
+from longllava.shipped import shipped
 from longllava.train import vision
 from longllava.train.vision import Pictures, VisionTrainConfig, one_cycle, random_means
+from longllava.train.vision_config import load_vision
 
 SMALL = {"batch": 2, "crop_steps": 2, "whole_steps": 3, "save_seconds": 0.0, "n_test": 2, "n_threads": 1}
 
@@ -60,6 +62,16 @@ def test_batches_are_a_pure_function_of_their_number():
     other = Pictures(config, "whole", "train", ("noto", "fluent"), 5, 4)[0]
     assert torch.equal(one[0], other[0]) and all(torch.equal(one[1][k], other[1][k]) for k in one[1])
     assert not torch.equal(one[0], Pictures(config, "whole", "test", ("noto", "fluent"), 0, 9)[5][0])
+
+
+def test_a_preset_lays_smaller_numbers_over_the_file():
+    path = str(shipped("configs", "train/nano/foundation-vision"))
+    whole, smoke = load_vision(path), load_vision(path, ["preset=smoke", "seed=5"])
+    assert smoke.whole_steps < 10 < whole.whole_steps
+    assert (smoke.seed, smoke.model) == (5, whole.model)
+    assert smoke.out != whole.out
+    with pytest.raises(ConfigError, match="no preset 'tiny'; have smoke"):
+        load_vision(path, ["preset=tiny"])
 
 
 def test_means_are_over_the_asked_number_of_tokens():

@@ -1,0 +1,42 @@
+"""What a run of the vision foundation is: a YAML file, with presets as other stages have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from longllava.settings import build
+from longllava.train.config import read_stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTrainConfig:
+    """One run of the vision foundation.
+
+    pool_tokens: the tokens a picture is read through. Read is the mean of a random 1 to max_tokens_read of
+    them; in the first easy_share of the steps of half to all, so that names are learned before routing.
+    """
+
+    model: str
+    out: str = "runs/nano/foundation-vision"
+    seed: int = 0
+    batch: int = 64
+    crop_steps: int = 2800
+    whole_steps: int = 2200
+    crop_learning_rate: float = 2e-3
+    whole_learning_rate: float = 1.2e-3
+    weight_decay: float = 0.05
+    pool_tokens: int = 36
+    max_tokens_read: int = 12
+    easy_share: float = 0.2
+    restyle: float = 0.25
+    save_seconds: float = 60.0
+    n_threads: int = 0
+    n_test: int = 2000
+
+
+def load_vision(path: str, overrides: Sequence[str] = ()) -> VisionTrainConfig:
+    """Read the YAML at `path`; "preset=NAME" and key=value as for every stage. Raises: ConfigError."""
+    data = read_stage(path, overrides)
+    data.pop("preset", None)
+    return build(VisionTrainConfig, data, path)
