@@ -172,6 +172,27 @@ def test_what_a_query_does_not_see_may_be_nan(dtype, n_queries):
     assert (found[0][0][padding_BL] == 0).all() and (found[0][1][padding_BL] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_padding_may_be_nan_in_every_backend(backend, return_lse):
+    case = Case(name="nan", batch=3, n_queries=20, n_keys=90, n_heads=4, n_groups=2, head_dim=8, packing="wild")
+    seq_idx_q, seq_idx_k = case.seq_idx()
+    clean, spoiled = (case.inputs() for _ in range(2))
+    for x, seq_idx in zip(spoiled, (seq_idx_q, seq_idx_k, seq_idx_k)):
+        x[seq_idx < 0] = torch.nan
+    if reason := backend.why_not(*clean):
+        pytest.skip(reason)
+    found = []
+    for inputs in (clean, spoiled):
+        inputs = [x.requires_grad_() for x in inputs]
+        options = {"seq_idx_q": seq_idx_q, "seq_idx_k": seq_idx_k, "return_lse": return_lse}
+        y = attention(*inputs, **options, backend=backend.name)
+        y = y[0] if return_lse else y
+        found.append((y.detach(), *torch.autograd.grad(y.sum(), inputs)))
+    for truth, got in zip(*found):
+        torch.testing.assert_close(got, truth)
+
+
 @needs_kernels
 def test_a_value_that_is_not_finite_reaches_those_who_see_it():
     q, k, v = torch.randn(1, 100, 2, 8), torch.randn(1, 100, 1, 8), torch.randn(1, 100, 1, 8)
