@@ -3,7 +3,8 @@
     python -m longllava.train.ship runs/nano longllava/assets
 
 writes assets/<model>-foundation (encoder and language model before they are joined; its bridge is fresh) and
-assets/<model> (bridge and language model after stage 3; its config names the foundation for the encoder).
+assets/<model> (bridge and language model after the last finished stage, which training.json there names; its
+config names the foundation for the encoder).
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ from longllava.settings import load
 from longllava.train.stage import RECORD, read_part
 
 FOUNDATIONS = {"encoder": "foundation-vision", "backbone": "foundation-text"}
-LAST = "stage3"
+STAGES = ("stage3", "stage2", "stage1")  # the latest that is finished is shipped
 
 
 def ship(runs: str | Path, assets: str | Path) -> list[Path]:
     """Write both folders. runs: the folder of the stages (runs/nano). Raises: TrainingError, CheckpointError."""
     runs, assets = Path(runs), Path(assets)
-    last = runs / LAST / "model"
-    if not (last / RECORD).is_file():
-        raise TrainingError(f"{last}: no finished {LAST} there; run make {LAST} first")
+    finished = [runs / stage / "model" for stage in STAGES if (runs / stage / "model" / RECORD).is_file()]
+    if not finished:
+        raise TrainingError(f"{runs}: no finished stage there ({', '.join(reversed(STAGES))}); run make stage1 first")
+    last = finished[0]
     final = load_model(last)
     config = load(ModelConfig, last / CONFIG)
     if config.encoder is None or config.encoder.weights is None:
