@@ -139,7 +139,9 @@ def test_a_wrong_option_is_code_2() -> None:
 
 def test_ctrl_c_is_code_130() -> None:
     code = (
-        "import sys, types, time\n"
+        "import signal, sys, types, time\n"
+        # a shell that runs tests in the background has SIGINT ignored, and children inherit that
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "fake = types.ModuleType('longllava.train')\n"
         "def wait(path, overrides):\n    print('in', flush=True); time.sleep(60)\n"
         "fake.main = wait\n"

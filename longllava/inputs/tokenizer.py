@@ -5,6 +5,7 @@ Special tokens exist only as ids that the library inserts: "<|endoftext|>" typed
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -63,7 +64,9 @@ class Tokenizer:
         return cls(text, prompt, str(path))
 
     def save(self, folder: str | Path) -> Path:
-        return write_text(Path(folder) / FILE_NAME, self.backend.to_str())
+        """Write tokenizer.json, one value a line, so that a change shows as what it is."""
+        text = json.dumps(json.loads(self.backend.to_str()), ensure_ascii=False, indent=1)
+        return write_text(Path(folder) / FILE_NAME, text + "\n")
 
     @property
     def vocab_size(self) -> int:
