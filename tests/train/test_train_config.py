@@ -45,6 +45,8 @@ def test_rates_rise_stay_and_fall() -> None:
     rates = [learning_rate(cosine, step) for step in range(4)]
     assert rates == pytest.approx([0.853553, 0.5, 0.146447, 0.0], abs=1e-6)
     assert learning_rate(PhaseConfig(steps=4, row_length=1, learning_rate=0.3), 3) == 0.3
+    late = PhaseConfig(steps=6, row_length=1, learning_rate=1.0, final_learning_rate=0.0, warmup=4, hold=0.2)
+    assert [learning_rate(late, step) for step in range(6)] == pytest.approx([0.25, 0.5, 0.75, 1, 0.5, 0])
 
 
 def test_a_preset_lies_over_the_file_and_overrides_over_both(path) -> None:
