@@ -56,10 +56,10 @@ def main() -> None:
     result |= growth(result["prompts"]) if len(sizes) > 1 else {}
     report(result)
     if chosen.save:
-        from longllava.doctor import machine
         from longllava.files import write_json
+        from longllava.train.record import environment
 
-        print(write_json(chosen.save, {"command": " ".join(sys.argv), "machine": machine(), **result}))
+        print(write_json(chosen.save, {**environment(), **result}))
 
 
 def write_pictures(folder: Path, sizes: list[int], seed: int) -> tuple[str, str]:
