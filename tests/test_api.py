@@ -65,6 +65,8 @@ def test_pictures_of_the_world():
 
     spec = PictureSpec(thing=3, style="noto", digit=4, colour=1, seed=9)
     assert MODEL.generate("a", reference(spec), **SHORT) == MODEL.generate("a", render(spec), **SHORT)
+    with pytest.raises(InputError, match="image 1 of 1: world:nothing: "):
+        MODEL.generate("a", "world:nothing")
 
 
 def test_places_of_images_matter(files):

@@ -20,7 +20,8 @@ WORDS = ("▁what", "▁is", "▁this", "▁a", "▁red", "▁heart", "▁red▁
 
 
 def tiny_config(n_experts: int = 1, **changes: object) -> ModelConfig:
-    """Width 32, five layers, attention at 1 and 4; with experts, layers 1 and 3 have them. 16 tokens -> 4."""
+    """Width 32, five layers, attention at 1 and 4; with experts, layers 1 and 3 have them, and
+    attention its two extras. 16 tokens an image, pooled to 4."""
     values: dict = {
         "name": "tiny",
         "encoder": EncoderConfig(
@@ -29,7 +30,8 @@ def tiny_config(n_experts: int = 1, **changes: object) -> ModelConfig:
         "bridge": BridgeConfig(tokens_per_image=4, hidden=32),
         "backbone": BackboneConfig(
             vocab_size=len(vocabulary()), width=32, n_layers=5, attention_every=3, attention_at=1, n_heads=4,
-            n_kv_heads=2, head_dim=8, mlp_width=48, n_experts=n_experts, state_size=4, dt_rank=4,
+            n_kv_heads=2, head_dim=8, mlp_width=48, n_experts=n_experts,
+            qk_norm=n_experts > 1, log_length_scale=n_experts > 1, state_size=4, dt_rank=4,
             init_std=0.2,
         ),
         "prompt": PromptConfig(),

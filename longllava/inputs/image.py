@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longllava.errors import InputError
+from longllava.errors import InputError, LongLLaVAError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -184,6 +184,6 @@ def named(index: int, total: int, source: Any) -> Iterator[None]:
     """Errors inside name the image: "image 417 of 1000: album/417.jpg: truncated"."""
     try:
         yield
-    except InputError as error:
+    except LongLLaVAError as error:  # an InputError, or a DataError about a reference
         label = f"{os.fspath(source)}: " if isinstance(source, (str, os.PathLike)) else ""
         raise InputError(f"image {index + 1} of {total}: {label}{error}") from None

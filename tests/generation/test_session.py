@@ -77,21 +77,25 @@ def test_image_tokens_stand_where_their_spans_are():
 
 
 @pytest.mark.parametrize("n_experts", [1, 3])
-def test_cached_decoding_is_uncached_decoding(n_experts):
+def test_cached_decoding_is_uncached_decoding(n_experts, monkeypatch):
     model = MODELS[n_experts]
     encoded, sources = prompt(model)
-    session = model.fresh(16)
-    hidden, state = session.reader.read(encoded, sources, session.reader.empty_state(len(encoded.ids)), 0)
+    reader = model.fresh(16).reader
+    seen = []
+    original = Reader.logits
+    monkeypatch.setattr(Reader, "logits", lambda self, hidden: seen.append(original(self, hidden)) or seen[-1])
+    session = Session(reader)
+    hidden, state = reader.read(encoded, sources, reader.empty_state(len(encoded.ids)), 0)
     cached = list(session.tokens(hidden, state, len(encoded.ids), Sampling(max_new_tokens=10)))
-    uncached, ids = [], list(encoded.ids)
+    assert len(cached) > 4
     images = model.model.image_tokens(model.model.encode(model.processor.pixels(sources)))
     spans = torch.tensor([(0, span.start, span.length, span.image) for span in encoded.spans])
-    for _ in range(10):
-        hidden_1LD, _ = model.model(model.model.embed(torch.tensor([ids]), spans, images), Context())
-        uncached.append(int(model.model.logits(hidden_1LD[0, -1]).argmax()))
-        ids.append(uncached[-1])
-    assert len(cached) > 4 and cached == uncached[: len(cached)]
-    assert len(cached) == 10 or uncached[len(cached)] == model.tokenizer.eos_id
+    for number, logits in enumerate(seen):
+        ids = torch.tensor([encoded.ids + cached[:number]])
+        with torch.inference_mode():
+            hidden_1LD, _ = model.model(model.model.embed(ids, spans, images), Context())
+            torch.testing.assert_close(logits, original(reader, hidden_1LD[:, -1]), rtol=1e-5, atol=1e-5)
+        assert int(logits.argmax()) == (*cached, model.tokenizer.eos_id)[number]
 
 
 def test_a_question_to_a_session_is_the_whole_prompt():
@@ -133,10 +137,13 @@ def test_appending_is_reading_at_once(sizes):
 
 def test_many_appends_do_not_pile_up_segments():
     album = MODEL.session()
-    for _ in range(30):
-        album.append(images=PICTURES[:1])
+    for number in range(30):
+        album.append(images=PICTURES[number % 6])
     assert max(len(layer.segments()) for layer in album.state if not isinstance(layer, MambaState)) <= 11
-    assert album.ask("a", **SHORT) == MODEL.session(images=PICTURES[:1] * 30).ask("a", **SHORT)
+    whole = MODEL.session(images=PICTURES * 5)
+    assert album.n_tokens == whole.n_tokens
+    assert_same_state(album.state, whole.state)
+    assert album.ask("a", **SHORT) == whole.ask("a", **SHORT)
 
 
 def test_long_text_is_read_when_it_comes():

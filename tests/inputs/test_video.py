@@ -38,6 +38,10 @@ def test_gif_frames_at_fps(gif, fps, expected):
 def test_too_many_frames_are_thinned_evenly(gif):
     assert levels(read_frames(gif, fps=2, max_frames=3)) == [0, 120]
     assert levels(read_frames(gif, fps=2, max_frames=1)) == [0]
+    frames = [grey(30 * i) for i in range(8)]
+    frames[0].save(gif, save_all=True, append_images=frames[1:], duration=500)
+    assert levels(read_frames(gif, fps=2, max_frames=3)) == [0, 120]
+    assert levels(read_frames(gif, fps=2, max_frames=5)) == [0, 60, 120, 180]
 
 
 def test_frames_are_no_larger_than_asked(gif):
