@@ -75,7 +75,7 @@ def test_a_save_that_fails_leaves_the_old(tmp_path, monkeypatch):
 
 def test_dtypes_but_recurrences_stay_fp32(tmp_path):
     folder = save(tmp_path, dtype=torch.bfloat16)
-    exact = ("A_log_EN", "D_E", "dt_bias_E")
+    exact = ("A_log_EN", "D_E", "dt_bias_E", "log_length_H")
     for state in (
         load_file(folder / "model.safetensors"),
         load_model(save(tmp_path / "b"), dtype=torch.bfloat16).state_dict(),
