@@ -95,7 +95,8 @@ def column_of(chosen, stage, folder, tasks, n_generated):
     counted = {"n_questions": chosen.questions, "seed": chosen.seed}
     outcomes = measure(talker.model, talker.processor, tasks, show=show, **counted)
     seconds = round(time.perf_counter() - started, 1)
-    free = [generated(talker, task, one, n_generated, **counted) for task, one in zip(tasks, outcomes) if n_generated]
+    free = [generated(talker, task, one, n_generated, **counted)
+            for task, one in zip(tasks, outcomes) if n_generated and not task.by_word]  # fmt: skip
     weight = talker.model.backbone.embed_tokens.weight
     about = {**about, "device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
     return Column(label, stage, str(folder or "foundation"), {one.task: one for one in outcomes}, seconds, free, about)

@@ -20,7 +20,7 @@ from torch import Tensor
 from longllava.data.features import FeatureCache, encoder_cache
 from longllava.data.packing import IGNORED, Batch, Item, best_fit, build_batch, encode_sample
 from longllava.data.samples import Sample
-from longllava.evals.curriculum_task import Task, draw_samples, kind_of
+from longllava.evals.curriculum_task import Task, draw_samples, kind_of, telling_words
 from longllava.inputs.processor import Processor
 from longllava.model import Model
 from longllava.nn import Context
@@ -35,9 +35,9 @@ class Talker(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One task's answers. kinds: kind of question -> (right, asked). seconds: without encoding pictures.
+    """One task's answers (or words, where it is judged by word). kinds: kind -> (right, asked).
 
-    first_right: of each sample, whether its first answer is right.
+    seconds: without encoding pictures. first_right: of each sample, whether its first answer is right.
     """
 
     task: str
@@ -114,21 +114,22 @@ def judge(
     items = [encode_sample(sample, processor, tokens_per_image, number=i) for i, sample in enumerate(samples)]
     longest = max(map(len, items))
     rows, _ = best_fit(items, len(items), max(ROW_LENGTH, longest))
-    right: dict[int, list[bool]] = {}
+    right: dict[int, list[tuple[str, bool]]] = {}
     for row in filter(None, rows):
         batch = build_batch([row], sum(map(len, row)), processor.tokenizer.pad_id)
         right_L = tokens_right(model, batch, pictures, tokens_per_image, processor.tokenizer.vocab_size)
         at = 0
         for item in row:
             # the token at position p is predicted at p - 1
-            right[item.number] = [bool(right_L[at + start - 1 : at + end - 1].all()) for start, end in answers(item)]
+            right[item.number] = [
+                (kind, bool(right_L[at + start - 1 : at + end - 1].all()))
+                for kind, start, end in judged(task, samples[item.number], item, processor)
+            ]
             at += len(item)
     kinds: dict[str, tuple[int, int]] = {}
-    for number, sample in enumerate(samples):
-        for turn, is_right in zip(sample.turns[::2], right[number], strict=True):
-            kind = kind_of(task, turn.text)
-            n_right, n = kinds.get(kind, (0, 0))
-            kinds[kind] = (n_right + is_right, n + 1)
+    for kind, is_right in (one for each in right.values() for one in each):
+        n_right, n = kinds.get(kind, (0, 0))
+        kinds[kind] = (n_right + is_right, n + 1)
     return Outcome(
         task.name,
         n=sum(n for _, n in kinds.values()),
@@ -138,7 +139,7 @@ def judge(
         n_tokens=sum(map(len, items)),
         n_pictures=sum(len(sample.images) for sample in samples),
         seconds=round(time.perf_counter() - started, 2),
-        first_right=tuple(right[number][0] for number in range(len(samples))),
+        first_right=tuple(right[number][0][1] for number in range(len(samples))),
     )
 
 
@@ -161,6 +162,16 @@ def tokens_right(
     right_BL = torch.zeros_like(labelled_BL)
     right_BL[labelled_BL] = likeliest_P == batch.labels_BL[labelled_BL]
     return right_BL[0].cpu()
+
+
+def judged(task: Task, sample: Sample, item: Item, processor: Processor) -> list[tuple[str, int, int]]:
+    """(kind, start, end) of the tokens that are right or wrong together."""
+    if not task.by_word:
+        asked = sample.turns[::2]
+        return [(kind_of(task, turn.text), *where) for turn, where in zip(asked, answers(item), strict=True)]
+    n_tokens = item.spans[0].length
+    tokens = processor.encode_chat(sample.turns, len(sample.images), tokens_per_image=n_tokens).turn_tokens[1]
+    return [(kind, *tokens.range_of(start, end)) for kind, start, end in telling_words(sample)]
 
 
 def answers(item: Item) -> list[tuple[int, int]]:

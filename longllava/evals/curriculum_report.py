@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ALLOWED_LOSS = 0.02  # of single-image questions, from stage 2 to stage 3
-DETAILED = ("single",)  # tasks whose kinds of question have rows of their own
+DETAILED = ("words", "single")  # tasks whose kinds of question have rows of their own
 COLOURS = ("#c8c8c8", "#9ecae1", "#4292c6", "#08306b")  # in the order of the stages
 
 
@@ -105,7 +105,7 @@ def shown(value: float | None, *, bold: bool = False) -> str:
 def add_kinds(table: Table, outcomes: Sequence[Outcome | None]) -> None:
     kinds = next(outcome.kinds for outcome in outcomes if outcome is not None)
     for kind, (_, n) in kinds.items():
-        shares = [None if outcome is None else outcome.kinds[kind] for outcome in outcomes]
+        shares = [None if outcome is None else outcome.kinds.get(kind) for outcome in outcomes]
         cells = [shown(None if share is None else share[0] / share[1]) for share in shares]
         table.add_row("", f"  {kind}", str(n), *cells, style="dim")
 

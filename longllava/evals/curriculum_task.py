@@ -14,9 +14,11 @@ from typing import Any
 
 from longllava.data.samples import Sample
 from longllava.data.worlds import questions
-from longllava.data.worlds.pictures import PicturePool, PoolSettings
+from longllava.data.worlds.pictures import PicturePool, PoolSettings, parse_reference
+from longllava.data.worlds.render import COLOUR_NAMES, PLACES
 from longllava.data.worlds.sheets import STYLES
 from longllava.data.worlds.tasks import WorldTask
+from longllava.data.worlds.words import COUNTS, name_of
 from longllava.errors import ConfigError
 
 STAGES = ("foundation", "stage1", "stage2", "stage3")
@@ -41,7 +43,8 @@ KINDS: dict[str, Mapping[str, Sequence[str]]] = {
 class Task:
     """A row of the table. stage: the one that teaches it. world: the world's task and its settings.
 
-    share: questions asked of it, in units of the number asked for.
+    share: questions asked of it, in units of the number asked for. by_word: judged are the words of a caption
+    that tell something (thing, number, colour, copies, place), each for itself, not the whole answer.
     """
 
     name: str
@@ -50,11 +53,13 @@ class Task:
     world: str
     settings: dict[str, Any] = field(default_factory=dict)
     share: float = 1.0
+    by_word: bool = False
 
 
 TASKS = (
     Task("recall", "text: what the words of a picture say", "foundation", "tags-recall", {"n_pictures": [1, 32]}),
     Task("facts", "text: what kind of thing is what", "foundation", "facts"),
+    Task("words", "a picture described, telling words", "stage1", "caption", by_word=True),
     Task("caption", "a picture described, all of it right", "stage1", "caption"),
     # three times the questions: stage 3 is held to two points here
     Task("single", "questions about one picture", "stage2", "single", share=3.0),
@@ -98,6 +103,22 @@ def kind_of(task: Task, turn: str) -> str:
     """The kind of a question; "other" where its task has one kind only. turn: the user's, pictures included."""
     asked = turn.rpartition("\n")[2]
     return next((kind for kind, pattern in patterns(task.world) if pattern.fullmatch(asked)), "other")
+
+
+def telling_words(sample: Sample) -> list[tuple[str, int, int]]:
+    """(kind, start, end) of what the caption of a sample's picture says, in the characters of its answer."""
+    spec, text = parse_reference(sample.images[0]), sample.turns[1].text
+    name = name_of(spec.thing)
+    said = [("thing", name, text.index(name))]
+    if spec.count > 1:
+        said.append(("copies", COUNTS[spec.count], 0))
+    elif (start := text.rfind(f"at the {PLACES[spec.place]}")) >= 0:
+        said.append(("place", PLACES[spec.place], start + len("at the ")))
+    if spec.digit is not None:
+        said.append(("number", str(spec.digit), text.rindex(f"number {spec.digit}") + len("number ")))
+    if spec.colour is not None:
+        said.append(("colour", COLOUR_NAMES[spec.colour], text.rindex(f"{COLOUR_NAMES[spec.colour]} frame")))
+    return [(kind, start, start + len(word)) for kind, word, start in said]
 
 
 @cache

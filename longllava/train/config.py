@@ -68,11 +68,14 @@ class AidsConfig:
     alignment_weight: of drawing image tokens to the word embeddings of their caption (train/alignment.py).
     retrieval_prior: a fresh backbone's attention starts by looking up equal content and copying it
     (longllava.nn.priors).
+    name_codes: the vision foundation's stage; a fresh backbone's embeddings of the world's names start as the
+    codes that this encoder was trained to tell them by (longllava.train.names).
     """
 
     grounding_weight: float = 0.0
     alignment_weight: float = 0.0
     retrieval_prior: bool = False
+    name_codes: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,8 @@ class TrainConfig:
     stage: its name. model: a shipped model config ("nano"), a YAML or a model folder. start_from: part ->
     name of the stage it comes from ("all" for every part); parts not named start fresh. init_from: part ->
     folder where that stage's model lies; default runs/<model>/<stage>/model, else the shipped
-    "<model>-foundation". recipe: a data recipe, shipped or a path. text_only: without encoder and bridge.
+    "<model>-foundation". frozen: modules inside the parts that train which do not ("backbone.embed_tokens").
+    recipe: a data recipe, shipped or a path. text_only: without encoder and bridge.
     dtype: of matrix products, over fp32 weights; "auto" is bfloat16 where the device multiplies it in
     hardware (on a CPU without that it is 50 times slower than fp32). threads: of torch on a CPU (0 = as torch
     decides); a run that goes on must have as many. window: steps planned together. evaluate: tasks of the
@@ -95,6 +99,7 @@ class TrainConfig:
     recipe: str
     phases: list[PhaseConfig]
     train_only: list[str]
+    frozen: list[str] = field(default_factory=list)
     start_from: dict[str, str] = field(default_factory=dict)
     init_from: dict[str, str] = field(default_factory=dict)
     output: str | None = None

@@ -115,7 +115,7 @@ def train(
         if phase.rows % world:
             raise TrainingError(f"phases.{number}.rows: {phase.rows} rows do not divide among {world} processes")
 
-    parameters = select_parts(model, config.train_only)
+    parameters = select_parts(model, config.train_only, config.frozen)
     frozen = {name: fingerprint(part.state_dict().items()) for name, part in model.named_children()
               if name not in config.train_only}  # fmt: skip
     model.to(device)

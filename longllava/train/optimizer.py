@@ -13,8 +13,14 @@ from longllava.train.config import OptimizerConfig
 NOT_DECAYED = ("A_log_EN",)  # two-dimensional, but a rate, not a weight (Mamba's `_no_weight_decay`)
 
 
-def select_parts(model: nn.Module, parts: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
-    """Let only these parts train; the others are frozen, in eval mode. Returns what trains, by name."""
+def select_parts(
+    model: nn.Module, parts: Iterable[str], frozen: Iterable[str] = ()
+) -> list[tuple[str, nn.Parameter]]:
+    """Let only these parts train; the others are frozen, in eval mode. Returns what trains, by name.
+
+    frozen: modules or parameters inside those parts that do not ("backbone.embed_tokens").
+    Raises: TrainingError for names that the model does not have.
+    """
     wanted = set(parts)
     model.train()
     for name, part in model.named_children():
@@ -25,6 +31,12 @@ def select_parts(model: nn.Module, parts: Iterable[str]) -> list[tuple[str, nn.P
     missing = wanted - {name for name, _ in model.named_children()}
     if missing:
         raise TrainingError(f"train_only: the model has no part {', '.join(sorted(missing))}")
+    for prefix in frozen:
+        inside = [parameter for name, parameter in model.named_parameters() if f"{name}.".startswith(f"{prefix}.")]
+        if not inside:
+            raise TrainingError(f"frozen: the model has no {prefix!r}")
+        for parameter in inside:
+            parameter.requires_grad_(False)
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 

@@ -71,7 +71,7 @@ def run_stage(config: TrainConfig) -> Path:
         return final
     folders = start_folders(config, model_config)
     processor = Processor(model_config, load_tokenizer(model_config, folders))
-    model = build_start(config, model_config, folders)
+    model = build_start(config, model_config, folders, processor.tokenizer)
     recipe = Recipe.load(config.recipe if Path(config.recipe).is_file() else shipped("data_recipes", config.recipe))
     facts = resume_facts(config)
     write_json(
@@ -91,6 +91,7 @@ def run_stage(config: TrainConfig) -> Path:
         "started_from": {part: str(path) for part, path in folders.items()},
         "start_from": config.start_from,
         "trained": config.train_only,
+        "frozen": config.frozen,
         "recipe": config.recipe,
         "seed": config.seed,
         "aids": dataclasses.asdict(config.aids),
@@ -207,15 +208,21 @@ def load_tokenizer(model_config: ModelConfig, folders: dict[str, Path]) -> Token
     return tokenizer
 
 
-def build_start(config: TrainConfig, model_config: ModelConfig, folders: dict[str, Path]) -> Model:
+def build_start(
+    config: TrainConfig, model_config: ModelConfig, folders: dict[str, Path], tokenizer: Tokenizer
+) -> Model:
     """The model as the stage begins: parts from their folders in fp32, the others fresh from the seed."""
     from longllava.model import Model
     from longllava.nn.priors import retrieval_prior_
+    from longllava.train.names import name_codes_
 
     model = Model(model_config)
     model.initialise_(config.seed)
     if config.aids.retrieval_prior:
         retrieval_prior_(model.backbone, config.seed)
+    if config.aids.name_codes:
+        codes = runs_folder(config, model_config) / config.aids.name_codes
+        name_codes_(model.backbone.embed_tokens.weight, tokenizer, codes, config.seed)
     for part, folder in folders.items():
         tensors = read_part(folder, part)
         missing, unexpected = getattr(model, part).load_state_dict(tensors, strict=False)

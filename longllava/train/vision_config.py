@@ -23,8 +23,10 @@ class VisionTrainConfig:
     batch: int = 64
     crop_steps: int = 2800
     whole_steps: int = 2200
+    name_steps: int = 2000
     crop_learning_rate: float = 2e-3
     whole_learning_rate: float = 1.2e-3
+    name_learning_rate: float = 1.0e-3
     weight_decay: float = 0.05
     pool_tokens: int = 36
     max_tokens_read: int = 12
@@ -33,6 +35,15 @@ class VisionTrainConfig:
     save_seconds: float = 60.0
     n_threads: int = 0
     n_test: int = 2000
+
+    def steps(self, phase: str) -> int:
+        """Steps of "crops", "whole" or "names"."""
+        return {"crops": self.crop_steps, "whole": self.whole_steps, "names": self.name_steps}[phase]
+
+    def learning_rate(self, phase: str) -> float:
+        """The highest of the phase."""
+        rates = {"crops": self.crop_learning_rate, "whole": self.whole_learning_rate, "names": self.name_learning_rate}
+        return rates[phase]
 
 
 def load_vision(path: str, overrides: Sequence[str] = ()) -> VisionTrainConfig:

@@ -17,10 +17,12 @@ from PIL import Image
 
 from longllava.checkpoints import save_model
 from longllava.data.worlds.pictures import combinations, parse_reference
+from longllava.data.worlds.render import COLOUR_NAMES, PLACES
+from longllava.data.worlds.words import COUNTS, name_of
 from longllava.errors import ConfigError, InputError
 from longllava.evals.curriculum import Outcome, judge, measure
 from longllava.evals.curriculum_report import Column, as_json, checks, draw_plot, table_of
-from longllava.evals.curriculum_task import STAGES, TASKS, draw_samples, kind_of, tasks_named
+from longllava.evals.curriculum_task import STAGES, TASKS, draw_samples, kind_of, tasks_named, telling_words
 from tests.tiny_world import world_model
 
 BY_NAME = {task.name: task for task in TASKS}
@@ -137,6 +139,28 @@ def test_an_answer_is_right_when_each_of_its_tokens_is(tiny, name: str) -> None:
     assert outcome.kinds == {kind: (sum(each), len(each)) for kind, each in kinds.items()}
 
 
+def test_by_word_each_telling_word_counts_for_itself(tiny) -> None:
+    outcome, samples = judged(tiny, "words", {*tiny[1].tokenizer.encode("blue"), tiny[1].tokenizer.eos_id}, n=120)
+    specs = [parse_reference(sample.images[0]) for sample in samples]
+    colours = [COLOUR_NAMES[spec.colour] for spec in specs if spec.colour is not None]
+    expected = {
+        "thing": (120, 120),
+        "number": 2 * (sum(spec.digit is not None for spec in specs),),
+        "colour": (len(colours) - colours.count("blue"), len(colours)),
+        "copies": 2 * (sum(spec.count > 1 for spec in specs),),
+        "place": 2 * (sum(spec.count == 1 and PLACES[spec.place] != "middle" for spec in specs),),
+    }
+    assert outcome.kinds == expected and 0 < colours.count("blue") < len(colours)
+    for sample in samples:
+        said = {kind: sample.turns[1].text[start:end] for kind, start, end in telling_words(sample)}
+        spec = parse_reference(sample.images[0])
+        assert said["thing"] == name_of(spec.thing)
+        assert said.get("colour") == (None if spec.colour is None else COLOUR_NAMES[spec.colour])
+        assert said.get("copies", "one") == COUNTS[spec.count]
+        assert said.get("number") == (None if spec.digit is None else str(spec.digit))
+        assert said.get("place", "middle") == (PLACES[spec.place] if spec.count == 1 else "middle")
+
+
 def test_an_answer_that_does_not_end_is_not_right(tiny) -> None:
     outcome, _ = judged(tiny, "facts", {tiny[1].tokenizer.eos_id})
     assert outcome.n_right == 0
@@ -189,7 +213,7 @@ def stages(**last: float) -> list[Column]:
 
 def test_each_stage_must_beat_the_one_before_on_what_it_teaches() -> None:
     results = checks(stages())
-    assert all(check.passed for check in results) and len(results) == 1 + 1 + 8 + 1
+    assert all(check.passed for check in results) and len(results) == 2 + 1 + 8 + 1
     failed = [check.text for check in checks(stages(order=0.1, count=0.05)) if not check.passed]
     assert [text.split(":")[0] for text in failed] == ["stage3 beats stage2 on order", "stage3 beats stage2 on count"]
 
@@ -203,7 +227,7 @@ def test_stage_3_may_lose_two_points_on_single_pictures() -> None:
 def test_the_shipped_pair_is_compared_on_all_that_lies_between() -> None:
     first, *_, last = stages()
     results = checks([last, first])  # in any order
-    assert len(results) == 1 + 1 + 8 and all(check.passed and "beats foundation" in check.text for check in results)
+    assert len(results) == 2 + 1 + 8 and all(check.passed and "beats foundation" in check.text for check in results)
     assert checks([last]) == []
 
 
@@ -215,11 +239,11 @@ def test_the_report_can_be_read_back_and_the_plot_is_a_picture() -> None:
         "accuracy": 0.9, "questions": 1000, "right": 900, "samples": 9, "tokens": 9, "pictures": 9, "seconds": 1.0,
         "kinds": {"other": {"right": 900, "questions": 1000}},
     }  # fmt: skip
-    assert len(result["checks"]) == 11
+    assert len(result["checks"]) == 12
     file = io.BytesIO()
     draw_plot(columns, file)
     assert Image.open(file).size[0] > 1000
-    assert table_of(columns).row_count == len(TASKS) + 1  # the kinds of single-image questions
+    assert table_of(columns).row_count == len(TASKS) + 2  # and the kinds of words and of single-image questions
 
 
 def test_the_benchmark_compares_folders(tmp_path) -> None:

@@ -98,7 +98,7 @@ def test_a_folder_of_another_stage_is_refused(runs, monkeypatch, changes: dict, 
 
 
 def test_a_misspelt_evaluation_is_told_before_training(runs) -> None:
-    with pytest.raises(ConfigError, match="no task 'captoin'; have recall, facts, caption"):
+    with pytest.raises(ConfigError, match="no task 'captoin'; have recall, facts, words, caption"):
         run_stage(load_stage(write_stage(runs, evaluate=["captoin"])))
 
 
