@@ -16,10 +16,13 @@ from longllava.settings import divides, one_of, positive
 class EncoderConfig:
     """A vision tower. Defaults: openai/clip-vit-large-patch14-336, the tower of LongLLaVA.
 
-    kind "vit": patch embedding, class token, pre-norm blocks (CLIP). With `stem_widths` the patches come
-    from a convolution stem instead (per width its stride and its residual blocks), without a class token.
+    kind "vit": patch embedding, class token, a norm, pre-norm blocks (CLIP). SigLIP has neither class_token nor
+    pre_norm (the norm before the blocks), but a patch_bias. With `stem_widths` the patches come from a convolution
+    stem instead (per width its stride and its residual blocks), without a class token.
+    patch_size: pixels left over at the right and bottom are not seen (384 / 14, as SigLIP's).
     select_layer: which layer's output is the feature, counted as transformers counts hidden_states.
-    weights: the shipped model or folder whose encoder is used when a checkpoint does not carry its own.
+    weights: whose encoder is used when a checkpoint does not carry its own: a shipped model, a folder (also of CLIP
+    or SigLIP), a hub name, or open_clip:ARCHITECTURE/TAG.
     """
 
     kind: str = "vit"
@@ -31,6 +34,9 @@ class EncoderConfig:
     mlp_width: int = 4096
     activation: str = "quick_gelu"
     select_layer: int = -2
+    class_token: bool = True
+    pre_norm: bool = True
+    patch_bias: bool = False
     stem_widths: tuple[int, ...] = ()
     stem_strides: tuple[int, ...] = ()
     stem_blocks: tuple[int, ...] = ()
@@ -41,11 +47,14 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         positive(self, "image_size", "patch_size", "width", "n_layers", "n_heads", "mlp_width")
-        divides(self, "patch_size", "image_size")
         divides(self, "n_heads", "width")
+        if self.image_size < self.patch_size:
+            raise ConfigError(f"encoder.patch_size: {self.patch_size} is more than image_size {self.image_size}")
         one_of(self, "activation", ("quick_gelu", "gelu", "gelu_tanh"))
         if not len(self.stem_widths) == len(self.stem_strides) == len(self.stem_blocks):
             raise ConfigError("encoder: stem_widths, stem_strides and stem_blocks must be of one length")
+        if self.stem_widths:
+            divides(self, "patch_size", "image_size")
         if self.stem_widths and math.prod(self.stem_strides) != self.patch_size:
             raise ConfigError(
                 f"encoder.stem_strides: {list(self.stem_strides)} make {math.prod(self.stem_strides)} pixels a"

@@ -1,6 +1,7 @@
-"""Model folders: config.json, tokenizer.json, safetensors; read and written whole or not at all."""
+"""Model folders: config.json, tokenizer.json, safetensors; of ours and of the published layouts."""
 
-from longllava.checkpoints.load import find_folder, load_model, load_weights_, shipped_models
+from longllava.checkpoints.folders import find_folder, shipped_models
+from longllava.checkpoints.load import load_model, load_weights_
 from longllava.checkpoints.save import save_model
 
 __all__ = ["find_folder", "load_model", "load_weights_", "save_model", "shipped_models"]

@@ -1,82 +1,39 @@
-"""Weights from a model folder, checked before anything is changed.
+"""Weights into a model, checked before anything is changed.
 
 A folder holds config.json, tokenizer.json and model.safetensors, or shards that model.safetensors.index.json
-lists. Keys are the module's own (encoder.*, bridge.*, backbone.*). A folder without
-encoder.* names in config.encoder.weights whose encoder it uses: a frozen encoder is stored once.
+lists. Its keys are the module's own (encoder.*, bridge.*, backbone.*) or those of a published layout, which
+longllava.checkpoints.names recognises part by part. A folder without an encoder names in config.encoder.weights
+whose encoder it uses: a frozen encoder is stored once.
+
+Memory: tensors are read one by one straight to their places, so the peak is the model and twice its largest
+tensor (once as it is stored, once as it is wanted).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longllava.config import ModelConfig
+from longllava.checkpoints.folders import ASSETS as ASSETS
+from longllava.checkpoints.folders import CONFIG, find_folder, listed
+from longllava.checkpoints.names import Naming, Source, recognise
+from longllava.checkpoints.published import read_config
+from longllava.checkpoints.stored import Stored, read_entries
+from longllava.checkpoints.towers import tower_entries
 from longllava.errors import CheckpointError
-from longllava.settings import load
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from longllava.model import Model
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PARTS = ("encoder.", "bridge.", "backbone.")
 # what a recurrence of ten thousand steps is sensitive to stays in fp32, whatever the model's dtype
 FP32_NAMES = ("A_log_EN", "D_E", "dt_bias_E", "log_length_H")
-LISTED = 8  # names shown of each kind of fault
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies."""
-
-    file: Path
-    shape: tuple[int, ...]
-
-
-def shipped_models() -> list[str]:
-    """Names of the models inside the package."""
-    return sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG}"))
-
-
-def find_folder(name: str | Path) -> Path:
-    """A model's folder: a shipped name, a path, or a hub name "owner/model" (downloaded once).
-
-    Raises: CheckpointError saying what there is.
-    """
-    if str(name) in shipped_models():
-        return ASSETS / str(name)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / CONFIG).is_file():
-            raise CheckpointError(
-                f"{path}: no {CONFIG} in it; a model folder holds {CONFIG}, tokenizer.json and {WEIGHTS}"
-            )
-        return path
-    if path.suffix in PICKLES or path.suffix == ".safetensors":
-        raise CheckpointError(f"{path}: give the folder that holds {CONFIG} and {WEIGHTS}, not a file of weights")
-    if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
-        return download(str(name))
-    raise CheckpointError(
-        f"{name}: no such model; give a folder, a hub name (owner/model)"
-        f" or one of those shipped: {', '.join(shipped_models()) or 'none'}"
-    )
-
-
-def download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{name}: not a folder here, and the hub says: {' '.join(str(error).split())}") from None
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def load_model(
@@ -97,7 +54,7 @@ def load_model(
     from longllava.model import Model
 
     folder = find_folder(folder)
-    config = load(ModelConfig, folder / CONFIG)
+    config = read_config(folder)
     if allow_missing:  # fresh values have to exist
         model = Model(config).to(device)
     else:
@@ -112,42 +69,122 @@ def load_model(
 
 def load_weights_(
     model: Model,
-    folder: str | Path,
+    source: str | Path,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     allow_missing: Sequence[str] = (),
+    parts: tuple[str, ...] = (),
 ) -> None:
-    """Replace the parameters of `model` by those of a folder; on any error the model is as it was.
+    """Replace the parameters of `model` by those of a folder or a .safetensors file; on any error it is as it was.
 
     device, dtype: where and as what; None keeps the model's device, and the stored dtype.
     allow_missing: prefixes ("bridge.", "encoder.") whose parameters may be absent and then stay as they are.
+    parts: only parameters with these prefixes, whatever else is there: ("bridge.",) for a stage-1 projector file.
     """
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    folder = find_folder(folder)
-    wanted = model.state_dict()
-    entries = read_entries(folder)
-    if not any(key.startswith("encoder.") for key in entries) and model.config.encoder is not None:
-        entries |= borrowed_encoder(model.config, folder, allow_missing)
-    check_names(folder, {key: tuple(value.shape) for key, value in wanted.items()}, entries, allow_missing)
-    state: dict[str, torch.Tensor] = {}
-    not_finite = []
-    for file in dict.fromkeys(entry.file for entry in entries.values()):
-        try:
-            with safe_open(file, framework="pt", device="cpu") as tensors:
-                for key in (key for key, entry in entries.items() if entry.file == file):
-                    tensor = tensors.get_tensor(key)
-                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                        not_finite.append(key)
-                    target = device if device is not None else wanted[key].device
-                    state[key] = tensor.to(target, stored_dtype(key, tensor.dtype, dtype), copy=True)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+    path = Path(source) if Path(source).is_file() else find_folder(source)
+    wanted = {key: tensor for key, tensor in model.state_dict().items() if not parts or key.startswith(parts)}
+    places = find_places(path, model, {key: tuple(tensor.shape) for key, tensor in wanted.items()}, parts)
+    places.check(path, allow_missing, whole=not parts)
+    state: dict[str, Tensor] = {}
+    not_finite: list[str] = []
+    for key, where in places.sources.items():
+        if where.names[0] not in places.stored:
+            continue  # allowed to be missing
+        tensor = read(where, places.stored, key, wanted[key].shape, device or wanted[key].device, dtype)
+        if not all_finite(tensor):
+            not_finite += where.names
+        state[key] = tensor
     if not_finite:
-        raise CheckpointError(f"{folder}: NaN or infinite weights in {listed(not_finite)}; the checkpoint is damaged")
+        raise CheckpointError(f"{path}: NaN or infinite weights in {listed(not_finite)}; the checkpoint is damaged")
     model.load_state_dict(state, strict=False, assign=True)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where every wanted parameter lies, and what else lies there."""
+
+    shapes: Shapes
+    sources: dict[str, Source]
+    stored: dict[str, Stored]
+    unexpected: list[str]
+
+    def check(self, path: Path, allow_missing: Sequence[str], whole: bool) -> None:
+        """One error that lists every fault of names and shapes. whole: names without a use are faults too."""
+        missing, wrong = [], []
+        for key, source in self.sources.items():
+            for name, shape in zip(source.names, source.shapes, strict=True):
+                if name not in self.stored:
+                    missing += [] if key.startswith(tuple(allow_missing)) else [name]
+                elif self.stored[name].shape != shape:
+                    wrong.append(f"{name} {self.stored[name].shape} instead of {shape}")
+        unexpected = self.unexpected if whole else []
+        faults = [f"{len(names)} {kind}: {listed(names)}"
+                  for kind, names in (("missing", missing), ("unexpected", unexpected), ("of wrong shape", wrong))
+                  if names]  # fmt: skip
+        if faults:
+            raise CheckpointError(f"{path}: weights do not fit its {CONFIG}; {'; '.join(faults)}")
+
+
+def find_places(path: Path, model: Model, shapes: Shapes, parts: tuple[str, ...] = ()) -> Places:
+    """Match the wanted parameters with what is stored under `path`, part by part."""
+    stored: dict[str, Stored] = dict(read_entries(path))
+    sources: dict[str, Source] = {}
+    namings: list[Naming] = []
+    borrowed: dict[str, Stored] = {}
+    for part in PARTS:
+        wanted = {key: shape for key, shape in shapes.items() if key.startswith(part)}
+        naming = recognise(part[:-1], wanted, stored)
+        if part == "encoder." and wanted and naming is None and not any(key.startswith(part) for key in stored):
+            borrowed = borrowed_encoder(model, path)
+            naming = recognise(part[:-1], wanted, borrowed)
+            borrowed = {name: entry for name, entry in borrowed.items() if naming or name.startswith(part)}
+        if naming is not None:
+            namings.append(naming)
+        for key, shape in wanted.items():
+            sources[key] = (naming and naming.source(key, shape)) or Source((key,), (shape,))
+    used = {name for source in sources.values() for name in source.names}
+    tied = {"backbone.lm_head.weight"} if model.config.backbone.tie_embeddings else set()
+    for naming in namings:  # a tied output layer may be stored beside the embedding it equals
+        tied |= {name for key in list(tied) if (s := naming.source(key, (1,))) for name in s.names}
+    used |= tied
+    unexpected = [name for name in stored
+                  if name not in used and not any(naming.has_no_use_for(name) for naming in namings)]  # fmt: skip
+    return Places(shapes, sources, stored | borrowed, unexpected)
+
+
+def borrowed_encoder(model: Model, path: Path) -> dict[str, Stored]:
+    """The tensors of whatever config.encoder.weights names; relative to the folder first."""
+    source = model.config.encoder.weights if model.config.encoder else None
+    return {} if source is None else tower_entries(source, path if path.is_dir() else path.parent)
+
+
+def read(
+    source: Source,
+    stored: Mapping[str, Stored],
+    key: str,
+    shape: tuple[int, ...],
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """One of our parameters, in memory of its own, from the tensors it lies in."""
+    import torch
+
+    first = stored[source.names[0]].read()
+    kept = stored_dtype(key, first.dtype, dtype)
+    if len(source.names) == 1:
+        return first.to(device, kept, copy=True).reshape(shape)
+    tensor = torch.empty(shape, device=device, dtype=kept)
+    for rows, name in zip(tensor.chunk(len(source.names)), source.names):
+        rows.copy_(stored[name].read())
+    return tensor
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """In pieces: the intermediate results of isfinite on a whole tensor are twice its size."""
+    import torch
+
+    return not tensor.is_floating_point() or all(bool(torch.isfinite(p).all()) for p in tensor.view(-1).split(1 << 22))
 
 
 def stored_dtype(key: str, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
@@ -156,95 +193,3 @@ def stored_dtype(key: str, stored: torch.dtype, asked: torch.dtype | None) -> to
     if not stored.is_floating_point:
         return stored
     return torch.float32 if key.rsplit(".", 1)[-1] in FP32_NAMES else (asked or stored)
-
-
-def read_entries(folder: Path) -> dict[str, Entry]:
-    """All tensors of a folder by name, from the files' headers. Raises: CheckpointError."""
-    index, single = folder / INDEX, folder / WEIGHTS
-    if not index.is_file():
-        if not single.is_file():
-            raise CheckpointError(f"{folder}: {no_weights(folder)}")
-        return dict(header(single))
-    weight_map = read_index(index)
-    files = {name: folder / name for name in sorted(set(weight_map.values()))}
-    if missing := [name for name, path in files.items() if not path.is_file()]:
-        raise CheckpointError(
-            f"{folder}: missing {listed(missing)} of {len(files)} weight files; copy the folder again"
-        )
-    entries: dict[str, Entry] = {}
-    for name, path in files.items():
-        found = dict(header(path))
-        expected = {key for key, file in weight_map.items() if file == name}
-        if expected != set(found):
-            raise CheckpointError(
-                f"{path}: its tensors are not those that {INDEX} lists; they differ in"
-                f" {listed(sorted(expected ^ set(found)))}"
-            )
-        entries |= found
-    return entries
-
-
-def read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, RecursionError):
-        raise CheckpointError(f"{path}: not an index; expected JSON with a weight_map") from None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: weight_map is not a table of tensor names to file names")
-    for name in weight_map.values():
-        plain = isinstance(name, str) and name == Path(name).name and "\\" not in name and ":" not in name
-        if not plain or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: {name!r:.80} is not the plain name of a .safetensors file in this folder")
-    return weight_map
-
-
-def header(path: Path) -> Iterator[tuple[str, Entry]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as tensors:
-            for key in tensors.keys():
-                yield key, Entry(path, tuple(tensors.get_slice(key).get_shape()))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-
-
-def no_weights(folder: Path) -> str:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        return f"{pickles[0]} is a pickle, which may run code when it is opened; convert it to safetensors first"
-    return f"no {WEIGHTS} or {INDEX} in it"
-
-
-def borrowed_encoder(config: ModelConfig, folder: Path, allow_missing: Sequence[str]) -> dict[str, Entry]:
-    """encoder.* of the model that config.encoder.weights names; relative to the folder first."""
-    source = config.encoder.weights if config.encoder else None
-    if source is None:
-        return {}
-    beside = folder / source
-    other = beside if (beside / CONFIG).is_file() else find_folder(source)
-    entries = {key: entry for key, entry in read_entries(other).items() if key.startswith("encoder.")}
-    if not entries and "encoder." not in allow_missing:
-        raise CheckpointError(f"{other}: it has no encoder, which {folder / CONFIG} wants from it (encoder.weights)")
-    return entries
-
-
-def check_names(
-    folder: Path, wanted: dict[str, tuple[int, ...]], entries: dict[str, Entry], allow_missing: Sequence[str]
-) -> None:
-    """One error that lists every fault of names and shapes."""
-    missing = [key for key in wanted if key not in entries and not key.startswith(tuple(allow_missing))]
-    unexpected = [key for key in entries if key not in wanted]
-    wrong = [f"{key} {entries[key].shape} instead of {shape}" for key, shape in wanted.items()
-             if key in entries and entries[key].shape != shape]  # fmt: skip
-    faults = [f"{len(names)} {kind}: {listed(names)}"
-              for kind, names in (("missing", missing), ("unexpected", unexpected), ("of wrong shape", wrong))
-              if names]  # fmt: skip
-    if faults:
-        raise CheckpointError(f"{folder}: weights do not fit its {CONFIG}; {'; '.join(faults)}")
-
-
-def listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

@@ -1,15 +1,19 @@
-"""Write a model as a folder. Every file is written beside its place and renamed: old or new, never a part."""
+"""Write a model as a folder, in our own layout or a published one: old or new, never a part."""
 
 from __future__ import annotations
 
-import os
-import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longllava.checkpoints.load import CONFIG, INDEX, WEIGHTS, stored_dtype
+from longllava.checkpoints.folders import CONFIG, listed
+from longllava.checkpoints.load import stored_dtype
+from longllava.checkpoints.names import SCHEMES, Source
+from longllava.checkpoints.published import published_config
+from longllava.checkpoints.write import SHARD_BYTES, Output, write_folder
+from longllava.config import ModelConfig
 from longllava.errors import CheckpointError
-from longllava.files import sync_folder, write_json
+from longllava.files import write_json
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.settings import save
 
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 
     from longllava.model import Model
 
-SHARD_BYTES = 5_000_000_000
+NATIVE = "native"
 
 
 def save_model(
@@ -30,6 +34,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     include_encoder: bool = True,
     parts: tuple[str, ...] = (),
+    scheme: str = NATIVE,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write config.json, tokenizer.json and the weights into `folder` (made if need be).
@@ -37,70 +42,62 @@ def save_model(
     dtype: stored dtype, None as they are; SSM parameters (A_log, D, dt bias) are always fp32.
     include_encoder=False leaves out encoder.*; config.encoder.weights must then name where it is.
     parts: only parameters with these prefixes ("encoder.", "backbone."): not a whole model.
-    Files are complete under temporary names before the first is renamed. Raises: CheckpointError.
+    scheme: the layout: "native", "longllava" (the original's), "jamba" (transformers', text only) or "llava"
+    (transformers' Llava with Jamba). Raises: CheckpointError, ConfigError naming what the layout cannot express.
     """
-    folder = Path(folder)
     if not include_encoder and model.config.encoder is not None and not model.config.encoder.weights:
         raise CheckpointError("config.encoder.weights names no model: save the encoder too")
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: a file of that name exists; give a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     state = {
         key: tensor
         for key, tensor in model.state_dict().items()
         if (include_encoder or not key.startswith("encoder.")) and (not parts or key.startswith(parts))
     }
-    shards = split(state, dtype, shard_bytes)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-        staged = Path(temporary)
-        names = shard_names(len(shards))
-        for name, keys in zip(names, shards):
-            write_tensors({key: state[key] for key in keys}, dtype, staged / name)
-        if len(shards) > 1:
-            weight_map = {key: name for name, keys in zip(names, shards) for key in keys}
-            write_json(staged / INDEX, {"metadata": {}, "weight_map": weight_map})
+    outputs = {key: output(tensor, stored_dtype(key, tensor.dtype, dtype)) for key, tensor in state.items()}
+    named = renamed(outputs, scheme)  # before anything is written: a layout may have no name for a parameter
+
+    def rest(staged: Path) -> None:
         tokenizer.save(staged)
-        save(model.config, staged / CONFIG)
-        for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".json"):
-            os.replace(path, folder / path.name)
-        remove_stale(folder, names)
-    sync_folder(folder)
-    return folder
+        write_config(model.config, scheme, staged)
+
+    return write_folder(folder, named, rest, shard_bytes)
 
 
-def split(state: dict[str, Tensor], dtype: torch.dtype | None, shard_bytes: int) -> list[list[str]]:
-    """Keys of each shard, in order, each shard at most shard_bytes (or one tensor)."""
-    shards: list[list[str]] = [[]]
-    used = 0
-    for key, tensor in state.items():
-        size = tensor.numel() * stored_dtype(key, tensor.dtype, dtype).itemsize
-        if shards[-1] and used + size > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(key)
-        used += size
-    return shards
+def output(tensor: Tensor, dtype: torch.dtype) -> Output:
+    return Output(tuple(tensor.shape), dtype, lambda: tensor)
 
 
-def shard_names(n: int) -> list[str]:
-    return [WEIGHTS] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+def write_config(config: ModelConfig, scheme: str, folder: Path) -> None:
+    if scheme == NATIVE:
+        save(config, folder / CONFIG)
+    else:
+        write_json(folder / CONFIG, published_config(config, scheme))
 
 
-def write_tensors(tensors: dict[str, Tensor], dtype: torch.dtype | None, path: Path) -> None:
-    from safetensors.torch import save_file
+def renamed(outputs: Mapping[str, Output], scheme: str) -> dict[str, Output]:
+    """Our parameters under the names of a scheme, joined ones taken apart."""
+    if scheme == NATIVE:
+        return dict(outputs)
+    if scheme not in SCHEMES:
+        raise CheckpointError(f"scheme {scheme!r}; allowed: {', '.join((NATIVE, *SCHEMES))}")
+    namings = {naming.part: naming for naming in SCHEMES[scheme]}
+    theirs: dict[str, Output] = {}
+    nameless = []
+    for key, one in outputs.items():
+        naming = namings.get(key.split(".", 1)[0])
+        source = naming.source(key, one.shape) if naming else None
+        if source is None:
+            nameless.append(key)
+        else:
+            theirs |= taken_apart(one, source)
+    if nameless:
+        raise CheckpointError(f"the layout {scheme} has no name for {len(nameless)} parameters: {listed(nameless)}")
+    return theirs
 
-    ready = {key: tensor.detach().to("cpu", stored_dtype(key, tensor.dtype, dtype)).contiguous()
-             for key, tensor in tensors.items()}  # fmt: skip
-    save_file(ready, path, metadata={"format": "pt"})
-    os.chmod(path, 0o644)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
+def taken_apart(one: Output, source: Source) -> dict[str, Output]:
+    n = len(source.names)
 
-def remove_stale(folder: Path, names: list[str]) -> None:
-    """Weights of an earlier save in another number of shards would be read instead of the new ones."""
-    if len(names) == 1:
-        (folder / INDEX).unlink(missing_ok=True)
-    for path in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS):
-        if path.name not in names:
-            path.unlink(missing_ok=True)
+    def maker(k: int) -> Callable[[], Tensor]:
+        return lambda: one.make().chunk(n)[k].reshape(source.shapes[k])
+
+    return {name: Output(source.shapes[k], one.dtype, maker(k)) for k, name in enumerate(source.names)}

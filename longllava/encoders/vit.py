@@ -1,7 +1,7 @@
-"""A vision transformer: CLIP's, or with a residual convolution stem for small pictures.
+"""A vision transformer: CLIP's, SigLIP's, or with a residual convolution stem for small pictures.
 
 Shapes: N images, S pixels a side, T tokens (the square grid), C width, H heads.
-Source of the CLIP form: Radford et al. 2021 (arXiv:2103.00020); layer names follow transformers' CLIPVisionModel.
+Source of the CLIP form: Radford et al. 2021 (arXiv:2103.00020); of SigLIP's: Zhai et al. 2023 (arXiv:2303.15343).
 The stem: small patches of small pictures carry too little to start from; convolutions learn shapes from a
 hundred times fewer pictures (Xiao et al. 2021, "Early convolutions help transformers see better",
 arXiv:2106.14881).
@@ -48,13 +48,13 @@ class VisionTransformer(nn.Module):
             self.patches: nn.Module = Stem(config)
             self.class_embedding = None
         else:
-            self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
-            self.class_embedding = nn.Parameter(torch.zeros(config.width))
-            n_tokens += 1
+            self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
+            self.class_embedding = nn.Parameter(torch.zeros(config.width)) if config.class_token else None
+            n_tokens += config.class_token
         self.position_embedding = nn.Parameter(torch.empty(n_tokens, config.width))
         if not self.position_embedding.is_meta:  # there, normal_ would import all of torch._dynamo: 1.4 s
             nn.init.normal_(self.position_embedding, std=0.02)
-        self.pre_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.pre_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         # layers after the selected one are never run: they are not built (CLIP at -2 saves one of 24)
         self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layers_used()))
 

@@ -1,0 +1,67 @@
+"""Where models lie: shipped names, folders, names of the hub; and what a folder of weights may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from longllava.errors import CheckpointError
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LISTED = 8  # names shown of each kind of fault
+
+
+def shipped_models() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG}"))
+
+
+def find_folder(name: str | Path) -> Path:
+    """A model's folder: a shipped name, a path, or a hub name "owner/model" (downloaded once).
+
+    Raises: CheckpointError saying what there is.
+    """
+    if str(name) in shipped_models():
+        return ASSETS / str(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise CheckpointError(
+                f"{path}: no {CONFIG} in it; a model folder holds {CONFIG}, tokenizer.json and {WEIGHTS}"
+            )
+        return path
+    if path.suffix in PICKLES or path.suffix == ".safetensors":
+        raise CheckpointError(f"{path}: give the folder that holds {CONFIG} and {WEIGHTS}, not a file of weights")
+    if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+        return download(str(name))
+    raise CheckpointError(
+        f"{name}: no such model; give a folder, a hub name (owner/model)"
+        f" or one of those shipped: {', '.join(shipped_models()) or 'none'}"
+    )
+
+
+def download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{name}: not a folder here, and the hub says: {' '.join(str(error).split())}") from None
+
+
+def refusal_of_pickle(path: Path) -> str:
+    return (
+        f"{path.name} is a pickle, which may run code when it is opened; turn it into safetensors with"
+        f" `longllava convert {path.parent}`"
+    )
+
+
+def listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

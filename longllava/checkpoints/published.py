@@ -1,0 +1,192 @@
+"""config.json of others: LongLLaVA's (llava_jamba), plain Jamba's, and stock transformers' Llava with Jamba.
+
+Sources: LongLLaVA @f349366 (Jamba/config.json, llava_jamba.py, clip_encoder.py); transformers 5.23,
+configuration_jamba.py and configuration_llava.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longllava.checkpoints.folders import CONFIG
+from longllava.checkpoints.towers import tower_config, vision_fields, vision_values
+from longllava.config import BackboneConfig, BridgeConfig, EncoderConfig, ModelConfig
+from longllava.errors import CheckpointError, ConfigError
+from longllava.settings import build, load, read_mapping
+
+BACKBONE = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "num_hidden_layers": "n_layers",
+    "attn_layer_period": "attention_every",
+    "attn_layer_offset": "attention_at",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "intermediate_size": "mlp_width",
+    "num_experts": "n_experts",
+    "num_experts_per_tok": "n_experts_per_token",
+    "expert_layer_period": "expert_every",
+    "expert_layer_offset": "expert_at",
+    "mamba_expand": "expand",
+    "mamba_d_state": "state_size",
+    "mamba_d_conv": "conv_size",
+    "mamba_dt_rank": "dt_rank",
+    "mamba_conv_bias": "conv_bias",
+    "mamba_proj_bias": "proj_bias",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+    "initializer_range": "init_std",
+}
+# transformers' defaults where they are not ours: configs may leave them out
+JAMBA_DEFAULTS = {"num_experts": 16}
+# settings that change the answers, and the only values that this library knows
+FIXED: dict[str, tuple] = {
+    "hidden_act": ("silu",),
+    "sliding_window": (None,),
+    "mamba_inner_layernorms": (True,),
+    "quantization_config": (None,),
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_vision_select_feature": ("patch",),
+    "mm_patch_merge_type": ("flat",),
+    "projector_hidden_act": ("gelu",),
+    "multimodal_projector_bias": (True,),
+}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model of a folder, of ours or of a published layout. Raises: ConfigError, CheckpointError."""
+    path = folder / CONFIG
+    data = read_mapping(path)
+    kind = data.get("model_type")
+    if kind is None:
+        return load(ModelConfig, path)
+    if kind not in READERS:
+        raise CheckpointError(f"{path}: model_type {kind!r}; this library reads {', '.join(READERS)}, and its own")
+    for key, allowed in FIXED.items():
+        for part in (data, data.get("text_config")):
+            if isinstance(part, dict) and part.get(key, allowed[0]) not in allowed:
+                raise CheckpointError(f"{path}: {key} {part[key]!r} is not supported, only {allowed[0]!r}")
+    return READERS[kind](data, folder)
+
+
+def read_jamba(data: Mapping[str, Any], folder: Path) -> ModelConfig:
+    backbone = backbone_of(data, folder)
+    return ModelConfig(name=folder.name, encoder=None, bridge=None, backbone=backbone)
+
+
+def read_longllava(data: Mapping[str, Any], folder: Path) -> ModelConfig:
+    """resamplePooling "2d" is 2 x 2 means, any other text 1-D; a checkpoint without it ran with all tokens."""
+    tower = data.get("mm_vision_tower")
+    if not isinstance(tower, str):
+        raise CheckpointError(f"{folder / CONFIG}: mm_vision_tower {tower!r}; expected the vision tower's name")
+    encoder = tower_config(tower, folder, data.get("mm_vision_select_layer", -2))
+    if data.get("mm_hidden_size", encoder.width) != encoder.width:
+        raise CheckpointError(
+            f"{folder / CONFIG}: mm_hidden_size {data['mm_hidden_size']}, but {tower} has width {encoder.width}"
+        )
+    backbone, all_tokens = backbone_of(data, folder), encoder.grid() ** 2
+    pooling = data.get("resamplePooling")
+    pool = "none" if not pooling else "2d" if pooling == "2d" else "1d"
+    n_tokens = all_tokens if pool == "none" else all_tokens // 4
+    bridge = BridgeConfig(pool=pool, tokens_per_image=n_tokens, hidden=backbone.width)
+    return ModelConfig(name=folder.name, encoder=encoder, bridge=bridge, backbone=backbone)
+
+
+def read_llava(data: Mapping[str, Any], folder: Path) -> ModelConfig:
+    text = data.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type") != "jamba":
+        raise CheckpointError(f"{folder / CONFIG}: text_config is not of model_type 'jamba', the only one supported")
+    values = vision_values(data["vision_config"], folder) if "vision_config" in data else {}
+    encoder = EncoderConfig(**{**values, "select_layer": data.get("vision_feature_layer", -2)})
+    strategy = data.get("vision_feature_select_strategy", "default")
+    if (strategy == "default") != encoder.class_token:
+        raise CheckpointError(
+            f"{folder / CONFIG}: vision_feature_select_strategy {strategy!r}; 'default' drops the class token of CLIP,"
+            " SigLIP has none and takes 'full'"
+        )
+    backbone = backbone_of(text, folder)
+    bridge = BridgeConfig(pool="none", tokens_per_image=encoder.grid() ** 2, hidden=backbone.width)
+    return ModelConfig(name=folder.name, encoder=encoder, bridge=bridge, backbone=backbone)
+
+
+READERS = {"jamba": read_jamba, "llava_jamba": read_longllava, "llava": read_llava}
+
+
+def backbone_of(data: Mapping[str, Any], folder: Path) -> BackboneConfig:
+    given = {**JAMBA_DEFAULTS, **data}
+    values = {ours: given[theirs] for theirs, ours in BACKBONE.items() if given.get(theirs) is not None}
+    width, n_heads = values.get("width", BackboneConfig.width), values.get("n_heads", BackboneConfig.n_heads)
+    if isinstance(width, int) and isinstance(n_heads, int) and n_heads > 0:
+        values["head_dim"] = width // n_heads
+    if values.get("dt_rank") == "auto":
+        values["dt_rank"] = -(-width // 16)
+    return build(BackboneConfig, values, f"{folder / CONFIG}: backbone")
+
+
+def published_config(config: ModelConfig, scheme: str) -> dict[str, Any]:
+    """config.json of a scheme. Raises: ConfigError naming the setting that it cannot express."""
+    text = jamba_fields(config.backbone)
+    encoder, bridge = config.encoder, config.bridge
+    if encoder is None or bridge is None:
+        if scheme not in TEXT_ONLY:
+            raise ConfigError(f"encoder: none, but {scheme} describes a model with one; write {' or '.join(TEXT_ONLY)}")
+        return {"architectures": ["JambaForCausalLM"], "model_type": "jamba", **text, **TEXT_ONLY[scheme]}
+    if scheme not in WRITERS:
+        raise ConfigError(f"encoder: the layout {scheme} has none; write {' or '.join(WRITERS)}, or the text part only")
+    if bridge.hidden != config.backbone.width or bridge.output_rms:
+        key, value = ("hidden", bridge.hidden) if bridge.hidden != config.backbone.width else (
+            "output_rms", bridge.output_rms)  # fmt: skip
+        raise ConfigError(f"bridge.{key}: {value} cannot be expressed in the layout {scheme}")
+    return WRITERS[scheme](config, encoder, bridge, text)
+
+
+# layouts of language models alone, and what their configs say besides; Jamba-9B-Instruct is in LongLLaVA's
+TEXT_ONLY: dict[str, dict[str, Any]] = {"jamba": {}, "longllava": {"mamba_inner_layernorms": True}}
+
+
+def longllava_fields(config: ModelConfig, encoder: EncoderConfig, bridge: BridgeConfig, text: dict) -> dict[str, Any]:
+    all_tokens, n_tokens = encoder.grid() ** 2, bridge.tokens_per_image
+    if n_tokens not in (all_tokens, all_tokens // 4):
+        raise ConfigError(
+            f"bridge.tokens_per_image: {n_tokens} cannot be expressed in the layout longllava, only {all_tokens} and"
+            f" {all_tokens // 4}"
+        )
+    if not encoder.weights:
+        raise ConfigError("encoder.weights: the layout longllava names its vision tower, and this config names none")
+    return {
+        "architectures": ["LlavaJambaForCausalLM"], "model_type": "llava_jamba", **text,
+        "mamba_inner_layernorms": True, "mm_hidden_size": encoder.width, "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_feature": "patch", "mm_vision_select_layer": encoder.select_layer,
+        "mm_vision_tower": encoder.weights, "use_mm_proj": True,
+        "resamplePooling": bridge.pool if n_tokens != all_tokens else None,
+    }  # fmt: skip
+
+
+def llava_fields(config: ModelConfig, encoder: EncoderConfig, bridge: BridgeConfig, text: dict) -> dict[str, Any]:
+    if bridge.tokens_per_image != encoder.grid() ** 2:
+        raise ConfigError(
+            f"bridge.tokens_per_image: {bridge.tokens_per_image} of {encoder.grid() ** 2}: stock Llava does not pool;"
+            f" it can run this model with all {encoder.grid() ** 2} tokens an image only"
+        )
+    return {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+        "image_seq_length": encoder.grid() ** 2, "multimodal_projector_bias": True, "projector_hidden_act": "gelu",
+        "text_config": {"model_type": "jamba", **text}, "vision_config": vision_fields(encoder),
+        "vision_feature_layer": encoder.select_layer,
+        "vision_feature_select_strategy": "default" if encoder.class_token else "full",
+    }  # fmt: skip
+
+
+WRITERS = {"longllava": longllava_fields, "llava": llava_fields}
+
+
+def jamba_fields(config: BackboneConfig) -> dict[str, Any]:
+    if config.head_dim * config.n_heads != config.width:
+        raise ConfigError(f"backbone.head_dim: Jamba's is width / n_heads, {config.width // config.n_heads}")
+    for key in ("qk_norm", "log_length_scale"):
+        if getattr(config, key):
+            raise ConfigError(f"backbone.{key}: Jamba has no such setting; only models without it can be written so")
+    fields = {theirs: getattr(config, ours) for theirs, ours in BACKBONE.items()}
+    return {**fields, "hidden_act": "silu", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

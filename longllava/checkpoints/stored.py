@@ -1,0 +1,117 @@
+"""Tensors as they lie in safetensors files: found by their headers, read one at a time.
+
+A file is opened anew for every tensor. An open one stays mapped, and the pages that were read would count as
+this process's memory until it is closed: the whole model a second time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from longllava.checkpoints.folders import INDEX, PICKLES, WEIGHTS, listed, refusal_of_pickle
+from longllava.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Stored(Protocol):
+    """A tensor that can be read: its shape is known before. Raises: CheckpointError on reading."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def read(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of one file. The tensor that `read` returns keeps the file mapped: copy it, and let it go."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.file, framework="pt", device="cpu") as tensors:
+                return tensors.get_tensor(self.key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.file}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A tensor that another library has in memory already."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def read(self) -> Tensor:
+        return self.tensor
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """All tensors of a folder, or of one .safetensors file, by name, from the headers. Raises: CheckpointError."""
+    if path.is_file():
+        if path.suffix in PICKLES:
+            raise CheckpointError(f"{path.parent}: {refusal_of_pickle(path)}")
+        return dict(header(path))
+    index, single = path / INDEX, path / WEIGHTS
+    if not index.is_file():
+        if not single.is_file():
+            raise CheckpointError(f"{path}: {no_weights(path)}")
+        return dict(header(single))
+    weight_map = read_index(index)
+    files = {name: path / name for name in sorted(set(weight_map.values()))}
+    if missing := [name for name, file in files.items() if not file.is_file()]:
+        raise CheckpointError(f"{path}: missing {listed(missing)} of {len(files)} weight files; copy the folder again")
+    entries: dict[str, Entry] = {}
+    for name, file in files.items():
+        found = dict(header(file))
+        expected = {key for key, of_file in weight_map.items() if of_file == name}
+        if expected != set(found):
+            raise CheckpointError(
+                f"{file}: its tensors are not those that {INDEX} lists; they differ in"
+                f" {listed(sorted(expected ^ set(found)))}"
+            )
+        entries |= found
+    return entries
+
+
+def read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{path}: not an index; expected JSON with a weight_map") from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map is not a table of tensor names to file names")
+    for name in weight_map.values():
+        plain = isinstance(name, str) and name == Path(name).name and "\\" not in name and ":" not in name
+        if not plain or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: {name!r:.80} is not the plain name of a .safetensors file in this folder")
+    return weight_map
+
+
+def header(path: Path) -> Iterator[tuple[str, Entry]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as tensors:
+            for key in tensors.keys():
+                yield key, Entry(path, key, tuple(tensors.get_slice(key).get_shape()))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def no_weights(folder: Path) -> str:
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
+    return refusal_of_pickle(pickles[0]) if pickles else f"no {WEIGHTS} or {INDEX} in it"

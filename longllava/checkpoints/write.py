@@ -1,0 +1,131 @@
+"""A folder of safetensors, written tensor by tensor: only one of them is in memory beside the model.
+
+The format is safetensors' own (github.com/huggingface/safetensors, "Format"): the header's length in 8 bytes,
+little-endian; the header, JSON padded to a multiple of 8; the tensors' bytes in the header's order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from longllava.checkpoints.folders import INDEX, WEIGHTS
+from longllava.errors import CheckpointError
+from longllava.files import sync_folder, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SHARD_BYTES = 5_000_000_000
+DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to be written: `make` is called once, when its turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    def n_bytes(self) -> int:
+        n = self.dtype.itemsize
+        for size in self.shape:
+            n *= size
+        return n
+
+
+def write_folder(
+    folder: str | Path,
+    outputs: Mapping[str, Output],
+    write_rest: Callable[[Path], None],
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write the weights into `folder` (made if need be), and whatever `write_rest(staged folder)` writes.
+
+    Files are complete under temporary names before the first is renamed; weights of an earlier save are removed.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: a file of that name exists; give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = split(outputs, shard_bytes)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        staged = Path(temporary)
+        names = shard_names(len(shards))
+        for name, keys in zip(names, shards):
+            write_tensors(staged / name, {key: outputs[key] for key in keys})
+        if len(shards) > 1:
+            weight_map = {key: name for name, keys in zip(names, shards) for key in keys}
+            total = sum(output.n_bytes() for output in outputs.values())
+            write_json(staged / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_rest(staged)
+        for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".json"):
+            os.replace(path, folder / path.name)
+        remove_stale(folder, names)
+    sync_folder(folder)
+    return folder
+
+
+def split(outputs: Mapping[str, Output], shard_bytes: int) -> list[list[str]]:
+    """Keys of each shard, in order, each shard at most shard_bytes (or one tensor)."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for key, output in outputs.items():
+        size = output.n_bytes()
+        if shards[-1] and used + size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(key)
+        used += size
+    return shards
+
+
+def shard_names(n: int) -> list[str]:
+    return [WEIGHTS] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+
+
+def write_tensors(path: Path, outputs: Mapping[str, Output]) -> None:
+    # larger items first, as safetensors writes them: every tensor then begins at a multiple of its item's size
+    keys = sorted(outputs, key=lambda key: -outputs[key].dtype.itemsize)
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key in keys:
+        begin, end = end, end + outputs[key].n_bytes()
+        name = DTYPES[str(outputs[key].dtype).removeprefix("torch.")]
+        header[key] = {"dtype": name, "shape": list(outputs[key].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in keys:
+            write_tensor(file, key, outputs[key])
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(path, 0o644)
+
+
+def write_tensor(file: BinaryIO, key: str, output: Output) -> None:
+    import torch
+
+    tensor = output.make().detach().to("cpu", output.dtype).contiguous()
+    assert tuple(tensor.shape) == output.shape, f"{key}: {tuple(tensor.shape)} was announced as {output.shape}"
+    file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def remove_stale(folder: Path, names: list[str]) -> None:
+    """Weights of an earlier save in another number of shards would be read instead of the new ones."""
+    if len(names) == 1:
+        (folder / INDEX).unlink(missing_ok=True)
+    for path in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS):
+        if path.name not in names:
+            path.unlink(missing_ok=True)
