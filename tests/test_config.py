@@ -9,19 +9,27 @@ from longllava.config import BackboneConfig, ModelConfig
 from longllava.errors import ConfigError
 from longllava.model import Model
 from longllava.settings import load
-from longllava.shipped import shipped
+from longllava.shipped import shipped, shipped_names
 
 
-@pytest.mark.parametrize("name", ["nano", "longllava-9b", "longllava-53b-a13b"])
+@pytest.mark.parametrize("name", [name for name in shipped_names("configs") if name.startswith("models/")])
 def test_every_shipped_model_builds_with_its_stated_parameter_count(name):
-    config = load(ModelConfig, shipped("configs", f"models/{name}"))
+    config = load(ModelConfig, shipped("configs", name))
     with torch.device("meta"):
         model = Model(config)
     assert config.n_parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_the_published_sizes():
-    """9.29 B dense and 51.6 B with experts, from the language model's public config (with lm_head, without vision)."""
+    """9.29 B dense and 51.6 B with experts, from the language model's public config (with lm_head, without vision).
+
+    The others as their model cards round them: 52 B in all for Jamba v0.1 and the Minis, 3 B for Reasoning.
+    """
+    for name, billions in (("jamba-v0.1", 51.57), ("jamba-1.5-mini", 51.57), ("jamba-1.7-mini", 51.57),
+                           ("jamba-reasoning-3b", 3.03)):  # fmt: skip
+        config = load(ModelConfig, shipped("configs", f"models/{name}"))
+        assert config.n_parameters / 1e9 == pytest.approx(billions, abs=0.01)
+        assert config.encoder is None and config.bridge is None
     for n_experts, billions in ((1, 9.29), (16, 51.57)):
         with torch.device("meta"):
             from longllava.backbone import Backbone

@@ -99,7 +99,8 @@ def read_llava(data: Mapping[str, Any], folder: Path) -> ModelConfig:
     if not isinstance(text, dict) or text.get("model_type") != "jamba":
         raise CheckpointError(f"{folder / CONFIG}: text_config is not of model_type 'jamba', the only one supported")
     values = vision_values(data["vision_config"], folder) if "vision_config" in data else {}
-    encoder = EncoderConfig(**{**values, "select_layer": data.get("vision_feature_layer", -2)})
+    values["select_layer"] = data.get("vision_feature_layer", -2)
+    encoder = build(EncoderConfig, values, f"{folder / CONFIG}: vision_config")
     strategy = data.get("vision_feature_select_strategy", "default")
     if (strategy == "default") != encoder.class_token:
         raise CheckpointError(

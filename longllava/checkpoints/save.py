@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longllava.checkpoints.folders import CONFIG, listed
 from longllava.checkpoints.load import stored_dtype
@@ -15,7 +16,6 @@ from longllava.config import ModelConfig
 from longllava.errors import CheckpointError
 from longllava.files import write_json
 from longllava.inputs.tokenizer import Tokenizer
-from longllava.settings import save
 
 if TYPE_CHECKING:
     import torch
@@ -53,11 +53,12 @@ def save_model(
         if (include_encoder or not key.startswith("encoder.")) and (not parts or key.startswith(parts))
     }
     outputs = {key: output(tensor, stored_dtype(key, tensor.dtype, dtype)) for key, tensor in state.items()}
-    named = renamed(outputs, scheme)  # before anything is written: a layout may have no name for a parameter
+    # before anything is written: a layout may have no word for a setting, no name for a parameter
+    config, named = config_fields(model.config, scheme, outputs), renamed(outputs, scheme)
 
     def rest(staged: Path) -> None:
         tokenizer.save(staged)
-        write_config(model.config, scheme, staged)
+        write_json(staged / CONFIG, config)
 
     return write_folder(folder, named, rest, shard_bytes)
 
@@ -66,19 +67,21 @@ def output(tensor: Tensor, dtype: torch.dtype) -> Output:
     return Output(tuple(tensor.shape), dtype, lambda: tensor)
 
 
-def write_config(config: ModelConfig, scheme: str, folder: Path) -> None:
+def config_fields(config: ModelConfig, scheme: str, outputs: Mapping[str, Output]) -> dict[str, Any]:
+    """config.json of a layout; a language model without its bridge is described as one that reads text only."""
     if scheme == NATIVE:
-        save(config, folder / CONFIG)
-    else:
-        write_json(folder / CONFIG, published_config(config, scheme))
+        return dataclasses.asdict(config)
+    if scheme not in SCHEMES:
+        raise CheckpointError(f"scheme {scheme!r}; allowed: {', '.join((NATIVE, *SCHEMES))}")
+    if not any(key.startswith("bridge.") for key in outputs):
+        config = dataclasses.replace(config, encoder=None, bridge=None)
+    return published_config(config, scheme)
 
 
 def renamed(outputs: Mapping[str, Output], scheme: str) -> dict[str, Output]:
     """Our parameters under the names of a scheme, joined ones taken apart."""
     if scheme == NATIVE:
         return dict(outputs)
-    if scheme not in SCHEMES:
-        raise CheckpointError(f"scheme {scheme!r}; allowed: {', '.join((NATIVE, *SCHEMES))}")
     namings = {naming.part: naming for naming in SCHEMES[scheme]}
     theirs: dict[str, Output] = {}
     nameless = []

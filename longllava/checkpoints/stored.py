@@ -16,14 +16,23 @@ from longllava.checkpoints.folders import INDEX, PICKLES, WEIGHTS, listed, refus
 from longllava.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+# the format's names of dtypes, and torch's
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 
 
 class Stored(Protocol):
-    """A tensor that can be read: its shape is known before. Raises: CheckpointError on reading."""
+    """A tensor that can be read: shape and dtype are known before. Raises: CheckpointError on reading."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
     def read(self) -> Tensor: ...
 
 
@@ -34,6 +43,15 @@ class Entry:
     file: Path
     key: str
     shape: tuple[int, ...]
+    code: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        if self.code not in DTYPES:
+            raise CheckpointError(f"{self.file}: {self.key} is stored as {self.code}; allowed: {', '.join(DTYPES)}")
+        return getattr(torch, DTYPES[self.code])
 
     def read(self) -> Tensor:
         from safetensors import SafetensorError, safe_open
@@ -54,6 +72,10 @@ class Loaded:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
 
     def read(self) -> Tensor:
         return self.tensor
@@ -107,7 +129,8 @@ def header(path: Path) -> Iterator[tuple[str, Entry]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as tensors:
             for key in tensors.keys():
-                yield key, Entry(path, key, tuple(tensors.get_slice(key).get_shape()))
+                found = tensors.get_slice(key)
+                yield key, Entry(path, key, tuple(found.get_shape()), found.get_dtype())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
 

@@ -70,7 +70,7 @@ def tower_config(source: str, beside: Path = Path(), select_layer: int = -2) -> 
         else:
             folder = tower_folder(source, beside)
             values = vision_values(read_mapping(folder / CONFIG), folder)
-    return EncoderConfig(**{"weights": source, **values, "select_layer": select_layer})
+    return build(EncoderConfig, {"weights": source, **values, "select_layer": select_layer}, f"{beside}: {source}")
 
 
 def vision_values(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def vision_values(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         preprocessor = read_mapping(folder / PREPROCESSOR)
         values |= {ours: preprocessor[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
                    if theirs in preprocessor}  # fmt: skip
-    return {**vars(build(EncoderConfig, values, where)), "weights": None}
+    return {key: value for key, value in vars(build(EncoderConfig, values, where)).items() if key != "weights"}
 
 
 def vision_fields(config: EncoderConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from longllava.checkpoints.folders import INDEX, WEIGHTS
+from longllava.checkpoints.stored import DTYPES
 from longllava.errors import CheckpointError
 from longllava.files import sync_folder, write_json
 
@@ -23,10 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHARD_BYTES = 5_000_000_000
-DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
+CODES = {name: code for code, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,10 @@ def write_tensors(path: Path, outputs: Mapping[str, Output]) -> None:
     end = 0
     for key in keys:
         begin, end = end, end + outputs[key].n_bytes()
-        name = DTYPES[str(outputs[key].dtype).removeprefix("torch.")]
-        header[key] = {"dtype": name, "shape": list(outputs[key].shape), "data_offsets": [begin, end]}
+        name = str(outputs[key].dtype).removeprefix("torch.")
+        if name not in CODES:
+            raise CheckpointError(f"{key}: cannot be stored as {name}; allowed: {', '.join(CODES)}")
+        header[key] = {"dtype": CODES[name], "shape": list(outputs[key].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -1,4 +1,7 @@
-"""`longllava generate | chat | train | eval | world | doctor`. Torch loads only when a command runs."""
+"""`longllava generate | chat | train | eval | convert | downcycle | world | doctor`.
+
+Torch loads only when a command runs.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longllava.cli import curriculum, evaluate, talk, work
+from longllava.cli import curriculum, evaluate, folders, talk, work
 from longllava.errors import LongLLaVAError
 from longllava.version import __version__
 
@@ -28,6 +31,8 @@ app.command()(talk.generate)
 app.command()(talk.chat)
 app.command()(work.train)
 app.add_typer(evaluations, name="eval")
+app.command()(folders.convert)
+app.command()(folders.downcycle)
 app.command()(work.world)
 app.command()(work.doctor)
 

@@ -1,0 +1,157 @@
+"""Pickles into safetensors, and one published layout into another.
+
+Pickled weights are opened in a process of their own (longllava.checkpoints.unpickle), never in this one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shutil import copyfile
+from typing import TYPE_CHECKING
+
+from longllava.checkpoints.folders import CONFIG, INDEX, PICKLES, WEIGHTS, find_folder
+from longllava.checkpoints.load import Places, find_places, read, stored_dtype
+from longllava.checkpoints.published import read_config
+from longllava.checkpoints.save import NATIVE, config_fields, renamed
+from longllava.checkpoints.stored import header
+from longllava.checkpoints.write import SHARD_BYTES, Output, write_folder
+from longllava.config import ModelConfig
+from longllava.errors import CheckpointError
+from longllava.files import sync_folder, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from longllava.model import Model
+
+# what a model folder holds besides weights and config.json, and what every layout keeps as it is
+BESIDE = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+          "chat_template.jinja", "generation_config.json", "preprocessor_config.json",
+          "processor_config.json")  # fmt: skip
+
+
+def convert_pickles(source: str | Path, target: str | Path | None = None) -> list[Path]:
+    """Turn a pickled file, or all of a folder, into safetensors beside it or in the folder `target`.
+
+    Tensors keep their names. pytorch_model*.bin becomes model*.safetensors (with an index for several), any other
+    file keeps its name: mm_projector.bin, mm_projector.safetensors. The pickles stay where they are.
+    Raises: CheckpointError for a file that is no pickle of plain tensors; then nothing is written.
+    """
+    source = Path(source).expanduser()
+    folder = source if source.is_dir() else source.parent
+    pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLES) if source.is_dir() else [source]
+    pickles = [path for path in pickles if path.is_file()]
+    if not pickles:
+        raise CheckpointError(f"{source}: no pickled weights there ({', '.join(PICKLES)})")
+    out = folder if target is None else Path(target).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".converting-", dir=out) as temporary:
+        staged = [Path(temporary) / new_name(path, [p.name for p in pickles]) for path in pickles]
+        for path, new in zip(pickles, staged, strict=True):
+            unpickle(path, new)
+        shards = {key: new.name for new in staged if new.name.startswith("model-") for key, _ in header(new)}
+        if shards:
+            write_json(Path(temporary) / INDEX, {"metadata": {}, "weight_map": shards})
+        written = [out / path.name for path in sorted(Path(temporary).iterdir())]
+        for path in sorted(written, key=lambda path: path.suffix == ".json"):
+            os.replace(Path(temporary) / path.name, path)
+    sync_folder(out)
+    return written
+
+
+def new_name(path: Path, all_names: list[str]) -> str:
+    if path.stem == "pytorch_model" and len([name for name in all_names if name.startswith("pytorch_model")]) == 1:
+        return WEIGHTS
+    return path.stem.replace("pytorch_model", "model") + ".safetensors"
+
+
+def unpickle(source: Path, target: Path) -> None:
+    command = [sys.executable, "-m", "longllava.checkpoints.unpickle", str(source.resolve()), str(target.resolve())]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or [f"the process ended with code {done.returncode}"]
+        raise CheckpointError(f"{source}: {last[0]}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder as a model without values, and where each of its parameters lies."""
+
+    folder: Path
+    model: Model
+    places: Places
+
+    def make(self, key: str) -> Tensor:
+        """One parameter as it is stored."""
+        return read(self.places.sources[key], self.places.stored, key, self.places.shapes[key], "cpu", None)
+
+    def dtype(self, key: str, asked: torch.dtype | None) -> torch.dtype:
+        return stored_dtype(key, self.places.stored[self.places.sources[key].names[0]].dtype, asked)
+
+
+def open_source(source: str | Path, text_only: bool = False) -> Source:
+    """Raises: CheckpointError when its weights do not fit its config."""
+    folder = find_folder(source)
+    config = read_config(folder)
+    model = on_meta(replace(config, encoder=None, bridge=None) if text_only else config)
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    parts = ("backbone.",) if text_only else ()
+    places = find_places(folder, model, shapes, parts)
+    places.check(folder, (), whole=not text_only)
+    return Source(folder, model, places)
+
+
+def on_meta(config: ModelConfig) -> Model:
+    import torch
+
+    from longllava.model import Model
+
+    with torch.device("meta"):
+        return Model(config)
+
+
+def convert_layout(
+    source: str | Path,
+    target: str | Path,
+    scheme: str = NATIVE,
+    *,
+    text_only: bool = False,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a model folder again in another layout, tensor by tensor, without ever holding the model.
+
+    text_only: only the language model of a multimodal one. Raises: CheckpointError, ConfigError.
+    """
+    from_folder = open_source(source, text_only)
+    outputs = {key: Output(shape, from_folder.dtype(key, dtype), maker(from_folder, key))
+               for key, shape in from_folder.places.shapes.items()}  # fmt: skip
+    return write_layout(from_folder, from_folder.model.config, outputs, target, scheme, shard_bytes)
+
+
+def maker(source: Source, key: str) -> Callable[[], Tensor]:
+    return lambda: source.make(key)
+
+
+def write_layout(
+    source: Source, config: ModelConfig, outputs: dict[str, Output], target: str | Path, scheme: str, shard_bytes: int
+) -> Path:
+    target = Path(target).expanduser()
+    if target.resolve() == source.folder.resolve():
+        raise CheckpointError(f"{target}: source and target are one folder; give another to write into")
+    fields, named = config_fields(config, scheme, outputs), renamed(outputs, scheme)
+
+    def rest(staged: Path) -> None:
+        write_json(staged / CONFIG, fields)
+        for name in BESIDE:
+            if (source.folder / name).is_file():
+                copyfile(source.folder / name, staged / name)
+
+    return write_folder(target, named, rest, shard_bytes)

@@ -1,0 +1,57 @@
+"""`longllava convert` and `downcycle`: model folders into other model folders."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from longllava.errors import InputError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A pickled file (mm_projector.bin), or a model folder.")],
+    target: Annotated[str | None, typer.Argument(help="Folder to write into; pickles: default, beside them.")] = None,
+    to: Annotated[str | None, typer.Option(help="Layout to write: native, longllava, jamba or llava.")] = None,
+    text_only: Annotated[bool, typer.Option(help="With --to: the language model alone.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="With --to: stored dtype; default: as it is.")] = None,
+) -> None:
+    """Turn pickled weights into safetensors, in a separate process; or, with --to, a folder into another layout."""
+    from longllava.checkpoints.convert import convert_layout, convert_pickles
+
+    if to is None:
+        if text_only or dtype:
+            raise InputError("--text-only and --dtype need --to: pickles are converted as they are")
+        for path in convert_pickles(source, target):
+            print(path)
+    elif target is None:
+        raise InputError("convert --to: give the folder to write into")
+    else:
+        print(convert_layout(source, target, to, text_only=text_only, dtype=torch_dtype(dtype)))
+
+
+def downcycle(
+    source: Annotated[str, typer.Argument(help="Folder of a model with experts.")],
+    target: Annotated[str, typer.Argument(help="Folder to write the dense model into.")],
+    take: Annotated[str, typer.Option(help="Number of an expert; mean; router (mean weighted by it).")] = "mean",
+    scale: Annotated[float, typer.Option(help="Factor on the down projections made of experts.")] = 1.0,
+    original: Annotated[bool, typer.Option(help="As LongLLaVA's script: expert 0, scale 0.045, bfloat16.")] = False,
+    to: Annotated[str, typer.Option(help="Layout to write: native, longllava, jamba or llava.")] = "native",
+    dtype: Annotated[str | None, typer.Option(help="Stored dtype; default: as it is.")] = None,
+) -> None:
+    """Make a dense model of a mixture of experts: one MLP of each layer's experts."""
+    from longllava.checkpoints.downcycle import ORIGINAL
+    from longllava.checkpoints.downcycle import downcycle as run
+
+    how = ORIGINAL if original else {"take": int(take) if take.isdecimal() else take, "scale": scale}
+    print(run(source, target, **how, scheme=to, dtype=torch_dtype("bfloat16" if original else dtype)))
+
+
+def torch_dtype(name: str | None):
+    import torch
+
+    if name is not None and name not in DTYPES:
+        raise InputError(f"dtype: got {name!r}, allowed: {', '.join(DTYPES)}")
+    return None if name is None else getattr(torch, name)

@@ -1,0 +1,212 @@
+"""Published layouts: read, and written again tensor for tensor; what does not fit is named in the file's own words."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from longllava.checkpoints import load_model, load_weights_, save_model
+from longllava.config import EncoderConfig
+from longllava.errors import CheckpointError, ConfigError, LongLLaVAError
+from longllava.model import Model
+from tests.checkpoints import published
+from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+def stored(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def edit(folder, change) -> None:
+    tensors = stored(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def used_of_the_tower(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without what select_layer -2 never runs: the third of three layers, and the norm after it."""
+    return {key: tensor for key, tensor in tensors.items() if ".layers.2." not in key or "vision" not in key
+            if "post_layernorm" not in key}  # fmt: skip
+
+
+@pytest.mark.parametrize("n_experts", [1, 4])
+def test_transformers_jamba_there_and_back(tmp_path, n_experts):
+    published.jamba(tmp_path / "theirs", n_experts)
+    model = load_model(tmp_path / "theirs")
+    assert (model.encoder, model.bridge) == (None, None)
+    assert model.config.backbone.n_experts == n_experts
+    save_model(model, TOKENIZER, tmp_path / "back", scheme="jamba")
+    assert_same(stored(tmp_path / "back"), stored(tmp_path / "theirs"))
+    theirs, ours = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "back"))
+    assert {key: theirs[key] for key in ours} == ours
+
+
+@pytest.mark.parametrize("n_experts", [1, 4])
+def test_longllava_there_and_back_and_into_every_other_layout(tmp_path, n_experts):
+    written = published.longllava(tmp_path / "theirs", n_experts)
+    model = load_model(tmp_path / "theirs")
+    config = model.config
+    assert (config.bridge.pool, config.bridge.tokens_per_image, config.encoder.select_layer) == ("2d", 4, -2)
+    save_model(model, TOKENIZER, tmp_path / "theirs/back", scheme="longllava")
+    assert_same(stored(tmp_path / "theirs/back"), used_of_the_tower(written))
+    save_model(model, TOKENIZER, tmp_path / "native")
+    assert_same(load_model(tmp_path / "native").state_dict(), model.state_dict())
+    (tmp_path / "theirs/back/tower").symlink_to(tmp_path / "theirs/tower")
+    again = load_model(tmp_path / "theirs/back")
+    assert_same(again.state_dict(), model.state_dict())
+    assert (again.config.backbone, again.config.bridge) == (config.backbone, config.bridge)
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_stock_llava_there_and_back(tmp_path, tower):
+    published.llava(tmp_path / "theirs", tower=tower)
+    model = load_model(tmp_path / "theirs")
+    assert model.config.bridge.tokens_per_image == 16
+    save_model(model, TOKENIZER, tmp_path / "back", scheme="llava")
+    # written as every transformers since 4.36 reads it; transformers 5 writes the tower without "vision_model."
+    back = {key.replace("tower.vision_model.", "tower."): value for key, value in stored(tmp_path / "back").items()}
+    theirs = used_of_the_tower(stored(tmp_path / "theirs"))
+    assert_same(back, {key: value for key, value in theirs.items() if "tower.head" not in key})
+    assert load_model(tmp_path / "back").config.backbone == model.config.backbone
+
+
+def test_the_names_of_transformers_modules_are_read_too(tmp_path):
+    """state_dict() of a LlavaForConditionalGeneration in memory: model.language_model.*, model.vision_tower.*"""
+    published.llava(tmp_path, 1)
+    before = load_model(tmp_path).state_dict()
+    tensors = {}
+    for name, tensor in stored(tmp_path).items():
+        name = name.replace("language_model.lm_head", "lm_head").replace("language_model.model", "model.language_model")
+        name = name.replace("vision_tower.", "model.vision_tower.vision_model.")
+        name = name.replace("multi_modal", "model.multi_modal")
+        tensors[name] = tensor
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_same(load_model(tmp_path).state_dict(), before)
+
+
+def test_a_longllava_checkpoint_without_its_tower_takes_the_one_it_names(tmp_path):
+    published.longllava(tmp_path, 1)
+    before = load_model(tmp_path).state_dict()
+    edit(tmp_path, lambda tensors: [tensors.pop(name) for name in list(tensors) if "vision_tower" in name])
+    assert_same(load_model(tmp_path).state_dict(), before)
+
+
+@pytest.mark.parametrize(("family", "size"), [("clip", 16), ("siglip", 18)])
+def test_towers_of_transformers(tmp_path, family, size):
+    """SigLIP's 18 pixels of patches of 4: a remainder that the patches do not see, as 384 / 14."""
+    tower = {"clip": published.clip_tower, "siglip": published.siglip_tower}[family](tmp_path, image_size=size)
+    config = tiny_config(encoder=published_encoder(tmp_path))
+    model = Model(config)
+    model.initialise_()
+    load_weights_(model, tmp_path / "model.safetensors", parts=("encoder.",))
+    pixels = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        theirs = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+        ours = model.encode(pixels)
+    torch.testing.assert_close(ours, theirs[:, 1:] if family == "clip" else theirs, rtol=0, atol=2e-5)
+
+
+def published_encoder(folder) -> EncoderConfig:
+    from longllava.checkpoints.towers import tower_config
+
+    return tower_config(str(folder))
+
+
+def test_known_towers_need_no_download():
+    for name in ("openai/clip-vit-large-patch14-336", "./models/clip_vit_large_patch14_336"):
+        assert published_encoder(name) == EncoderConfig(weights="openai/clip-vit-large-patch14-336")
+
+
+def test_the_projector_file_of_stage_1(tmp_path):
+    written = published.longllava(tmp_path, 1)
+    model = load_model(tmp_path)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for prefix in ("model.mm_projector", "mm_projector"):
+        file = tmp_path / "mm_projector.safetensors"
+        tensors = {name.replace("model.mm_projector", prefix): tensor + 1
+                   for name, tensor in written.items() if "mm_projector" in name}  # fmt: skip
+        save_file(tensors, file)
+        load_weights_(model, file, parts=("bridge.",))
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[key] + 1 if key.startswith("bridge.") else before[key]), key
+    with pytest.raises(CheckpointError, match=r"16 missing|missing: .*embed_tokens"):
+        load_weights_(model, file)
+
+
+def test_faults_are_named_in_the_words_of_the_file(tmp_path):
+    published.longllava(tmp_path)
+
+    def change(tensors):
+        del tensors["model.layers.0.mamba.B_layernorm.weight"], tensors["model.layers.1.moe.experts.2.up_proj.weight"]
+        tensors["model.layers.0.mamba.conv1d.weight"] = torch.zeros(64, 4)
+        tensors["model.layers.9.input_layernorm.weight"] = torch.zeros(32)
+
+    edit(tmp_path, change)
+    with pytest.raises(LongLLaVAError) as caught:
+        load_model(tmp_path)
+    words = str(caught.value)
+    assert "2 missing: model.layers.0.mamba.B_layernorm.weight, model.layers.1.moe.experts.2.up_proj.weight" in words
+    assert "1 unexpected: model.layers.9.input_layernorm.weight" in words
+    assert "1 of wrong shape: model.layers.0.mamba.conv1d.weight (64, 4) instead of (64, 1, 4)" in words
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "mamba2"}, "model_type 'mamba2'; this library reads jamba, llava_jamba, llava"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
+        ({"mamba_inner_layernorms": False}, "mamba_inner_layernorms False"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantization_config"),
+        ({"hidden_size": "wide"}, "width: expected int"),
+        ({"num_hidden_layers": 10**9}, "n_layers: got 1000000000, at most 1024"),
+        ({"mm_vision_tower": 3}, "mm_vision_tower 3"),
+        ({"mm_hidden_size": 8}, "mm_hidden_size 8, but tower has width 16"),
+        ({"mm_vision_select_layer": "x"}, "select_layer"),
+    ],
+)
+def test_configs_that_cannot_be_meant(tmp_path, changes, words):
+    published.longllava(tmp_path, 1)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(LongLLaVAError, match=words) as caught:
+        load_model(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_pooling_as_the_original_reads_it(tmp_path):
+    published.longllava(tmp_path, 1)
+    for value, pool, n_tokens in ((None, "none", 16), ("1d", "1d", 4), ("2d", "2d", 4)):
+        edit_config(tmp_path, resamplePooling=value)
+        bridge = load_model(tmp_path).config.bridge
+        assert (bridge.pool, bridge.tokens_per_image) == (pool, n_tokens)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scheme", "words"),
+    [
+        ({}, "llava", "tokens_per_image: 4 of 16: stock Llava does not pool"),
+        ({}, "jamba", "encoder: the layout jamba has none; write longllava or llava, or the text part only"),
+        ({}, "longllava", "encoder.weights"),
+        ({"n_experts": 3}, "longllava", "backbone.qk_norm: Jamba has no such setting"),
+        ({}, "hf", "scheme 'hf'; allowed: native, longllava, jamba, llava"),
+    ],
+)
+def test_what_a_layout_cannot_express_is_refused(tmp_path, changes, scheme, words):
+    tiny = tiny_model(**changes)
+    with pytest.raises((ConfigError, CheckpointError), match=words):
+        save_model(tiny.model, tiny.tokenizer, tmp_path / "a", scheme=scheme)
+    assert not list(tmp_path.glob("a/*.json"))
