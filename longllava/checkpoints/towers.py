@@ -44,6 +44,7 @@ SIGLIP: dict[str, Any] = {
     **CLIP, "patch_size": 16, "activation": "gelu_tanh", "norm_eps": 1e-6, "mean": (0.5,) * 3, "std": (0.5,) * 3,
     "class_token": False, "pre_norm": False, "patch_bias": True,
 }  # fmt: skip
+KEPT: list[Any] = []  # what torch.library defines lasts as long as its object
 FAMILIES = {"clip_vision_model": CLIP, "clip": CLIP, "siglip_vision_model": SIGLIP, "siglip": SIGLIP}
 
 
@@ -151,17 +152,17 @@ def open_clip_tower(source: str) -> Any:
 
 def import_open_clip() -> Any:
     """open_clip, with what torchvision lacks beside a CPU build of torch: the schemas of two of its operators."""
-    import importlib.util
-
     import torch
 
-    if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
-        try:
-            import torchvision  # noqa: F401
-        except RuntimeError:
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            for name in ("nms", "qnms"):
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass  # open_clip's own import says so
+    except RuntimeError:  # operator torchvision::nms does not exist
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        KEPT.append(library)
     try:
         import open_clip
     except ImportError as error:
