@@ -99,7 +99,7 @@ def answer_one(task: dict) -> None:
         task["model"], device="cpu", dtype=task["dtype"], tokens_per_image=task["tokens_per_image"]
     )
     paths = [Path(task["folder"]) / f"{i}.png" for i in range(task["n"])]
-    pieces = model.generate("\n" + task["question"], images=paths, max_new_tokens=16, stream=True)
+    pieces = model.generate(task["question"], images=paths, max_new_tokens=16, stream=True)
     first = next(pieces, "")
     print(PRINTED + json.dumps(first), flush=True)
     cpu_seconds = round(time.process_time(), 2)

@@ -169,6 +169,7 @@ class PromptConfig:
     video_close: str = "</vid>"
     frame_join: str = "<t>"
     row_join: str = "\n"
+    images_end: str = "\n"  # between pictures and the text they are put before, as LLaVA's "<image>\n" + question
     user: str = "<|User|>\n"
     assistant: str = "<|Assistant|>\n"
     user_end: str = "\n"

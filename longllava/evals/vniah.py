@@ -152,13 +152,12 @@ def encode(model: Judged, sources: Sequence[Any], move: Callable[[int], None]) -
 
 
 def ask(walk: Album, rest: Sequence[Any], needle: Needle) -> dict[str, Any]:
-    """One prompt: what `walk` has read, the needle, the rest of the haystack, a line break, the question."""
+    """One prompt: what `walk` has read, the needle, the rest of the haystack, the question."""
     started = time.perf_counter()
     album = walk.fork()
     album.append(images=rest)
-    question = f"\n{needle.question}"  # so LongVA's questions begin, and those of the picture world's training
-    score = album.score(question, needle.answer)
-    said = album.ask(question, max_new_tokens=MAX_NEW_TOKENS)
+    score = album.score(needle.question, needle.answer)
+    said = album.ask(needle.question, max_new_tokens=MAX_NEW_TOKENS)
     return {
         "name": needle.name,
         "kind": needle.kind,

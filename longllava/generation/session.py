@@ -21,7 +21,18 @@ from longllava.generation.batch import answer_many
 from longllava.generation.prefill import Reader
 from longllava.generation.sampling import Sampling, next_tokens
 from longllava.generation.streaming import TextStream
-from longllava.inputs.chat import Answer, Mark, Message, Piece, Plain, check_text, media_pieces, string_pieces
+from longllava.inputs.chat import (
+    Answer,
+    Mark,
+    Markup,
+    Message,
+    Piece,
+    Plain,
+    check_text,
+    line_before,
+    media_pieces,
+    string_pieces,
+)
 from longllava.inputs.processor import Encoded
 from longllava.nn import AttentionState, Context, State, fork_state
 
@@ -80,7 +91,7 @@ class Session:
         if text is None:
             pieces = media_pieces(n_images, n_frames, prompt)
         else:
-            pieces = string_pieces(text, n_images, n_frames, prompt)
+            pieces = [*self.line_before(text, sources), *string_pieces(text, n_images, n_frames, prompt)]
         self.take(self.reader.processor.tagged(pieces), sources)
 
     def take(self, pieces: Sequence[Piece], sources: Sequence[Any]) -> None:
@@ -211,7 +222,14 @@ class Session:
         sources, n_images, n_frames = self.reader.media(images, video)
         processor = self.reader.processor
         pieces = string_pieces(question, n_images, n_frames, processor.prompt)
-        return [*processor.tagged(pieces), processor.user_end()], sources
+        line = self.line_before(question, sources)
+        return [*line, *processor.tagged(pieces), processor.user_end()], sources
+
+    def line_before(self, text: str, sources: Sequence[Any]) -> list[Piece]:
+        """What parts a text from the picture that was read last, when it brings none of its own."""
+        prompt = self.reader.processor.prompt
+        after_picture = not sources and self.waiting and self.waiting[-1] == Markup(prompt.image_close)
+        return line_before(text, prompt) if after_picture else []
 
     def encode(self, pieces: Sequence[Piece]) -> Encoded:
         return self.reader.processor.encode_pieces(pieces, self.reader.tokens_per_image)

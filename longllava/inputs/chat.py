@@ -109,16 +109,23 @@ def media_pieces(n_images: int, n_frames: int, prompt: PromptConfig, first: int 
 def string_pieces(text: str, n_images: int, n_frames: int, prompt: PromptConfig) -> list[Piece]:
     """A prompt string with its pictures: at the <image> marks, or before the text when it has none.
 
-    A video always stands before the text. Raises: InputError when marks and images disagree, or all is empty.
+    A video always stands before the text. Pictures put before a text end with prompt.images_end, unless the text
+    itself begins a line. Raises: InputError when marks and images disagree, or all is empty.
     """
     check_text(text, "prompt")
     if not text.strip() and not n_images and not n_frames:
         raise InputError("prompt: it is empty; write a question")
     pieces, n_marks = split_marks(text, 0)
     if n_marks == 0:
-        return [*media_pieces(n_images, n_frames, prompt), *pieces]
+        line = line_before(text, prompt) if n_images and not n_frames else []
+        return [*media_pieces(n_images, n_frames, prompt), *line, *pieces]
     check_counts(n_marks, n_images)
     return [*media_pieces(0, n_frames, prompt, first=n_images), *pieces]
+
+
+def line_before(text: str, prompt: PromptConfig) -> list[Piece]:
+    """What stands between a picture and a text that was not written around it."""
+    return [Markup(prompt.images_end)] if prompt.images_end and text and not text.startswith("\n") else []
 
 
 def messages_of_dicts(

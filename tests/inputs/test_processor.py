@@ -100,7 +100,8 @@ def test_text_only_models_refuse_images():
 def test_strings_place_images_at_marks_or_first():
     prompt = PromptConfig()
     assert string_pieces("a <image> b", 1, 0, prompt) == [Plain("a "), Mark(0, 2, 9), Plain(" b", 9)]
-    assert string_pieces("ab", 2, 0, prompt) == [Mark(0), Mark(1), Plain("ab")]
+    assert string_pieces("ab", 2, 0, prompt) == [Mark(0), Mark(1), Markup("\n"), Plain("ab")]
+    assert string_pieces("\nab", 2, 0, prompt) == [Mark(0), Mark(1), Plain("\nab")]
     assert string_pieces("ab", 0, 2, prompt) == [
         Markup("<vid>"), Mark(0), Markup("<t>"), Mark(1), Markup("</vid>"), Plain("ab"),
     ]  # fmt: skip
