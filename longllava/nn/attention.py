@@ -95,7 +95,7 @@ def attend_segments(q_BLHK: Tensor, state: AttentionState, seq_idx_BL: Tensor | 
 
 
 def report_grounding(ctx: Context, q_BLHK: Tensor, k_BLGK: Tensor) -> None:
-    """Training aid: -log of the attention that marked queries give to their evidence, on the first half of the heads.
+    """Training aid: -log of the attention that marked queries give to their evidence, mean over all heads.
 
     Marks are (row, query position, first key, end key). A query with several marks (two pictures show the thing)
     may look at any of their keys: its masses are added before the log. Keys of other samples and of later tokens
@@ -103,9 +103,8 @@ def report_grounding(ctx: Context, q_BLHK: Tensor, k_BLGK: Tensor) -> None:
     """
     assert ctx.grounding_G4 is not None
     heads, groups = q_BLHK.shape[2], k_BLGK.shape[2]
-    used = max(1, heads // 2)
     at = torch.arange(k_BLGK.shape[1], device=k_BLGK.device)
-    kv_of_head = torch.arange(used, device=k_BLGK.device) // (heads // groups)
+    kv_of_head = torch.arange(heads, device=k_BLGK.device) // (heads // groups)
     log_mass = []
     for row in ctx.grounding_G4[:, 0].unique():
         marks_G4 = ctx.grounding_G4[ctx.grounding_G4[:, 0] == row]
@@ -113,7 +112,7 @@ def report_grounding(ctx: Context, q_BLHK: Tensor, k_BLGK: Tensor) -> None:
         inside_GS = (at >= marks_G4[:, 2, None]) & (at < marks_G4[:, 3, None])
         n_marks_QS = torch.zeros(len(query_Q), len(at), dtype=torch.int32, device=at.device)
         inside_QS = n_marks_QS.index_add_(0, of_mark_G, inside_GS.int()) > 0
-        q_QHK, k_SHK = q_BLHK[row, query_Q, :used].float(), k_BLGK[row][:, kv_of_head].float()
+        q_QHK, k_SHK = q_BLHK[row, query_Q].float(), k_BLGK[row][:, kv_of_head].float()
         logits_QHS = torch.einsum("qhk,shk->qhs", q_QHK, k_SHK) * q_QHK.shape[-1] ** -0.5
         visible_QS = at <= query_Q[:, None]
         if ctx.seq_idx_BL is not None:

@@ -222,7 +222,10 @@ def build_start(
         retrieval_prior_(model.backbone, config.seed)
     if config.aids.name_codes:
         codes = runs_folder(config, model_config) / config.aids.name_codes
-        name_codes_(model.backbone.embed_tokens.weight, tokenizer, codes, config.seed)
+        embeddings_VD = model.backbone.embed_tokens.weight
+        name_codes_(embeddings_VD, tokenizer, codes, config.seed)
+        if model.backbone.lm_head is not None:
+            model.backbone.lm_head.weight.data.copy_(embeddings_VD)
     for part, folder in folders.items():
         tensors = read_part(folder, part)
         missing, unexpected = getattr(model, part).load_state_dict(tensors, strict=False)

@@ -31,7 +31,6 @@ from longllava.errors import ConfigError
 
 # How often each kind of needle is asked for.
 NEEDLES = {"number": 8, "colour": 8, "place": 2, "copies": 1}
-BY_VALUE = 0.2  # share of needles asked for by their number or colour, where one picture alone has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,25 +38,27 @@ class Needle:
     """A haystack of pictures, then questions about things that stand in it once.
 
     n_images, n_questions: ranges. siblings: share of the pictures whose things are of one kind (all animals),
-    so that needles must be told from their like.
+    so that needles must be told from their like. by_value: share of needles asked for by their number or colour,
+    where one picture alone has it.
     """
 
     n_images: tuple[int, ...] = (4, 16)
     n_questions: tuple[int, ...] = (8, 32)
     siblings: float = 0.3
+    by_value: float = 0.2
 
     def __post_init__(self) -> None:
         between(self, "n_images", 1, 4096)
         between(self, "n_questions", 1, 256)
-        if not 0 <= self.siblings <= 1:
-            raise ConfigError(f"siblings: got {self.siblings}, must be a share between 0 and 1")
+        for name in ("siblings", "by_value"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, must be a share between 0 and 1")
 
     def make(self, rng: random.Random, pool: PicturePool) -> Conversation:
         indices = album(rng, pool, draw_range(rng, self.n_images, by_ratio=True), self.siblings)
         conversation = Conversation([pool.reference(index) for index in indices])
-        ask_needles(
-            conversation, [pool.spec(index) for index in indices], draw_range(rng, self.n_questions), rng
-        )
+        specs = [pool.spec(index) for index in indices]
+        ask_needles(conversation, specs, draw_range(rng, self.n_questions), rng, by_value_share=self.by_value)
         return conversation
 
 
@@ -79,8 +80,9 @@ def of_group(pool: PicturePool) -> dict[str, list[int]]:
 
 
 def ask_needles(
-    conversation: Conversation, specs: Sequence[PictureSpec], n: int, rng: random.Random, first: int = 0
-) -> None:
+    conversation: Conversation, specs: Sequence[PictureSpec], n: int, rng: random.Random, first: int = 0,
+    by_value_share: float = 0.2,
+) -> None:  # fmt: skip
     """n questions (fewer if there is less to ask), evidence at the key; specs[i] is image first + i."""
     unique = alone_with([spec.thing for spec in specs])
     by_value = [
@@ -93,7 +95,7 @@ def ask_needles(
     for _ in range(4 * n):
         if len(conversation.turns) >= 2 * n:
             break
-        if by_value and rng.random() < BY_VALUE:
+        if by_value and rng.random() < by_value_share:
             index, kind, wordings = rng.choice(by_value)
             question = put(rng.choice(wordings), value(specs[index], kind) or "", name_of(specs[index].thing))
             kind = f"by {kind}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 
 from longllava.data.samples import IMAGE_MARK, Evidence, Sample, Turn
@@ -33,12 +32,7 @@ class Conversation:
     ) -> None:  # fmt: skip
         """As `ask`, for a question with several keys, each with its own pictures or spans."""
         turn = len(self.turns)
-        before = ""
-        if turn == 0 and self.opening:
-            # after pictures half the questions begin a line, as LLaVA's data do, and half do not, as people ask;
-            # which, follows from the text, so that a sample is made alike every time
-            line = not self.images or zlib.crc32(text.encode()) % 2 == 0
-            before = self.opening + ("\n" if line else "")
+        before = f"{self.opening}\n" if turn == 0 and self.opening else ""
         for (start, end), indices in zip(keys, images):
             for index in indices:
                 self.evidence.append(Evidence(turn, len(before) + start, len(before) + end, image=index))
