@@ -91,7 +91,8 @@ def measure(folder: Path) -> dict:
             row[f"seconds_to_save_{scheme}"] = round(time.perf_counter() - start, 2)
             again = load_model(other).state_dict()
             wanted = [key for key in state if not parts or key.startswith(parts)]
-            row[f"equal_{scheme}"] = list(again) == wanted and all(torch.equal(again[key], state[key]) for key in wanted)
+            equal = list(again) == wanted and all(torch.equal(again[key], state[key]) for key in wanted)
+            row[f"equal_{scheme}"] = equal
             del again
     return row
 

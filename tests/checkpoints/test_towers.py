@@ -19,6 +19,15 @@ from longllava.model import Model
 ARCHITECTURE = "ViT-S-32-alt"  # the smallest plain vision transformer of the package
 
 
+class AnyName(type):
+    """A class with whatever attributes are asked of it: InterpolationMode.BICUBIC."""
+
+    def __getattr__(cls, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return AnyName(name, (), {})
+
+
 class Module(types.ModuleType):
     """Stands for torchvision, whose picture transforms open_clip imports and these tests do not use. Its wheel from
     the package index does not work beside a CPU build of torch."""
@@ -26,7 +35,7 @@ class Module(types.ModuleType):
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (object,), {})
+        return AnyName(name, (), {})
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +46,11 @@ def open_clip():
     names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.ops",
              "torchvision.ops.misc")  # fmt: skip
     before = {name: sys.modules.get(name) for name in names}
-    sys.modules.update({name: Module(name) for name in names})
+    for name in names:
+        sys.modules[name] = Module(name)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, sys.modules[name])
     try:
         return pytest.importorskip("open_clip")
     finally:
