@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from longllava.api import LongLLaVA
 from longllava.checkpoints import load_model, load_weights_, save_model
-from longllava.config import EncoderConfig
+from longllava.config import BridgeConfig, EncoderConfig
 from longllava.errors import CheckpointError, ConfigError, LongLLaVAError
 from longllava.model import Model
 from tests.checkpoints import published
-from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_config, tiny_model, tiny_pictures, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -70,6 +71,17 @@ def test_longllava_there_and_back_and_into_every_other_layout(tmp_path, n_expert
     again = load_model(tmp_path / "theirs/back")
     assert_same(again.state_dict(), model.state_dict())
     assert (again.config.backbone, again.config.bridge) == (config.backbone, config.bridge)
+
+
+def test_the_norms_of_B_and_C_are_not_exchanged(tmp_path):
+    """Answers would not tell: only the product of their weights enters the output, state by state."""
+    published.jamba(tmp_path / "jamba")
+    published.longllava(tmp_path / "longllava")
+    for name, B in (("jamba", "b"), ("longllava", "B")):
+        theirs, ours = stored(tmp_path / name), load_model(tmp_path / name).state_dict()
+        B_norm = theirs[f"model.layers.0.mamba.{B}_layernorm.weight"]
+        assert torch.equal(ours["backbone.layers.0.mixer.B_norm.weight"], B_norm)
+        assert not torch.equal(ours["backbone.layers.0.mixer.C_norm.weight"], B_norm)
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
@@ -185,6 +197,21 @@ def test_configs_that_cannot_be_meant(tmp_path, changes, words):
     with pytest.raises(LongLLaVAError, match=words) as caught:
         load_model(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_of_any_layout_answers_as_the_model_did(tmp_path):
+    """from_pretrained on stock Llava's layout, with pictures, and on plain Jamba's, without."""
+    tiny = tiny_model(bridge=BridgeConfig(pool="none", tokens_per_image=16, hidden=32))
+    save_model(tiny.model, tiny.tokenizer, tmp_path / "llava", scheme="llava")
+    save_model(tiny.model, tiny.tokenizer, tmp_path / "jamba", scheme="jamba", parts=("backbone.",))
+    asked = {"prompt": "what is this?", "max_new_tokens": 8}
+    again = LongLLaVA.from_pretrained(tmp_path / "llava", device="cpu", dtype="float32")
+    pictures = tiny_pictures(2)
+    assert again.generate(**asked, images=pictures) == tiny.generate(**asked, images=pictures) != ""
+    text_only = LongLLaVA.from_pretrained(tmp_path / "jamba", device="cpu", dtype="float32")
+    assert text_only.generate(**asked) == tiny.generate(**asked) != ""
+    with pytest.raises(LongLLaVAError, match="no encoder"):
+        text_only.generate(**asked, images=pictures)
 
 
 def test_pooling_as_the_original_reads_it(tmp_path):

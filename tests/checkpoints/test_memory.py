@@ -57,4 +57,3 @@ def test_peak_memory_is_the_model_and_two_of_its_largest_tensors(tmp_path, schem
     assert found["model"] > 100e6 and found["largest"] > 20e6
     # the heap's own slack, and modules of a model of this size: 8 MB
     assert found["peak"] <= found["model"] + 2 * found["largest"] + 8e6, found
-    print(found)
