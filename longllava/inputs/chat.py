@@ -160,7 +160,8 @@ def messages_of_dicts(
             if kind == "text":
                 text: Any = part.get("text")
                 check_text(text, f"{where}: text")
-                pieces.append(Plain(text))
+                line = line_before(text, prompt) if pieces and isinstance(pieces[-1], Mark) else []
+                pieces += [*line, Plain(text)]
             elif kind == "image" and message["role"] == "user":
                 if (source := source_of(part, kind)) is None and not given:
                     raise InputError(f"{where}: an image part has neither 'image' nor 'path', and no image is left")

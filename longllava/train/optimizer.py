@@ -13,9 +13,7 @@ from longllava.train.config import OptimizerConfig
 NOT_DECAYED = ("A_log_EN",)  # two-dimensional, but a rate, not a weight (Mamba's `_no_weight_decay`)
 
 
-def select_parts(
-    model: nn.Module, parts: Iterable[str], frozen: Iterable[str] = ()
-) -> list[tuple[str, nn.Parameter]]:
+def select_parts(model: nn.Module, parts: Iterable[str], frozen: Iterable[str] = ()) -> list[tuple[str, nn.Parameter]]:
     """Let only these parts train; the others are frozen, in eval mode. Returns what trains, by name.
 
     frozen: modules or parameters inside those parts that do not ("backbone.embed_tokens").

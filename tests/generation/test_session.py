@@ -126,7 +126,7 @@ def test_appending_is_reading_at_once(sizes):
     album, first, text = MODEL.session(), 0, ""
     for size in sizes:
         album.append(images=PICTURES[:size] or None, text="a red ")
-        text += "<image>" * size + "a red "
+        text += "<image>" * size + "\n" * (size > 0) + "a red "  # a line parts pictures from the text they precede
         first += size
     pictures = [picture for size in sizes for picture in PICTURES[:size]]
     whole = MODEL.session(images=pictures, text=text) if pictures else MODEL.session(text=text)

@@ -118,7 +118,7 @@ def parse(messages, images=()):
 def test_messages_with_parts():
     content = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "<image>?"}, {"type": "image"}]
     messages, sources = parse([{"role": "user", "content": content}], ["b.png"])
-    assert messages[0].pieces == (Mark(0), Plain("<image>?"), Mark(1))
+    assert messages[0].pieces == (Mark(0), Markup("\n"), Plain("<image>?"), Mark(1))
     assert sources == ["a.png", "b.png"]
     encoded = PROCESSOR.encode_messages(messages)
     assert len(encoded.spans) == 2 and TOKENIZER.decode(encoded.ids).count("<image>") == 1

@@ -7,7 +7,7 @@ import torch
 from longllava.nn import Context
 from longllava.nn.attention import report_grounding
 
-B, L, H, G, K = 2, 12, 4, 2, 8  # heads 0 and 1 are supervised; both read key-value head 0
+B, L, H, G, K = 2, 12, 4, 2, 8
 
 
 def tensors() -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,14 +25,14 @@ def report(q_BLHK, k_BLGK, marks, seq_idx_BL=None) -> dict[str, torch.Tensor]:
 
 def mass(q_BLHK, k_BLGK, row: int, query: int, head: int, keys: list[int], first: int = 0) -> torch.Tensor:
     """The share of one query's attention on `keys`, over the keys first .. query."""
-    logits_S = k_BLGK[row, first : query + 1, 0] @ q_BLHK[row, query, head] * K**-0.5
+    logits_S = k_BLGK[row, first : query + 1, head * G // H] @ q_BLHK[row, query, head] * K**-0.5
     return logits_S.softmax(0)[[key - first for key in keys]].sum()
 
 
 def test_one_mark_is_minus_log_of_the_mass_on_its_span() -> None:
     q_BLHK, k_BLGK = tensors()
     losses = report(q_BLHK, k_BLGK, [[1, 9, 2, 5]])
-    masses = torch.stack([mass(q_BLHK, k_BLGK, 1, 9, head, [2, 3, 4]) for head in (0, 1)])
+    masses = torch.stack([mass(q_BLHK, k_BLGK, 1, 9, head, [2, 3, 4]) for head in range(4)])
     torch.testing.assert_close(losses["grounding"], -masses.log().mean())
     torch.testing.assert_close(losses["grounding_mass"], masses.mean().detach())
 
@@ -44,7 +44,7 @@ def test_masses_of_one_query_are_added_before_the_log() -> None:
     losses = report(q_BLHK, k_BLGK, marks)
     evidence = [(0, 9, [1, 2, 3, 6, 7]), (0, 7, [0, 1]), (1, 5, [4])]
     masses = torch.stack([mass(q_BLHK, k_BLGK, row, query, head, keys)
-                          for row, query, keys in evidence for head in (0, 1)])  # fmt: skip
+                          for row, query, keys in evidence for head in range(4)])  # fmt: skip
     torch.testing.assert_close(losses["grounding"], -masses.log().mean())
     expected = torch.autograd.grad(-masses.log().mean(), (q_BLHK, k_BLGK))
     torch.testing.assert_close(torch.autograd.grad(losses["grounding"], (q_BLHK, k_BLGK)), expected)
@@ -60,5 +60,5 @@ def test_other_samples_and_later_keys_take_no_mass() -> None:
     q_BLHK, k_BLGK = tensors()
     seq_idx_BL = torch.tensor([[0] * 4 + [1] * 6 + [-1] * 2, [0] * 12], dtype=torch.int32)
     losses = report(q_BLHK, k_BLGK, [[0, 8, 5, 7], [0, 8, 7, 8]], seq_idx_BL)
-    masses = torch.stack([mass(q_BLHK, k_BLGK, 0, 8, head, [5, 6, 7], first=4) for head in (0, 1)])
+    masses = torch.stack([mass(q_BLHK, k_BLGK, 0, 8, head, [5, 6, 7], first=4) for head in range(4)])
     torch.testing.assert_close(losses["grounding"], -masses.log().mean())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from longllava.train.alignment import alignment_loss
@@ -35,6 +37,26 @@ def test_training_on_it_brings_pictures_to_their_words():
         nearest = set(cosine[i].topk(2).indices.tolist())
         assert nearest == {NAMES[i], COLOURS[i]}
         assert cosine[i, NAMES[i]] > cosine[i, COLOURS[i]]  # the rarer word weighs more
+
+
+def test_the_loss_is_what_its_words_say():
+    """Against loops over tokens and words."""
+    torch.manual_seed(1)
+    words, images = torch.randn(30, 16), torch.randn(4, 2, 16)
+    spans, labels, seq_idx = batch()
+    score = 20 * torch.nn.functional.cosine_similarity(images[:, :, None], words, dim=-1)  # picture, token, word
+    weights = {**{name: math.log(4) for name in NAMES}, 20: math.log(2), 21: math.log(2)}
+    by_picture = 0.0
+    for i in range(4):
+        said = (NAMES[i], COLOURS[i])
+        log_p = {w: (score[i, :, w] - score[i].logsumexp(-1)).mean() for w in said}
+        by_picture -= sum(weights[w] * log_p[w] for w in said) / sum(weights[w] for w in said) / 4
+    by_word = 0.0
+    for w in weights:
+        shows = [i for i in range(4) if w in (NAMES[i], COLOURS[i])]
+        by_word -= (score[shows, :, w].logsumexp((0, 1)) - score[:, :, w].logsumexp((0, 1))) / len(weights)
+    loss = alignment_loss(images, spans, labels, seq_idx, words)
+    torch.testing.assert_close(loss, by_picture + by_word)
 
 
 def test_samples_of_several_pictures_and_batches_without_captions_are_left_out():

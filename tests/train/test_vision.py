@@ -9,10 +9,18 @@ from safetensors.torch import load_file
 from longllava.errors import ConfigError, TrainingError
 from longllava.shipped import shipped
 from longllava.train import vision
-from longllava.train.vision import Pictures, VisionTrainConfig, one_cycle, random_means
+from longllava.train.vision import NameReadout, Pictures, VisionTrainConfig, one_cycle, random_means
 from longllava.train.vision_config import load_vision
 
-SMALL = {"batch": 2, "crop_steps": 2, "whole_steps": 3, "save_seconds": 0.0, "n_test": 2, "n_threads": 1}
+SMALL = {
+    "batch": 2,
+    "crop_steps": 2,
+    "whole_steps": 3,
+    "name_steps": 3,
+    "save_seconds": 0.0,
+    "n_test": 2,
+    "n_threads": 1,
+}
 
 
 def model_yaml(tmp_path):
@@ -29,7 +37,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     model = model_yaml(tmp_path)
     vision.train(VisionTrainConfig(model=model, out=str(tmp_path / "straight"), **SMALL))
     broken = VisionTrainConfig(model=model, out=str(tmp_path / "broken"), **SMALL)
-    for phase, at in (("crops", 1), ("whole", 0), ("whole", 2)):
+    for phase, at in (("crops", 1), ("whole", 0), ("whole", 2), ("names", 0), ("names", 1)):
         honest = vision.losses_of
 
         def stop(config, model, now, pixels, labels, step, phase=phase, at=at, honest=honest):
@@ -84,3 +92,24 @@ def test_means_are_over_the_asked_number_of_tokens():
 def test_the_rate_rises_then_falls_to_zero():
     rates = [one_cycle(1.0, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == 1.0 and rates[-1] < 0.01
+
+
+def test_name_codes_are_whitened_and_score_as_the_table_did():
+    torch.manual_seed(0)
+    skewed = torch.randn(797, 16) * torch.logspace(0, -1, 16)
+    readout = NameReadout(16)
+    readout.begin_(skewed)
+    codes = readout.codes - readout.codes.mean(0)
+    spread = torch.linalg.svdvals(codes)
+    assert spread[0] / spread[-1] < 1.2 < torch.linalg.svdvals(skewed - skewed.mean(0))[0] / 3
+    torch.testing.assert_close(readout.codes.norm(dim=1), torch.ones(797))
+    # before a row's norm is taken away, codes @ map(x) is what the centred table gave
+    u, s, v = torch.linalg.svd(skewed - skewed.mean(0), full_matrices=False)
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(readout.map(x) @ (u @ v).T, x @ (skewed - skewed.mean(0)).T, rtol=1e-4, atol=1e-4)
+
+
+def test_name_codes_do_not_train():
+    readout = NameReadout(16)
+    assert {name for name, _ in readout.named_parameters()} == {"map.weight", "log_scale", "threshold"}
+    assert "codes" in readout.state_dict()
