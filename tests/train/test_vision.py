@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from longllava.errors import ConfigError, TrainingError
 from longllava.shipped import shipped
 from longllava.train import vision
-from longllava.train.vision import NameReadout, Pictures, VisionTrainConfig, one_cycle, random_means
+from longllava.train.vision import Pictures, VisionTrainConfig, one_cycle, random_means
 from longllava.train.vision_config import load_vision
+from longllava.train.vision_model import NameReadout
 
 SMALL = {
     "batch": 2,
