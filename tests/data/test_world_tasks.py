@@ -105,8 +105,10 @@ def test_the_share_of_needles_asked_by_a_value_is_kept(share: float, low: float,
     drawn = samples("needle", 80, n_images=[4, 8], n_questions=[2, 3], by_value=share)
     asked = [turn.text for sample in drawn for turn in sample.turns if turn.role == "user"]
     # with a thing's share of 1, a sample where no value stands alone asks nothing else than its fallback
-    by_value = [any(key_of(w, text.split("\n")[-1]) in (*words.DIGITS, *COLOUR_NAMES) for _, w in BY_VALUE) for text in asked]
-    counting = [any(key_of(w, text.split("\n")[-1]) for kind, w in BY_THING if kind == "copies") for text in asked]
+    asked = [text.split("\n")[-1] for text in asked]
+    values = (*words.DIGITS, *COLOUR_NAMES)
+    by_value = [any(key_of(wording, text) in values for _, wording in BY_VALUE) for text in asked]
+    counting = [any(key_of(wording, text) for kind, wording in BY_THING if kind == "copies") for text in asked]
     told = [value for value, count in zip(by_value, counting, strict=True) if value or not count]
     assert low <= sum(told) / len(told) <= high
 
