@@ -160,7 +160,8 @@ class FusionConfig:
 class PromptConfig:
     """The text around images and turns; plain text except where a name is a special token of the tokenizer.
 
-    Source: LongLLaVA cli.py, conversation.py (facts in ARCHITECTURE.md).
+    Defaults are the clean form, for new models; PUBLISHED_PROMPT is what LongLLaVA's checkpoints were trained on.
+    Source: LongLLaVA @f349366, cli.py, conversation.py, train.py (preprocess_jamba).
     """
 
     image_open: str = "<img>"
@@ -169,13 +170,22 @@ class PromptConfig:
     video_close: str = "</vid>"
     frame_join: str = "<t>"
     row_join: str = "\n"
+    last_frame_close: str | None = None  # after a video's last frame; None: image_close
+    whole_close: str | None = None  # after a whole picture that its tiles follow; None: image_close
+    tiles_end: str = ""  # after the last tile of a picture
     images_end: str = "\n"  # between pictures and the text they are put before, as LLaVA's "<image>\n" + question
     user: str = "<|User|>\n"
     assistant: str = "<|Assistant|>\n"
     user_end: str = "\n"
+    between_turns: str | None = None  # read after an answer that a turn follows, where eos is learned; None: eos
     bos_token: str = "<|startoftext|>"
     eos_token: str = "<|endoftext|>"
     pad_token: str = "<|pad|>"
+
+
+# "</img></vid>" lost its first ">" to a character-wise rstrip("<t>"); a picture's own tags were put around its tiles
+# too; and inputs had a line break where labels had eos.
+PUBLISHED_PROMPT = PromptConfig(last_frame_close="</img", whole_close="", tiles_end="</img>", between_turns="\n")
 
 
 @dataclass(frozen=True, kw_only=True)

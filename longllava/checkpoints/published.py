@@ -7,12 +7,20 @@ configuration_jamba.py and configuration_llava.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from longllava.checkpoints.folders import CONFIG
 from longllava.checkpoints.towers import tower_config, vision_fields, vision_values
-from longllava.config import BackboneConfig, BridgeConfig, EncoderConfig, ModelConfig
+from longllava.config import (
+    PUBLISHED_PROMPT,
+    BackboneConfig,
+    BridgeConfig,
+    EncoderConfig,
+    ModelConfig,
+    PromptConfig,
+)
 from longllava.errors import CheckpointError, ConfigError
 from longllava.settings import build, load, read_mapping
 
@@ -41,6 +49,7 @@ BACKBONE = {
 }
 # transformers' defaults where they are not ours: configs may leave them out
 JAMBA_DEFAULTS = {"num_experts": 16}
+PROMPT = "longllava_prompt"  # our key in their configs: how this model is spoken to, where that is not the layout's way
 # settings that change the answers, and the only values that this library knows
 FIXED: dict[str, tuple] = {
     "hidden_act": ("silu",),
@@ -73,7 +82,9 @@ def read_config(folder: Path) -> ModelConfig:
 
 def read_jamba(data: Mapping[str, Any], folder: Path) -> ModelConfig:
     backbone = backbone_of(data, folder)
-    return ModelConfig(name=folder.name, encoder=None, bridge=None, backbone=backbone)
+    return ModelConfig(
+        name=folder.name, encoder=None, bridge=None, backbone=backbone, prompt=prompt_of(data, folder, PromptConfig())
+    )
 
 
 def read_longllava(data: Mapping[str, Any], folder: Path) -> ModelConfig:
@@ -91,7 +102,8 @@ def read_longllava(data: Mapping[str, Any], folder: Path) -> ModelConfig:
     pool = "none" if not pooling else "2d" if pooling == "2d" else "1d"
     n_tokens = all_tokens if pool == "none" else all_tokens // 4
     bridge = BridgeConfig(pool=pool, tokens_per_image=n_tokens, hidden=backbone.width)
-    return ModelConfig(name=folder.name, encoder=encoder, bridge=bridge, backbone=backbone)
+    prompt = prompt_of(data, folder, PUBLISHED_PROMPT)
+    return ModelConfig(name=folder.name, encoder=encoder, bridge=bridge, backbone=backbone, prompt=prompt)
 
 
 def read_llava(data: Mapping[str, Any], folder: Path) -> ModelConfig:
@@ -109,10 +121,16 @@ def read_llava(data: Mapping[str, Any], folder: Path) -> ModelConfig:
         )
     backbone = backbone_of(text, folder)
     bridge = BridgeConfig(pool="none", tokens_per_image=encoder.grid() ** 2, hidden=backbone.width)
-    return ModelConfig(name=folder.name, encoder=encoder, bridge=bridge, backbone=backbone)
+    prompt = prompt_of(data, folder, PromptConfig())
+    return ModelConfig(name=folder.name, encoder=encoder, bridge=bridge, backbone=backbone, prompt=prompt)
 
 
 READERS = {"jamba": read_jamba, "llava_jamba": read_longllava, "llava": read_llava}
+
+
+def prompt_of(data: Mapping[str, Any], folder: Path, usual: PromptConfig) -> PromptConfig:
+    """The layout's usual prompt, or the one that this library wrote beside the layout's own keys."""
+    return build(PromptConfig, data[PROMPT], f"{folder / CONFIG}: {PROMPT}") if PROMPT in data else usual
 
 
 def backbone_of(data: Mapping[str, Any], folder: Path) -> BackboneConfig:
@@ -128,6 +146,12 @@ def backbone_of(data: Mapping[str, Any], folder: Path) -> BackboneConfig:
 
 def published_config(config: ModelConfig, scheme: str) -> dict[str, Any]:
     """config.json of a scheme. Raises: ConfigError naming the setting that it cannot express."""
+    usual = PUBLISHED_PROMPT if scheme == "longllava" and config.encoder else PromptConfig()
+    said = {} if config.prompt == usual else {PROMPT: asdict(config.prompt)}
+    return {**layout_fields(config, scheme), **said}
+
+
+def layout_fields(config: ModelConfig, scheme: str) -> dict[str, Any]:
     text = jamba_fields(config.backbone)
     encoder, bridge = config.encoder, config.bridge
     if encoder is None or bridge is None:

@@ -26,7 +26,10 @@ MISFITS_IN_A_ROW = 1000  # a recipe whose samples are all too long must end in a
 
 @dataclass(frozen=True)
 class Item:
-    """Sample `number` of the run as tokens. pairs: (query position, key start, key end), of its evidence."""
+    """Sample `number` of the run as tokens. pairs: (query position, key start, key end), of its evidence.
+
+    targets: as in Encoded, position -> the id learned there, where it is not the one that is read.
+    """
 
     number: int
     id: str
@@ -36,6 +39,7 @@ class Item:
     spans: list[Span]
     images: tuple[str, ...]
     pairs: list[tuple[int, int, int]]
+    targets: dict[int, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -115,7 +119,8 @@ def encode_sample(
         else:
             raise InputError(f"sample {sample.id}: evidence names neither an image nor a key")
         pairs.append((query, start, end))
-    return Item(number, sample.id, source, encoded.ids, encoded.trainable, encoded.spans, tuple(sample.images), pairs)
+    return Item(number, sample.id, source, encoded.ids, encoded.trainable, encoded.spans, tuple(sample.images), pairs,
+                encoded.targets)  # fmt: skip
 
 
 def token_range(turn_tokens: Sequence[TurnTokens], turn: int, start: int, end: int) -> tuple[int, int]:
@@ -207,7 +212,10 @@ def build_batch(rows: Sequence[Sequence[Item]], row_length: int, pad_id: int) ->
             ids = torch.tensor(item.ids, dtype=torch.int64)
             ids_BL[r, at:end] = ids
             learned = torch.tensor(item.trainable)
-            labels_BL[r, at : end - 1] = torch.where(learned[1:], ids[1:], IGNORED)
+            wanted = ids.clone()
+            for position, number_learned in item.targets.items():
+                wanted[position] = number_learned
+            labels_BL[r, at : end - 1] = torch.where(learned[1:], wanted[1:], IGNORED)
             seq_idx_BL[r, at:end] = number
             positions_BL[r, at:end] = torch.arange(len(item))
             for span in item.spans:

@@ -166,7 +166,7 @@ class Session:
 
     def score_pieces(self, pieces: Sequence[Piece], answer: str, sources: Sequence[Any]) -> Score:
         check_text(answer, "answer")
-        encoded = self.encode([*pieces, Answer(answer)])
+        encoded = self.encode([*pieces, Answer(answer, last=True)])
         asked = self.encode(pieces)
         ids = encoded.ids[len(asked.ids) : -1]
         if not ids:

@@ -35,18 +35,23 @@ class Plain:
 
 @dataclass(frozen=True)
 class Mark:
-    """The slots of one image. `start`, `end`: where its mark stands in the turn's text."""
+    """The slots of one image. `start`, `end`: where its mark stands in the turn's text.
+
+    close: the tag after it, where it is not the usual one.
+    """
 
     image: int
     start: int = 0
     end: int = 0
+    close: str | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the assistant said, closed by eos: what training learns."""
+    """What the assistant said, closed by eos: what training learns. last: no turn follows."""
 
     text: str
+    last: bool = False
 
 
 Piece = Markup | Plain | Mark | Answer
@@ -74,12 +79,12 @@ def split_marks(text: str, first_image: int) -> tuple[list[Piece], int]:
 def messages_of_turns(turns: Sequence[Any], n_images: int) -> list[Message]:
     """Turns (role, text with <image> marks) as messages. Raises: InputError if marks and images disagree."""
     messages, image = [], 0
-    for turn in turns:
+    for number, turn in enumerate(turns, 1):
         check_role(turn.role)
         if turn.role == "user":
             pieces, image = split_marks(turn.text, image)
         else:
-            pieces = [Answer(turn.text)]
+            pieces = [Answer(turn.text, last=number == len(turns))]
         messages.append(Message(turn.role, tuple(pieces)))
     check_counts(image, n_images)
     return messages
@@ -102,7 +107,8 @@ def media_pieces(n_images: int, n_frames: int, prompt: PromptConfig, first: int 
     """Images one after the other, then a video: frames first + n_images, ..."""
     pieces: list[Piece] = [Mark(first + i) for i in range(n_images)]
     for i in range(n_frames):
-        pieces += [Markup(prompt.frame_join if i else prompt.video_open), Mark(first + n_images + i)]
+        close = prompt.last_frame_close if i == n_frames - 1 else None
+        pieces += [Markup(prompt.frame_join if i else prompt.video_open), Mark(first + n_images + i, close=close)]
     return [*pieces, Markup(prompt.video_close)] if n_frames else pieces
 
 

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from longllava.errors import InputError, LongLLaVAError
 
@@ -24,31 +24,56 @@ MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB of RGB
 MAX_RATIO = 200
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
          7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip  # EXIF orientation -> Image.Transpose
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 ORIENTATION = 0x0112
+T = TypeVar("T")
 
 
 def open_image(source: Any, *, wanted_side: int | None = None, open_reference: Callable | None = None) -> Image.Image:
     """Any image source as an RGB PIL image of its own.
 
-    source: a path, the bytes of a file, a PIL image, a numpy array (H, W, 3) uint8, or "scheme:..." which
-    `open_reference` turns into one of these. wanted_side: big JPEGs are decoded to about twice this.
-    Raises: InputError naming the reason (not the source: see `named`).
+    source: a path, the bytes of a file, a PIL image, a numpy array (H, W, 3) uint8, a function that makes one of
+    these, or "scheme:..." which `open_reference` turns into one. wanted_side: big JPEGs are decoded to about twice
+    this. Of a file with several pictures, the first. Raises: InputError naming the reason (not the source: `named`).
     """
+
+    def decoded(image: Image.Image) -> Image.Image:
+        if wanted_side and image.format == "JPEG":
+            factor = 2 * wanted_side / max(image.size)
+            image.draft(image.mode, (math.ceil(image.width * factor), math.ceil(image.height * factor)))
+        return rgb(image)
+
+    return visit(source, open_reference, decoded)
+
+
+def upright_size(source: Any, open_reference: Callable | None = None) -> tuple[int, int]:
+    """Width and height of what open_image would give, from the header of a file."""
+
+    def size(image: Image.Image) -> tuple[int, int]:
+        return image.size[::-1] if upright_by(image) in SIDEWAYS else image.size
+
+    return visit(source, open_reference, size)
+
+
+def visit(source: Any, open_reference: Callable | None, use: Callable[[Image.Image], T]) -> T:
+    """What `use` makes of a source's picture, whose size was checked and whose pixels may not be decoded yet."""
     from PIL import Image
 
-    if isinstance(source, str) and open_reference is not None and is_reference(source):
+    if callable(source) and not isinstance(source, Image.Image):
+        source = source()
+    if isinstance(source, str) and open_reference is not None and (is_address(source) or is_reference(source)):
         source = open_reference(source)
     if isinstance(source, Image.Image):
         check_size(*source.size)
-        return rgb(source)
+        return use(source)
     if hasattr(source, "__array_interface__"):
-        return from_array(source)
+        return use(from_array(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return decode(io.BytesIO(source), wanted_side)
+        return decode(io.BytesIO(source), use)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"expected a path, bytes, a PIL image or an array, got {type(source).__name__}")
-    if "://" in os.fspath(source):
-        raise InputError("addresses are not downloaded; save the picture to a file first")
+    if is_address(os.fspath(source)):
+        raise InputError("addresses are not downloaded here; save the picture to a file first")
     path = Path(source)
     if not os.path.exists(path):
         raise InputError("no such file")
@@ -56,9 +81,13 @@ def open_image(source: Any, *, wanted_side: int | None = None, open_reference: C
         raise InputError("not a regular file")
     try:
         with path.open("rb") as file:
-            return decode(file, wanted_side)
+            return decode(file, use)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}") from None
+
+
+def is_address(text: str) -> bool:
+    return "://" in text
 
 
 def is_reference(text: str) -> bool:
@@ -68,18 +97,14 @@ def is_reference(text: str) -> bool:
     return named_so and not os.path.exists(text)  # not Path.exists, which raises where a name is too long
 
 
-def decode(file: Any, wanted_side: int | None) -> Image.Image:
-    """Decode a picture file: size checked from the header, before any pixel is."""
+def decode(file: Any, use: Callable[[Image.Image], T]) -> T:
+    """Open a picture file: size checked from the header, before any pixel is decoded."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(file, formats=FORMATS) as image:
             check_size(*image.size)
-            if wanted_side and image.format == "JPEG":
-                factor = 2 * wanted_side / max(image.size)
-                image.draft(image.mode, (math.ceil(image.width * factor), math.ceil(image.height * factor)))
-            image.load()
-            return rgb(image)
+            return use(image)
     except InputError:
         raise
     except UnidentifiedImageError:

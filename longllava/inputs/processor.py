@@ -50,10 +50,14 @@ class TurnTokens:
 
 @dataclass
 class Encoded:
-    """ids hold the pad id where image tokens go; trainable marks the answers' tokens and their eos."""
+    """ids hold the pad id where image tokens go; trainable marks the answers' tokens and their ends.
+
+    targets: position -> the id learned there, where it is not the one that is read (prompt.between_turns).
+    """
 
     ids: list[int] = field(default_factory=list)
     trainable: list[bool] = field(default_factory=list)
+    targets: dict[int, int] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     turn_tokens: list[TurnTokens] = field(default_factory=list)
 
@@ -134,8 +138,14 @@ class Processor:
 
     def tagged(self, pieces: Sequence[Piece]) -> list[Piece]:
         """Pieces with the tags that stand around each image."""
-        before, after = Markup(self.prompt.image_open), Markup(self.prompt.image_close)
-        return [p for piece in pieces for p in ((before, piece, after) if isinstance(piece, Mark) else (piece,))]
+        result: list[Piece] = []
+        for piece in pieces:
+            if not isinstance(piece, Mark):
+                result.append(piece)
+                continue
+            close = self.prompt.image_close if piece.close is None else piece.close
+            result += [Markup(self.prompt.image_open), piece, *([Markup(close)] if close else [])]
+        return result
 
     def pixels(self, images: Sequence[Any], open_reference: Callable[[str], Any] | None = None) -> Tensor:
         """Images (paths, PIL, arrays, bytes; references by `open_reference`) -> uint8 (N, 3, S, S)."""
@@ -178,8 +188,7 @@ class Writer:
             elif isinstance(piece, Markup):
                 self.markup(piece.text)
             elif isinstance(piece, Answer):
-                self.answer(piece.text)
-                self.put([self.tokenizer.eos_id], [(0, 0)], trainable=True)
+                self.answer(piece)
             else:
                 self.flush()
                 length = self.processor.tokens_per_image(self.wanted)
@@ -194,21 +203,34 @@ class Writer:
             else:
                 self.text += part
 
-    def answer(self, text: str) -> None:
-        """Encoded together with the text before it where that leaves the ids of the text before as they were.
+    def answer(self, answer: Answer) -> None:
+        """Its tokens and its end: eos, or, between turns, the text that a prompt has there; eos is learned anyway."""
+        header = self.text
+        ids, offsets = self.continued(header, answer.text)
+        self.flush()
+        self.put(ids, offsets, trainable=True)
+        between = None if answer.last else self.processor.prompt.between_turns
+        if between is None:
+            self.put([self.tokenizer.eos_id], [(0, 0)], trainable=True)
+            return
+        ids, _ = self.continued(header + answer.text, between)
+        self.encoded.targets[len(self.encoded.ids)] = self.tokenizer.eos_id
+        self.put(ids[:1], [(0, 0)], trainable=True)
+        self.put(ids[1:], [(0, 0)] * (len(ids) - 1))
+
+    def continued(self, before: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode text together with what stands before it, where that leaves the ids of what stands before as they are.
 
         That is what the published models were trained on, and what generation continues from.
         """
-        before = len(self.text)
-        header_ids = self.tokenizer.encode(self.text) if before else []
-        ids, offsets = self.tokenizer.encode_with_offsets(self.text + text) if self.text + text else ([], [])
-        if ids[: len(header_ids)] != header_ids:
-            answer_ids, offsets = self.tokenizer.encode_with_offsets(text)
-            ids, before = header_ids + answer_ids, 0
-        else:
-            offsets = offsets[len(header_ids) :]
-        self.flush()
-        self.put(ids[len(header_ids) :], [(a - before, b - before) for a, b in offsets], trainable=True)
+        if before:
+            before_ids = self.tokenizer.encode(before)
+            ids, offsets = self.tokenizer.encode_with_offsets(before + text)
+            if ids[: len(before_ids)] == before_ids:
+                return ids[len(before_ids) :], [
+                    (a - len(before), b - len(before)) for a, b in offsets[len(before_ids) :]
+                ]
+        return self.tokenizer.encode_with_offsets(text) if text else ([], [])
 
     def flush(self) -> None:
         text, self.text = self.text, ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from longllava.api import LongLLaVA
 from longllava.checkpoints import load_model, load_weights_, save_model
-from longllava.config import BridgeConfig, EncoderConfig
+from longllava.config import PUBLISHED_PROMPT, BridgeConfig, EncoderConfig, PromptConfig
 from longllava.errors import CheckpointError, ConfigError, LongLLaVAError
 from longllava.model import Model
 from tests.checkpoints import published
@@ -71,6 +72,24 @@ def test_longllava_there_and_back_and_into_every_other_layout(tmp_path, n_expert
     again = load_model(tmp_path / "theirs/back")
     assert_same(again.state_dict(), model.state_dict())
     assert (again.config.backbone, again.config.bridge) == (config.backbone, config.bridge)
+
+
+def test_how_a_model_is_spoken_to_comes_with_its_layout(tmp_path):
+    """A published checkpoint is asked as it was trained; a prompt that is not the layout's own is written beside."""
+    published.longllava(tmp_path)
+    model = load_model(tmp_path)
+    assert model.config.prompt == PUBLISHED_PROMPT
+    for name, prompt in (("usual", PUBLISHED_PROMPT), ("clean", PromptConfig()), ("own", PromptConfig(user="?"))):
+        model.config = replace(model.config, prompt=prompt)
+        save_model(model, TOKENIZER, tmp_path / name, scheme="longllava")
+        (tmp_path / name / "tower").symlink_to(tmp_path / "tower")
+        assert ("longllava_prompt" in json.loads((tmp_path / name / "config.json").read_text())) == (name != "usual")
+        assert load_model(tmp_path / name).config.prompt == prompt
+    edit_config(tmp_path / "own", longllava_prompt={"usr": "?"})
+    with pytest.raises(
+        ConfigError, match=r"own/config\.json: longllava_prompt: unknown key 'usr'; did you mean 'user'"
+    ):
+        load_model(tmp_path / "own")
 
 
 def test_the_norms_of_B_and_C_are_not_exchanged(tmp_path):
