@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Unpack
 
-    from longllava.generation.session import Score, Session, Settings
+    from longllava.generation.session import Options, Reading, Score, Session
     from longllava.inputs.chat import Piece
     from longllava.inputs.tokenizer import Tokenizer
     from longllava.model import Model
@@ -84,28 +84,14 @@ class LongLLaVA:
 
     @overload
     def generate(
-        self,
-        prompt: Prompt,
-        images: Any = None,
-        video: Any = None,
-        *,
-        stream: Literal[False] = False,
-        fps: float = 1.0,
-        chunk_tokens: int = 2048,
-        **settings: Unpack[Settings],
-    ) -> str: ...
+        self, prompt: Prompt, images: Any = None, video: Any = None, *, stream: Literal[False] = False,
+        **options: Unpack[Options],
+    ) -> str: ...  # fmt: skip
     @overload
     def generate(
-        self,
-        prompt: Prompt,
-        images: Any = None,
-        video: Any = None,
-        *,
-        stream: Literal[True],
-        fps: float = 1.0,
-        chunk_tokens: int = 2048,
-        **settings: Unpack[Settings],
-    ) -> Iterator[str]: ...
+        self, prompt: Prompt, images: Any = None, video: Any = None, *, stream: Literal[True],
+        **options: Unpack[Options],
+    ) -> Iterator[str]: ...  # fmt: skip
     def generate(
         self,
         prompt: Prompt,
@@ -119,32 +105,67 @@ class LongLLaVA:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stream: bool = False,
-        fps: float = 1.0,
-        chunk_tokens: int = 2048,
+        **reading: Unpack[Reading],
     ) -> str | Iterator[str]:
         """Answer a prompt: a string, or an iterator of its pieces with stream=True.
 
         prompt: a string, where <image> marks a picture's place (without marks pictures come first), or a list
         of messages {"role": "user", "content": text or parts}, whose text is never searched for marks.
-        video: frames at `fps` a second. temperature 0 takes the likeliest token, else one drawn by `seed`.
-        stop: strings that end the answer. chunk_tokens: tokens prefilled at a time.
+        video: a file, or a folder of frames. temperature 0 takes the likeliest token, else one drawn by `seed`.
+        stop: strings that end the answer. reading: fps, max_frames, tiles, allow_hosts (see MediaOptions), and
+        chunk_tokens, tokens prefilled at a time.
         Raises: InputError naming what cannot be used (for pictures: "image 417 of 1000: path: reason").
         """
         from longllava.generation import Sampling
 
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
                             seed=seed, stop=stop or ())  # fmt: skip
-        session = self.fresh(chunk_tokens)
-        pieces, sources = self.pieces(prompt, images, video, fps, session)
+        session = self.fresh(**reading)
+        pieces, sources = self.pieces(prompt, images, video, session)
         answer = session.respond(pieces, sources, sampling)
         return answer if stream else "".join(answer)
 
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        images: Sequence[Any] | None = None,
+        *,
+        batch_size: int = 8,
+        **options: Unpack[Options],
+    ) -> list[str]:
+        """Answer prompts of any lengths together; each as `generate` would alone (with the same seed).
+
+        images: for each prompt its picture, its pictures, or None. Each prompt is read by itself; decoding, where a
+        model's weights are moved for every token, is shared by batch_size prompts.
+        Raises: InputError naming the prompt, before any is answered where that can be known.
+        """
+        from longllava.generation import Sampling
+        from longllava.generation.batch import answer_prompts
+        from longllava.generation.session import Reading
+
+        reading: dict[str, Any] = {name: value for name, value in options.items() if name in Reading.__annotations__}
+        settings: dict[str, Any] = {name: value for name, value in options.items() if name not in reading}
+        if isinstance(prompts, str) or images is not None and len(images) != len(prompts):
+            got = "one string" if isinstance(prompts, str) else f"{len(prompts)}, and images for {len(images or ())}"
+            raise InputError(f"prompts: got {got}; expected a list of prompts, and images for each or None")
+        if batch_size < 1:
+            raise InputError(f"batch_size: got {batch_size}, must be at least 1")
+        session = self.fresh(**reading)
+        rows = []
+        for number, (prompt, own) in enumerate(zip(prompts, images or [None] * len(prompts)), 1):
+            try:
+                pieces, sources = self.pieces(prompt, own, None, session)
+                rows.append((session.encode(pieces), sources))
+            except InputError as error:
+                raise InputError(f"prompt {number} of {len(prompts)}: {error}") from None
+        return answer_prompts(session.reader, rows, Sampling(**settings), batch_size)
+
     def score(
-        self, prompt: Prompt, answer: str, images: Any = None, video: Any = None, *, chunk_tokens: int = 2048
+        self, prompt: Prompt, answer: str, images: Any = None, video: Any = None, **reading: Unpack[Reading]
     ) -> Score:
         """How likely `answer` is after `prompt`, token by token, and whether greedy decoding gives it."""
-        session = self.fresh(chunk_tokens)
-        pieces, sources = self.pieces(prompt, images, video, 1.0, session)
+        session = self.fresh(**reading)
+        pieces, sources = self.pieces(prompt, images, video, session)
         return session.score_pieces(pieces, answer, sources)
 
     def encode(self, images: Any) -> list[torch.Tensor]:
@@ -154,7 +175,7 @@ class LongLLaVA:
         """
         import torch
 
-        reader = self.fresh(chunk_tokens=2048).reader
+        reader = self.fresh().reader
         sources, _, _ = reader.media(images, None)
         with torch.inference_mode():
             return [features_MC for batch_NMC in reader.features(sources) for features_MC in batch_NMC]
@@ -164,51 +185,59 @@ class LongLLaVA:
         images: Any = None,
         text: str | None = None,
         video: Any = None,
-        *,
-        fps: float = 1.0,
-        chunk_tokens: int = 2048,
+        **reading: Unpack[Reading],
     ) -> Session:
-        """Read pictures (and text) once; then `ask`, `append`, `fork` and `save` as often as wanted."""
-        session = self.fresh(chunk_tokens)
+        """Read pictures (and text) once; then `ask`, `append`, `fork` and `save` as often as wanted.
+
+        reading: fps, max_frames, tiles, allow_hosts, chunk_tokens, as in `generate`; for all that the session reads.
+        """
+        session = self.fresh(**reading)
         if images is not None or text is not None or video is not None:
-            session.append(images=images, text=text, video=video, fps=fps)
+            session.append(images=images, text=text, video=video)
         return session
 
-    def load_session(self, path: str | Path, *, chunk_tokens: int = 2048) -> Session:
+    def load_session(self, path: str | Path, **reading: Unpack[Reading]) -> Session:
         """A session that Session.save wrote. Raises: CheckpointError when another model made it."""
         from longllava.generation import saving
 
-        return saving.load_into_(self.fresh(chunk_tokens), path)
+        return saving.load_into_(self.fresh(**reading), path)
 
-    def fresh(self, chunk_tokens: int) -> Session:
+    def fresh(self, chunk_tokens: int = 2048, **media: Any) -> Session:
         from longllava.data.images import open_reference
         from longllava.generation import Session
         from longllava.generation.prefill import Reader
+        from longllava.inputs.media import MediaOptions
 
-        return Session(Reader(self.model, self.processor, self.tokens_per_image, chunk_tokens, open_reference))
+        options = MediaOptions(**media)
+        return Session(Reader(self.model, self.processor, self.tokens_per_image, chunk_tokens, options, open_reference))
 
-    def pieces(
-        self, prompt: Prompt, images: Any, video: Any, fps: float, session: Session
-    ) -> tuple[list[Piece], list[Any]]:
+    def pieces(self, prompt: Prompt, images: Any, video: Any, session: Session) -> tuple[list[Piece], list[Any]]:
         """A prompt up to where its answer begins, and its images in order."""
         from longllava.inputs.chat import Message, messages_of_dicts, string_pieces
+        from longllava.inputs.media import listed
+        from longllava.inputs.tiles import expand
 
         reader = session.reader
         if isinstance(prompt, str):
-            sources, n_images, n_frames = reader.media(images, video, fps)
+            sources, n_images, n_frames = reader.media(images, video)
             pieces = string_pieces(prompt, n_images, n_frames, self.processor.prompt)
             messages = [Message("user", tuple(pieces))]
         elif isinstance(prompt, (list, tuple)):
             if video is not None:
                 raise InputError('messages: give the video as a part {"type": "video", "video": path}')
-            given, _, _ = reader.media(images, None)
             messages, sources = messages_of_dicts(
-                list(prompt), given, self.processor.prompt, lambda source: reader.media(None, source, fps)[0]
-            )
+                list(prompt), listed(images), self.processor.prompt,
+                lambda source: reader.media([source], None)[0][0], lambda source: reader.media(None, source)[0],
+            )  # fmt: skip
         else:
             raise InputError(f"prompt: expected a string or a list of messages, got {type(prompt).__name__}")
-        turns = [piece for message in messages for piece in self.processor.turn(message)]
-        return [*turns, self.processor.assistant_open()], sources
+        turns: list[Piece] = []
+        opened: list[Any] = []
+        for message in messages:
+            inside, more = expand(message.pieces, sources, self.processor.prompt, first=len(opened))
+            turns += self.processor.turn(Message(message.role, tuple(inside)))
+            opened += more
+        return [*turns, self.processor.assistant_open()], opened
 
 
 def checked_device(device: str | torch.device | None) -> torch.device:

@@ -73,7 +73,7 @@ def test_places_of_images_matter(files):
     def score(prompt, images):
         return MODEL.score(prompt, "a red heart", images).log_probability
 
-    first = score("<image><image>what is", files[:2])
+    first = score("<image><image>\nwhat is", files[:2])
     assert first == score("what is", files[:2])
     for prompt, images in (
         ("what <image>is<image>", files[:2]),
@@ -99,7 +99,7 @@ def test_marks_in_messages_are_text(files):
 
 def test_typed_specials_change_nothing_but_the_text():
     """Text that spells eos is read as its letters: the ids hold one bos per turn, as always, and no eos."""
-    pieces, _ = MODEL.pieces("a<|endoftext|><|startoftext|><img>", None, None, 1.0, MODEL.fresh(8))
+    pieces, _ = MODEL.pieces("a<|endoftext|><|startoftext|><img>", None, None, MODEL.fresh(8))
     ids = MODEL.processor.encode_pieces(pieces).ids
     special = MODEL.tokenizer.special_ids
     assert ids.count(special["<|startoftext|>"]) == 2

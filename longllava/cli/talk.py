@@ -16,14 +16,24 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from longllava.api import LongLLaVA
-    from longllava.generation.session import Settings
+    from longllava.generation.session import Reading, Settings
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A shipped name, a folder, or a hub name.")]
 Images = Annotated[
     list[str],
     typer.Option("--image", "-i", help="A picture, folder or pattern. Repeatable.", show_default=False),
 ]
-Video = Annotated[str | None, typer.Option("--video", "-v", help="A video file; frames at 1 per second.")]
+Video = Annotated[str | None, typer.Option("--video", "-v", help="A video file, a GIF or a folder of frames.")]
+Fps = Annotated[float, typer.Option(help="Frames of a video taken per second.")]
+MaxFrames = Annotated[int, typer.Option("--max-frames", help="At most so many frames of a video, evenly spread.")]
+Tiles = Annotated[
+    str | None,
+    typer.Option(help="Huge pictures in parts too: fit, or rows x columns such as 2x3.", show_default="none"),
+]
+Hosts = Annotated[
+    list[str],
+    typer.Option("--allow-host", help="Host that pictures may be downloaded from. Repeatable.", show_default=False),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="a GPU if there is one")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
@@ -41,6 +51,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="<image> marks where a picture stands; - reads stdin.")],
     image: Images = [],  # noqa: B006  typer copies it
     video: Video = None,
+    fps: Fps = 1.0,
+    max_frames: MaxFrames = 1024,
+    tiles: Tiles = None,
+    allow_host: Hosts = [],  # noqa: B006  typer copies it
     model: Model = "nano",
     device: Device = None,
     max_new_tokens: NewTokens = 256,
@@ -61,14 +75,15 @@ def generate(
         "seed": seed,
     }
     media: dict[str, Any] = {"images": pictures or None, "video": video}
+    reading: Reading = {"fps": fps, "max_frames": max_frames, "tiles": tiles, "allow_hosts": allow_host}
     talker = load(model, device)
     if as_json or not stream:
-        answer = talker.generate(text, **media, **settings)
+        answer = talker.generate(text, **media, **settings, **reading)
         seconds = round(time.perf_counter() - started, 3)
-        row = {"answer": answer, "prompt": text, "model": model, **media, **settings, "seconds": seconds}
+        row = {"answer": answer, "prompt": text, "model": model, **media, **settings, **reading, "seconds": seconds}
         print(json.dumps(row, ensure_ascii=False) if as_json else answer)
         return
-    for piece in talker.generate(text, **media, **settings, stream=True):
+    for piece in talker.generate(text, **media, **settings, **reading, stream=True):
         print(piece, end="", flush=True)
     print()
 
@@ -76,6 +91,10 @@ def generate(
 def chat(
     image: Images = [],  # noqa: B006  typer copies it
     video: Video = None,
+    fps: Fps = 1.0,
+    max_frames: MaxFrames = 1024,
+    tiles: Tiles = None,
+    allow_host: Hosts = [],  # noqa: B006  typer copies it
     model: Model = "nano",
     device: Device = None,
     max_new_tokens: NewTokens = 256,
@@ -92,8 +111,9 @@ def chat(
         "top_p": top_p,
         "seed": seed,
     }
+    reading: Reading = {"fps": fps, "max_frames": max_frames, "tiles": tiles, "allow_hosts": allow_host}
     console = Console()
-    talk = Chat(load(model, device), settings, console)
+    talk = Chat(load(model, device), settings, reading, console)
     talk.show(expand(image), video)
     console.print(f"[bold]{model}[/bold]: /help lists the commands, /exit or Ctrl-D ends.", highlight=False)
     while True:
@@ -122,12 +142,12 @@ HELP = """/image PATH   show pictures (a file, folder or pattern) with the next 
 class Chat:
     """A conversation on one session: each turn reads only what is new. Pictures wait for a question."""
 
-    def __init__(self, model: LongLLaVA, settings: Settings, console: Console) -> None:
-        self.model, self.settings, self.console = model, settings, console
+    def __init__(self, model: LongLLaVA, settings: Settings, reading: Reading, console: Console) -> None:
+        self.model, self.settings, self.reading, self.console = model, settings, reading, console
         self.clear()
 
     def clear(self) -> None:
-        self.session = self.model.session()
+        self.session = self.model.session(**self.reading)
         self.turns: list[tuple[str, str]] = []
         self.pictures: list[str] = []
         self.video: str | None = None

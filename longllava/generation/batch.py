@@ -1,19 +1,49 @@
-"""Many questions on one prefix, as one batch: the prefix is read by all rows and copied by none.
+"""Many questions on one prefix, as one batch: the prefix is read by all rows and copied by none. Or many prompts, each
+read by itself, that are answered together.
 
 Shapes: B rows, L tokens of the longest question, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from longllava.errors import InputError
 from longllava.generation.prefill import Reader
 from longllava.generation.sampling import Sampling, next_tokens
 from longllava.generation.streaming import TextStream
-from longllava.nn import Context, State, fork_state
+from longllava.inputs.processor import Encoded
+from longllava.nn import Context, State, fork_state, join_states
 
 PADDING = -1  # seq_idx of tokens that no layer may see
+
+
+def answer_prompts(
+    reader: Reader, rows: Sequence[tuple[Encoded, Sequence[Any]]], sampling: Sampling, batch_size: int
+) -> list[str]:
+    """Answers to prompts (tokens and their image sources), each row as if it were alone."""
+    answers: list[str] = []
+    for first in range(0, len(rows), batch_size):
+        states: list[State] = []
+        last_1D: list[Tensor] = []
+        for number, (encoded, sources) in enumerate(rows[first : first + batch_size], first + 1):
+            try:
+                hidden_1D, state = reader.read(encoded, sources, reader.empty_state(len(encoded.ids)), 0)
+            except InputError as error:
+                raise InputError(f"prompt {number} of {len(rows)}: {error}") from None
+            states.append(state)
+            last_1D.append(hidden_1D)
+        length_B = torch.tensor(
+            [len(encoded.ids) for encoded, _ in rows[first : first + batch_size]], device=reader.device
+        )
+        with torch.inference_mode():
+            state = join_states(states, sampling.max_new_tokens)
+            answers += decode_many(reader, torch.cat(last_1D), state, length_B, sampling)
+    return answers
 
 
 @torch.inference_mode()

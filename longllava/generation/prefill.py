@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor
 from longllava.bridges import pool_features
 from longllava.errors import InputError
 from longllava.inputs.image import named, square_pixels
+from longllava.inputs.media import MediaOptions, MediaReader, listed
 from longllava.inputs.processor import Encoded, Processor, Span
-from longllava.inputs.video import read_frames
 from longllava.model import Model
 from longllava.nn import Context, State
 
@@ -37,16 +37,20 @@ BAR_AFTER = 2.0  # seconds
 class Reader:
     """A model and what it takes to read a prompt into its state.
 
-    tokens_per_image: None for the config's. open_reference: turns "scheme:..." sources into pictures.
+    tokens_per_image: None for the config's. options: how media are read. open_scheme: turns "world:..." sources into
+    pictures.
     """
 
     model: Model
     processor: Processor
     tokens_per_image: int | None = None
     chunk_tokens: int = 2048
-    open_reference: Callable[[str], Any] | None = None
+    options: MediaOptions = field(default_factory=MediaOptions)
+    open_scheme: Callable[[str], Any] | None = None
 
     def __post_init__(self) -> None:
+        encoder = self.model.config.encoder
+        self.media_reader = MediaReader(self.options, encoder.image_size if encoder else None, self.open_scheme)
         if isinstance(self.chunk_tokens, bool) or not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1:
             raise InputError(f"chunk_tokens: got {self.chunk_tokens!r}, expected a whole number above 0")
 
@@ -66,15 +70,13 @@ class Reader:
         """(..., D) -> (..., V) over the tokens that the tokenizer knows; a model may have spare rows."""
         return self.model.logits(hidden)[..., : self.processor.tokenizer.vocab_size]
 
-    def media(self, images: Any, video: Any, fps: float = 1.0) -> tuple[list[Any], int, int]:
+    def media(self, images: Any, video: Any) -> tuple[list[Any], int, int]:
         """Images and a video's frames as one list of sources, and how many there are of each."""
-        sources = listed(images)
-        frames: list[Any] = []
-        if video is not None:
-            encoder = self.model.config.encoder
-            frames = read_frames(video, fps=fps, side=encoder.image_size if encoder else None)
-        if sources or frames:
+        given = listed(images)
+        if given or video is not None:
             self.processor.tokens_per_image(self.tokens_per_image)  # a model without eyes says so before it reads
+        sources = self.media_reader.images(given)
+        frames = [] if video is None else self.media_reader.video(video)
         return [*sources, *frames], len(sources), len(frames)
 
     @torch.inference_mode()
@@ -139,7 +141,7 @@ class Reader:
             if isinstance(sources[index], Tensor):
                 return checked_features(sources[index], index, (n_tokens, config.width))
             with named(index, len(sources), sources[index]):
-                return square_pixels(sources[index], side, mean, self.open_reference)
+                return square_pixels(sources[index], side, mean, self.media_reader.open_reference)
 
         bar = progress_bar(len(sources))
         pool = ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1, len(sources)), "longllava-decode")
@@ -173,14 +175,6 @@ def checked_features(features_MC: Tensor, index: int, shape: tuple[int, int]) ->
             f" {shape}, which this model's encode() makes; or give a picture"
         )
     return features_MC
-
-
-def listed(images: Any) -> list[Any]:
-    """One image or several, as a list."""
-    if images is None:
-        return []
-    single = isinstance(images, (str, bytes, bytearray, os.PathLike)) or hasattr(images, "__array_interface__")
-    return [images] if single else list(images)
 
 
 def progress_bar(total: int) -> Any:

@@ -34,6 +34,7 @@ from longllava.inputs.chat import (
     string_pieces,
 )
 from longllava.inputs.processor import Encoded
+from longllava.inputs.tiles import expand
 from longllava.nn import AttentionState, Context, State, fork_state
 
 if TYPE_CHECKING:
@@ -52,6 +53,20 @@ class Settings(TypedDict, total=False):
     top_k: int
     seed: int | None
     stop: str | Sequence[str] | None
+
+
+class Reading(TypedDict, total=False):
+    """How a prompt is read; see MediaOptions. chunk_tokens: tokens prefilled at a time."""
+
+    fps: float
+    max_frames: int
+    tiles: str | None
+    allow_hosts: Sequence[str]
+    chunk_tokens: int
+
+
+class Options(Settings, Reading, total=False):
+    """All of it."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +94,12 @@ class Session:
         self.n_images = 0
         self.waiting: list[Piece] = [reader.processor.user_open()]
 
-    def append(self, images: Any = None, text: str | None = None, video: Any = None, fps: float = 1.0) -> None:
+    def append(self, images: Any = None, text: str | None = None, video: Any = None) -> None:
         """Read more: images, a video, text, in this order, or images at the <image> marks of the text.
 
         On any error the session is as it was.
         """
-        sources, n_images, n_frames = self.reader.media(images, video, fps)
+        sources, n_images, n_frames = self.reader.media(images, video)
         if text is None and not sources:
             raise InputError("append: nothing to read; give images, a video or text")
         prompt = self.reader.processor.prompt
@@ -92,6 +107,7 @@ class Session:
             pieces = media_pieces(n_images, n_frames, prompt)
         else:
             pieces = [*self.line_before(text, sources), *string_pieces(text, n_images, n_frames, prompt)]
+        pieces, sources = expand(pieces, sources, prompt)
         self.take(self.reader.processor.tagged(pieces), sources)
 
     def take(self, pieces: Sequence[Piece], sources: Sequence[Any]) -> None:
@@ -222,6 +238,7 @@ class Session:
         sources, n_images, n_frames = self.reader.media(images, video)
         processor = self.reader.processor
         pieces = string_pieces(question, n_images, n_frames, processor.prompt)
+        pieces, sources = expand(pieces, sources, processor.prompt)
         line = self.line_before(question, sources)
         return [*line, *processor.tagged(pieces), processor.user_end()], sources
 

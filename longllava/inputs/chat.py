@@ -138,13 +138,14 @@ def messages_of_dicts(
     messages: Sequence[Mapping[str, Any]],
     images: Sequence[Any],
     prompt: PromptConfig,
+    open_image: Callable[[Any], Any],
     open_video: Callable[[Any], Sequence[Any]],
 ) -> tuple[list[Message], list[Any]]:
     """Messages as dictionaries {"role", "content"} -> messages, and all images in order.
 
     content is a string, or a list of parts: {"type": "text", "text"}, {"type": "image", "image" | "path"} and
     {"type": "video", "video" | "path"}. An image part without a source takes the next one of `images`. Text
-    is never searched for marks. open_video: a video's source -> its frames.
+    is never searched for marks. open_image: what to keep of a picture's source; open_video: a video's -> its frames.
     """
     if isinstance(messages, Mapping) or not messages:
         raise InputError("messages: expected a list with at least one user message")
@@ -172,7 +173,7 @@ def messages_of_dicts(
                 if (source := source_of(part, kind)) is None and not given:
                     raise InputError(f"{where}: an image part has neither 'image' nor 'path', and no image is left")
                 pieces.append(Mark(len(sources)))
-                sources.append(given.pop(0) if source is None else source)
+                sources.append(open_image(given.pop(0) if source is None else source))
             elif kind == "video" and message["role"] == "user":
                 frames = open_video(source_of(part, kind))
                 pieces += media_pieces(0, len(frames), prompt, first=len(sources))

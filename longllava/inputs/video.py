@@ -33,10 +33,7 @@ def read_frames(
     thinned out evenly. side: frames are shrunk until their longer side is at most this.
     Raises: InputError naming the video.
     """
-    if not 0 < fps <= MAX_FPS:
-        raise InputError(f"fps: got {fps}, allowed: above 0, at most {MAX_FPS:g}")
-    if max_frames < 1:
-        raise InputError(f"max_frames: got {max_frames}, must be at least 1")
+    check_sampling(fps, max_frames)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"video: expected a path, got {type(source).__name__}")
     path = Path(source)
@@ -53,6 +50,13 @@ def read_frames(
         return sampled(reader(path), fps, max_frames, side)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def check_sampling(fps: float, max_frames: int) -> None:
+    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps <= MAX_FPS:
+        raise InputError(f"fps: got {fps!r}, allowed: above 0, at most {MAX_FPS:g}")
+    if isinstance(max_frames, bool) or not isinstance(max_frames, int) or max_frames < 1:
+        raise InputError(f"max_frames: got {max_frames!r}, expected a whole number above 0")
 
 
 def folder_frames(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ keys and values: read-only segments that forks share, and a buffer of its own th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -57,9 +58,7 @@ class Buffer:
         self.keys_BSGK[:, at:end] = new.keys_BSGK
         self.values_BSGK[:, at:end] = new.values_BSGK
         if new.seq_idx_BS is not None and self.seq_idx_BS is None:
-            self.seq_idx_BS = torch.zeros(
-                self.keys_BSGK.shape[:2], dtype=torch.int32, device=self.keys_BSGK.device
-            )
+            self.seq_idx_BS = torch.zeros(self.keys_BSGK.shape[:2], dtype=torch.int32, device=self.keys_BSGK.device)
         if self.seq_idx_BS is not None:
             self.seq_idx_BS[:, at:end] = 0 if new.seq_idx_BS is None else new.seq_idx_BS
         self.filled = end
@@ -113,6 +112,27 @@ class AttentionState:
         keys = self.buffer.keys_BSGK
         return AttentionState(shared, Buffer(batch or rows, capacity, heads, head_dim, keys.device, keys.dtype), 0)
 
+    @classmethod
+    def join(cls, states: Sequence[AttentionState], capacity: int) -> AttentionState:
+        """Rows of several batch-1 states as one batch with room for `capacity` more; shorter rows end in padding."""
+        lengths = [state.n_tokens() for state in states]
+        _, _, heads, head_dim = states[0].buffer.keys_BSGK.shape
+        keys = states[0].buffer.keys_BSGK
+        buffer = Buffer(len(states), max(lengths) + capacity, heads, head_dim, keys.device, keys.dtype)
+        buffer.seq_idx_BS = torch.full(buffer.keys_BSGK.shape[:2], -1, dtype=torch.int32, device=keys.device)
+        for row, state in enumerate(states):
+            at = 0
+            for segment in state.segments():
+                end = at + segment.keys_BSGK.shape[1]
+                buffer.keys_BSGK[row, at:end] = segment.keys_BSGK[0]
+                buffer.values_BSGK[row, at:end] = segment.values_BSGK[0]
+                buffer.seq_idx_BS[row, at:end] = 0 if segment.seq_idx_BS is None else segment.seq_idx_BS[0]
+                at = end
+            buffer.keys_BSGK[row, at : max(lengths)] = 0
+            buffer.values_BSGK[row, at : max(lengths)] = 0
+        buffer.filled = max(lengths)
+        return cls((), buffer, buffer.filled)
+
 
 LayerState = MambaState | AttentionState
 State = list[LayerState]
@@ -130,3 +150,14 @@ def fork_state(state: State, capacity: int = GROWTH, batch: int = 1) -> State:
         else:
             forked.append(layer.fork(capacity, batch if batch > 1 else None))
     return forked
+
+
+def join_states(states: Sequence[State], capacity: int) -> State:
+    """Batch-1 states of different lengths as the rows of one, with room for `capacity` more tokens in each."""
+    joined: State = []
+    for layers in zip(*states):
+        if isinstance(layers[0], MambaState):
+            joined.append(MambaState(*(torch.cat(parts) for parts in zip(*layers))))
+        else:
+            joined.append(AttentionState.join(layers, capacity))
+    return joined

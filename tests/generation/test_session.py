@@ -41,7 +41,7 @@ def assert_same_state(a, b, tolerance=1e-5):
 
 
 def prompt(model, text="<image>what is<image><image>this?", n_images=3):
-    pieces, sources = model.pieces(text, PICTURES[:n_images], None, 1.0, model.fresh(2048))
+    pieces, sources = model.pieces(text, PICTURES[:n_images], None, model.fresh(2048))
     return model.processor.encode_pieces(pieces), sources
 
 
@@ -202,7 +202,7 @@ def test_many_questions_are_single_questions(start, n_experts):
 @torch.inference_mode()
 def test_score_is_the_log_probability_of_each_token():
     question, answer = "what is this?", "red heart"
-    pieces, sources = MODEL.pieces(question, PICTURES[:2], None, 1.0, MODEL.fresh(64))
+    pieces, sources = MODEL.pieces(question, PICTURES[:2], None, MODEL.fresh(64))
     score = MODEL.score(question, answer, PICTURES[:2])
     asked = MODEL.processor.encode_pieces(pieces)
     ids = MODEL.processor.encode_pieces([*pieces, Answer(answer)]).ids[len(asked.ids) : -1]

@@ -112,7 +112,7 @@ def test_strings_place_images_at_marks_or_first():
 
 
 def parse(messages, images=()):
-    return messages_of_dicts(messages, images, PromptConfig(), lambda source: [source] * 2)
+    return messages_of_dicts(messages, images, PromptConfig(), lambda source: source, lambda source: [source] * 2)
 
 
 def test_messages_with_parts():

@@ -1,0 +1,77 @@
+"""What stands in a call's images and video, as sources that can be read one by one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from longllava.errors import InputError
+from longllava.inputs.address import download
+from longllava.inputs.image import is_address, named
+from longllava.inputs.tiles import parse_tiles, split
+from longllava.inputs.video import MAX_FRAMES, check_sampling, read_frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaOptions:
+    """How media are read.
+
+    fps: a video's frames taken per second. max_frames: at most so many. tiles: pictures also as tiles, "fit" or
+    "rows x columns" such as "2x3" (inputs/tiles.py). allow_hosts: hosts that pictures may be downloaded from, "*" for
+    any public one; none by default. Raises: InputError for unusable values.
+    """
+
+    fps: float = 1.0
+    max_frames: int = MAX_FRAMES
+    tiles: str | None = None
+    allow_hosts: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_sampling(self.fps, self.max_frames)
+        parse_tiles(self.tiles)
+        if isinstance(self.allow_hosts, str) or not all(isinstance(host, str) for host in self.allow_hosts):
+            raise InputError(f"allow_hosts: got {self.allow_hosts!r}, expected a list of names such as ['example.org']")
+
+
+@dataclass(frozen=True)
+class MediaReader:
+    """Sources by options. side: what the encoder looks at. open_scheme: turns "world:..." into pictures."""
+
+    options: MediaOptions
+    side: int | None
+    open_scheme: Callable[[str], Any] | None = None
+
+    def open_reference(self, reference: str) -> Any:
+        """The picture behind an address or another reference, for open_image."""
+        if is_address(reference):
+            return download(reference, self.options.allow_hosts)
+        if self.open_scheme is None:
+            raise InputError("no such file")
+        return self.open_scheme(reference)
+
+    def image(self, source: Any) -> Any:
+        """A picture, to be split where tiles are asked for."""
+        tiles = parse_tiles(self.options.tiles)
+        return source if tiles is None or self.side is None else split(source, tiles, self.side, self.open_reference)
+
+    def images(self, sources: Sequence[Any]) -> list[Any]:
+        """Several pictures; errors name which."""
+        result = []
+        for number, source in enumerate(sources):
+            with named(number, len(sources), None):  # a split names its source itself
+                result.append(self.image(source))
+        return result
+
+    def video(self, source: Any) -> list[Any]:
+        """Frames of a video."""
+        return read_frames(source, fps=self.options.fps, max_frames=self.options.max_frames, side=self.side)
+
+
+def listed(images: Any) -> list[Any]:
+    """One image or several, as a list."""
+    if images is None:
+        return []
+    single = isinstance(images, (str, bytes, bytearray, os.PathLike)) or hasattr(images, "__array_interface__")
+    return [images] if single else list(images)

@@ -1,0 +1,163 @@
+"""Pictures from addresses: only from hosts that were named, in time, and never more than is allowed."""
+
+import http.server
+import io
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+from longllava.errors import InputError
+from longllava.inputs import address
+from longllava.inputs.address import download
+from tests.tiny import tiny_model
+
+PICTURE = Image.new("RGB", (16, 16), (200, 30, 40))
+HERE = ["127.0.0.1"]
+
+
+def png():
+    file = io.BytesIO()
+    PICTURE.save(file, "PNG")
+    return file.getvalue()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+    def reply(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        name, _, rest = self.path[1:].partition("?")[0].partition("/")
+        if name == "png":
+            self.reply(200, png(), Content_Length=len(png()))
+        elif name == "unstated":
+            self.reply(200, png())
+        elif name == "short":
+            self.reply(200, png()[:40], Content_Length=len(png()))
+        elif name == "stated":
+            self.reply(200, b"", Content_Length=10**12)
+        elif name == "endless":
+            self.send_response(200)
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(b"x" * 65536)
+            except OSError:
+                pass
+        elif name == "slow":
+            try:
+                for _ in range(100):
+                    self.wfile.write(b"H")
+                    time.sleep(0.1)
+            except OSError:
+                pass
+        elif name == "to":
+            self.reply(302, Location=rest)
+        elif name == "hops":
+            self.reply(302, Location=f"/hops/{int(rest) - 1}" if rest != "0" else "/png")
+        else:
+            self.reply(404)
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def at(server, path):
+    return f"http://127.0.0.1:{server.server_port}/{path}"
+
+
+@pytest.mark.parametrize("path", ["png", "unstated", "to//png", "hops/2", "png?a=b c".replace(" ", "%20")])
+def test_a_picture_comes_whole(server, path):
+    assert download(at(server, path), HERE) == png()
+
+
+def test_a_model_reads_it_only_where_it_may(server):
+    model, short = tiny_model(), {"max_new_tokens": 4}
+    expected = model.generate("a", PICTURE, **short)
+    assert model.generate("a", at(server, "png"), allow_hosts=HERE, **short) == expected
+    assert model.session(images=at(server, "png"), allow_hosts=HERE).ask("a", **short) == expected
+    before = len(server.asked)
+    for reading in ({}, {"allow_hosts": ["example.org"]}, {"allow_hosts": ["*"]}, {"tiles": "fit"}):
+        with pytest.raises(InputError, match=r"^image 1 of 1: http://127\.0\.0\.1:\d+/png: host 127\.0\.0\.1 "):
+            model.generate("a", at(server, "png"), **reading, **short)
+    assert len(server.asked) == before
+    with pytest.raises(InputError, match="allow_hosts: got '127.0.0.1', expected a list"):
+        model.generate("a", allow_hosts="127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("none", "the server answers 404"),
+        ("short", "bytes are missing|IncompleteRead"),
+        ("stated", "more than 100,000 bytes"),
+        ("endless", "more than 100,000 bytes"),
+        ("hops/9", "more than 3 redirects"),
+        ("slow", "it took more than 0.5 seconds"),
+        ("to/file:///etc/passwd", "scheme 'file'; allowed: http, https"),
+        ("to/http://example.org/a.png", "host example.org may not be asked; allowed: 127.0.0.1"),
+        ("to/gopher://127.0.0.1/", "scheme 'gopher'"),
+        ("to/http://a:b@127.0.0.1/", "user name or password"),
+    ],
+)
+def test_what_does_not_come_is_a_sentence(server, path, sentence):
+    started = time.monotonic()
+    with pytest.raises(InputError, match=sentence):
+        download(at(server, path), HERE, max_bytes=100_000, seconds=0.5)
+    assert time.monotonic() - started < 3
+
+
+INSIDE = ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f.1", "0177.0.0.1", "[::1]", "[::ffff:127.0.0.1]",
+          "0.0.0.0", "10.0.0.1", "192.168.1.1", "172.16.0.1", "169.254.169.254", "[fe80::1]", "[fd00::1]", "100.64.0.1",
+          "[2002:7f00:1::]", "224.0.0.1", "[64:ff9b::7f00:1]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", INSIDE)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_any_public_host_is_no_way_into_the_local_network(server, host, scheme, monkeypatch):
+    monkeypatch.setattr(address, "connect", lambda *arguments: pytest.fail("it connected"))
+    with pytest.raises(InputError, match="not on the public internet|cannot be reached"):
+        download(f"{scheme}://{host}:{server.server_port}/png", ["*"])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["http://", "http:///png", "ftp://a/b", "file:///etc/passwd", "http://a\\@b/", "http://a b/", "http://a/\n", "http://[::1/",
+     "http://a:99999/", "http://a:b@c/", "data://x", "://"],
+)  # fmt: skip
+def test_malformed_addresses_are_refused_before_any_question(bad, monkeypatch):
+    monkeypatch.setattr(address.socket, "getaddrinfo", lambda *arguments, **options: pytest.fail("it asked"))
+    with pytest.raises(InputError):
+        download(bad, ["*"])
+
+
+def test_the_connection_goes_to_the_number_that_was_checked(server, monkeypatch):
+    """A name that answers differently the second time is only asked once."""
+    answers = iter([[(0, 0, 0, "", ("127.0.0.1", 0))]])
+    ask = address.socket.getaddrinfo
+
+    def resolve(host, *arguments, **options):
+        return next(answers) if host == "pictures.example" else ask(host, *arguments, **options)
+
+    monkeypatch.setattr(address.socket, "getaddrinfo", resolve)
+    name = at(server, "png").replace("127.0.0.1", "pictures.example")
+    assert download(name, ["pictures.example"]) == png()
