@@ -113,12 +113,13 @@ def foundation(chosen):
     config = load_stage(shipped("configs", f"train/{chosen.model}/stage1"))
     model_config = model_config_of(config)
     folders = start_folders(config, model_config)
-    model = build_start(config, model_config, folders).to(checked_device(chosen.device))
+    tokenizer = load_tokenizer(model_config, folders)
+    model = build_start(config, model_config, folders, tokenizer).to(checked_device(chosen.device))
     about = {
         "started_from": {part: str(path) for part, path in folders.items()},
         "bridge": f"fresh, seed {config.seed}",
     }
-    return LongLLaVA(model, load_tokenizer(model_config, folders)), about
+    return LongLLaVA(model, tokenizer), about
 
 
 def show(outcome) -> None:
