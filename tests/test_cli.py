@@ -34,8 +34,8 @@ class FakeModel:
         cls.calls.append(("load", name, device))
         return cls()
 
-    def session(self):
-        self.calls.append(("session",))
+    def session(self, **reading):
+        self.calls.append(("session", reading))
         return self
 
     def ask(self, question, *, stream, keep, images, video, max_new_tokens, **settings):
@@ -61,6 +61,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 
 GREEDY = {"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+READING = {"fps": 1.0, "max_frames": 1024, "tiles": None, "allow_hosts": []}
 
 
 def test_help_shows_defaults_and_loads_no_torch() -> None:
@@ -100,7 +101,7 @@ def test_generate_streams(calls: list[tuple], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["generate", "What is this?", "-i", str(tmp_path), "--seed", "3"])
     assert (result.exit_code, result.output) == (0, "a red panda\n")
     pictures = [str(tmp_path / "b9.png"), str(tmp_path / "b10.png")]
-    settings = {**GREEDY, "seed": 3, "images": pictures, "video": None}
+    settings = {**GREEDY, **READING, "seed": 3, "images": pictures, "video": None}
     assert calls == [("load", "nano", None), ("generate", "What is this?", settings)]
 
 
@@ -110,8 +111,29 @@ def test_generate_as_json_from_stdin(calls: list[tuple]) -> None:
     row = json.loads(result.output)
     assert row.pop("seconds") >= 0
     assert row == {"answer": "a red panda", "prompt": "Are you there?", "model": "other", "images": None,
-                   "video": None, **GREEDY, "temperature": 0.5}  # fmt: skip
+                   "video": None, **GREEDY, **READING, "temperature": 0.5}  # fmt: skip
     assert calls[0] == ("load", "other", "cpu")
+
+
+def test_how_media_are_read(calls: list[tuple]) -> None:
+    arguments = [
+        "--fps",
+        "0.5",
+        "--max-frames",
+        "8",
+        "--tiles",
+        "2x3",
+        "--allow-host",
+        "a.org",
+        "--allow-host",
+        "b.org",
+    ]
+    reading = {"fps": 0.5, "max_frames": 8, "tiles": "2x3", "allow_hosts": ["a.org", "b.org"]}
+    address = "https://a.org/cat.png"
+    assert CliRunner().invoke(app, ["generate", "What?", "-i", address, *arguments]).exit_code == 0
+    assert calls[-1] == ("generate", "What?", {**GREEDY, **reading, "images": [address], "video": None})
+    assert CliRunner().invoke(app, ["chat", *arguments], input="What?").exit_code == 0
+    assert ("session", reading) in calls
 
 
 def test_an_error_is_one_sentence_and_code_1(
@@ -176,10 +198,10 @@ def test_chat_keeps_history_and_survives_a_wrong_path(calls: list[tuple], tmp_pa
     assert "answer: a red panda" in result.output
     cat = f"{tmp_path}/cat.png"
     assert calls[1:] == [
-        ("session",),
+        ("session", READING),
         ("ask", "What?", [cat], None),
         ("ask", "Sure?", None, None),
-        ("session",),
+        ("session", READING),
     ]
 
 

@@ -1,4 +1,4 @@
-"""A video as a list of frames: a folder of pictures, an animated GIF, or a file that PyAV reads.
+"""A video as a list of frames: a folder of pictures, an animated GIF or WebP, a TIFF's pages, or what PyAV reads.
 
 Frames of a folder stay paths, opened when they are needed. Others are sampled while decoding and kept as
 RGB images no larger than the encoder looks at: 1,024 frames of 96 x 96 take 28 MB.
@@ -6,6 +6,7 @@ RGB images no larger than the encoder looks at: 1,024 frames of 96 x 96 take 28 
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -15,25 +16,28 @@ from typing import TYPE_CHECKING, Any
 
 from longllava.errors import InputError
 from longllava.inputs.image import check_size, rgb
+from longllava.inputs.video_file import VideoFile, open_video
 
 if TYPE_CHECKING:
     from PIL import Image
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+PAGED = ("GIF", "WEBP", "TIFF")
+PAGED_HEADS = (b"GIF8", b"II*\0", b"MM\0*")
 MAX_FRAMES = 1024
 MAX_FPS = 120.0
 
 
-def read_frames(
-    source: str | os.PathLike, *, fps: float = 1.0, max_frames: int = MAX_FRAMES, side: int | None = None
-) -> list[Any]:
+def read_frames(source: Any, *, fps: float = 1.0, max_frames: int = MAX_FRAMES, side: int | None = None) -> list[Any]:
     """Frames of a video, in order, as image sources (paths or PIL images).
 
-    fps: frames taken per second of video; a folder's pictures are all taken. Beyond max_frames they are
-    thinned out evenly. side: frames are shrunk until their longer side is at most this.
-    Raises: InputError naming the video.
+    source: a path, or the bytes of a file. fps: frames taken per second of video; a folder's pictures and a TIFF's
+    pages are all taken. Beyond max_frames they are spread evenly. side: frames are shrunk until their longer side is at
+    most this. Raises: InputError naming the video.
     """
     check_sampling(fps, max_frames)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return file_frames(io.BytesIO(source), fps, max_frames, side)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"video: expected a path, got {type(source).__name__}")
     path = Path(source)
@@ -41,15 +45,29 @@ def read_frames(
         raise InputError(f"{path}: no such video file or folder of frames")
     try:
         if path.is_dir():
-            frames: list[Any] = folder_frames(path)
+            frames = folder_frames(path)
             n_kept = min(len(frames), max_frames)
             return [frames[i * len(frames) // n_kept] for i in range(n_kept)]
         if not path.is_file():
             raise InputError("not a regular file")
-        reader = gif_frames if path.suffix.lower() == ".gif" else file_frames
-        return sampled(reader(path), fps, max_frames, side)
+        with path.open("rb") as file:
+            return file_frames(file, fps, max_frames, side)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def file_frames(file: Any, fps: float, max_frames: int, side: int | None) -> list[Image.Image]:
+    """Frames of an open file, whose first bytes tell pictures with pages from videos."""
+    head = file.read(12)
+    file.seek(0)
+    if head.startswith(PAGED_HEADS) or head[8:] == b"WEBP":
+        return Sampler(fps, max_frames, side).take(page_frames(file, fps))
+    with open_video(file) as container:
+        video = VideoFile(container)
+        sampler = Sampler(fps, max_frames, side, video.duration())
+        return sampler.take(video.frames(sampler.wanted))
 
 
 def check_sampling(fps: float, max_frames: int) -> None:
@@ -74,20 +92,37 @@ def folder_frames(folder: Path) -> list[Path]:
 Shown = tuple[float, Callable[[], Any]]  # the second until which a frame is on show; makes its RGB image
 
 
-def sampled(shown: Iterator[Shown], fps: float, max_frames: int, side: int | None) -> list[Image.Image]:
-    """The frames on show at 0, 1/fps, 2/fps ... seconds; when too many, every other one is dropped."""
-    kept: list[Image.Image] = []
-    step, number = 1 / fps, 0
-    for end, image in shown:
-        while number * step < end - 1e-9:
-            kept.append(image())
-            shrink_(kept[-1], side)
-            number += 1
-            if len(kept) > max_frames:
-                kept, step, number = kept[::2], step * 2, (number + 1) // 2
-    if not kept:
-        raise InputError("the video has no frames")
-    return kept
+class Sampler:
+    """Takes the frames on show at 0, 1/fps, 2/fps ... seconds, at most max_frames of them, evenly spread.
+
+    duration: the video's, as far as its header says (0: it does not). Without it, or where it lies, every other frame
+    is dropped whenever there are too many.
+    """
+
+    def __init__(self, fps: float, max_frames: int, side: int | None, duration: float = 0.0):
+        self.max_frames, self.side, self.duration = max_frames, side, duration
+        self.step = max(1 / fps, duration / max_frames)
+        self.number = 0
+        self.kept: list[Image.Image] = []
+
+    def wanted(self) -> float:
+        """The next second to take a frame at."""
+        return self.number * self.step
+
+    def take(self, shown: Iterator[Shown]) -> list[Image.Image]:
+        for end, image in shown:
+            while self.wanted() < end - 1e-9:
+                if len(self.kept) == self.max_frames and end <= 1.05 * self.duration + 1:
+                    self.number += 1  # the header's duration was rounded
+                    continue
+                self.kept.append(image())
+                shrink_(self.kept[-1], self.side)
+                self.number += 1
+                if len(self.kept) > self.max_frames:
+                    self.kept, self.step, self.number = self.kept[::2], self.step * 2, (self.number + 1) // 2
+        if not self.kept:
+            raise InputError("the video has no frames")
+        return self.kept
 
 
 def shrink_(image: Image.Image, side: int | None) -> None:
@@ -97,57 +132,23 @@ def shrink_(image: Image.Image, side: int | None) -> None:
         image.thumbnail((side, side), Image.Resampling.BICUBIC)
 
 
-def gif_frames(path: Path) -> Iterator[Shown]:
-    from PIL import Image, ImageSequence
+def page_frames(file: Any, fps: float) -> Iterator[Shown]:
+    """Frames of a GIF or WebP with their durations; pages of a TIFF, all of which are taken."""
+    from PIL import Image, ImageSequence, UnidentifiedImageError
 
     try:
-        with Image.open(path, formats=("GIF",)) as gif:
-            check_size(*gif.size)
+        with Image.open(file, formats=PAGED) as pages:
+            check_size(*pages.size)
             second = 0.0
-            for frame in ImageSequence.Iterator(gif):
-                length = (frame.info.get("duration") or 100) / 1000  # browsers show a frame of 0 ms for 100 ms
-                yield second + length, partial(rgb, frame)
-                second += length
+            for page in ImageSequence.Iterator(pages):
+                check_size(*page.size)
+                page.load()  # a WebP says its durations no sooner
+                length = (page.info.get("duration") or 100) / 1000  # browsers show a frame of 0 ms for 100 ms
+                second += 1 / fps if pages.format == "TIFF" else length
+                yield second, partial(rgb, page)
     except InputError:
         raise
+    except UnidentifiedImageError:
+        raise InputError("broken picture: its header is torn") from None
     except Exception as error:  # on torn files Pillow raises struct.error, KeyError, SyntaxError...
-        raise InputError(f"broken GIF: {' '.join(str(error).split()) or type(error).__name__}") from None
-
-
-def file_frames(path: Path) -> Iterator[Shown]:
-    try:
-        import av
-    except ImportError:
-        raise InputError(
-            "reading video files needs PyAV: pip install 'longllava[video]'"
-            " (a folder of frames or a GIF is read without it)"
-        ) from None
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise InputError("the file has no video stream")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            check_size(stream.codec_context.width or 1, stream.codec_context.height or 1)
-            rate = float(stream.average_rate or 25)
-            first, previous = None, None
-            for number, frame in enumerate(container.decode(stream)):
-                second = frame.time if frame.time is not None else number / rate
-                first = second if first is None else first
-                if previous is not None:  # a frame is on show until the next one comes
-                    yield second - first, previous[1]
-                previous = (second - first, partial(upright, frame))
-            whole = (container.duration or 0) / av.time_base - 1
-            if previous is not None and previous[0] < 0.95 * whole:
-                raise InputError(f"torn: frames end at {previous[0]:.1f} of {whole + 1:.1f} seconds")
-            if previous is not None:
-                yield previous[0] + 1 / rate, previous[1]
-    except av.FFmpegError as error:
-        raise InputError(f"broken video: {error.strerror or error}") from None
-
-
-def upright(frame: Any) -> Image.Image:
-    """A decoded frame as RGB, turned as the file's display matrix says (phones film sideways)."""
-    image = frame.to_image()
-    turn = int(getattr(frame, "rotation", 0) or 0) % 360
-    return image.rotate(turn, expand=True) if turn else image
+        raise InputError(f"broken picture: {' '.join(str(error).split()) or type(error).__name__}") from None

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from longllava.errors import InputError
+from longllava.inputs import video_file
 from longllava.inputs.video import read_frames
+from longllava.inputs.video_file import VideoFile, upright
 
 
 def grey(value, side=32):
@@ -56,14 +58,17 @@ def test_a_folder_in_natural_order(tmp_path):
     assert [path.name for path in read_frames(tmp_path, max_frames=2)] == ["f1.png", "f2.png"]
 
 
-def write_video(path, values, rate=4):
+def write_video(path, values, rate=4, gop=12, b_frames=0, side=32):
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
-        stream.width = stream.height = 32
+        stream.width = stream.height = side
+        stream.gop_size = gop
+        stream.codec_context.max_b_frames = b_frames
         for value in values:
-            container.mux(stream.encode(av.VideoFrame.from_image(grey(value))))
+            container.mux(stream.encode(av.VideoFrame.from_image(grey(value, side))))
         container.mux(stream.encode())
+    return path
 
 
 def test_video_file(tmp_path):
@@ -103,8 +108,87 @@ def test_bad_videos_get_a_sentence(tmp_path):
     with pytest.raises(InputError, match="holds no pictures"):
         read_frames(tmp_path)
     (tmp_path / "a.gif").write_bytes(b"GIF89a")
-    with pytest.raises(InputError, match=r"a\.gif: broken GIF"):
+    with pytest.raises(InputError, match=r"a\.gif: broken picture: its header is torn"):
         read_frames(tmp_path / "a.gif")
     for name, value in (("fps", 0), ("fps", float("nan")), ("max_frames", 0)):
         with pytest.raises(InputError, match=name):
             read_frames(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "avi"])
+@pytest.mark.parametrize(("gop", "b_frames"), [(1, 0), (12, 0), (12, 2), (600, 0)])
+def test_leaving_frames_out_changes_none_that_is_taken(tmp_path, kind, gop, b_frames, monkeypatch):
+    """400 frames in 100 seconds, whatever lies between two key frames: as if every frame had been decoded."""
+    values = [(37 * i) % 240 for i in range(400)]
+    path = write_video(tmp_path / f"a.{kind}", values, gop=gop, b_frames=b_frames)
+    every = levels(read_frames(path, fps=4))
+    assert len(every) == 400 and every == pytest.approx(values, abs=12)
+    n_made = []
+    monkeypatch.setattr(video_file, "upright", lambda frame: n_made.append(1) or upright(frame))
+    for fps, step in ((1, 4), (0.25, 16), (0.02, 200)):
+        n_made.clear()
+        assert levels(read_frames(path, fps=fps)) == every[::step]
+        assert len(n_made) == len(every[::step])
+    assert levels(read_frames(path, fps=4, max_frames=4)) == every[::100]
+
+
+def test_few_frames_are_decoded_and_none_is_read_twice(tmp_path, monkeypatch):
+    """Key frames every 3 s: a frame each 50 s costs a seek and at most 12 decoded frames, not 200."""
+    path = write_video(tmp_path / "a.mp4", [i % 250 for i in range(2400)])
+    decoded, leaps = [], []
+    frames, leap = VideoFile.second_of, VideoFile.leap
+    monkeypatch.setattr(VideoFile, "second_of", lambda self, frame: decoded.append(1) or frames(self, frame))
+    monkeypatch.setattr(VideoFile, "leap", lambda self, *at: leap(self, *at) and (leaps.append(1) or True))
+    assert levels(read_frames(path, fps=0.02)) == pytest.approx([200 * i % 250 for i in range(12)], abs=6)
+    assert len(leaps) >= 11 and len(decoded) < 12 * 20
+    decoded.clear()
+    leaps.clear()
+    read_frames(path, fps=0.2)
+    assert not leaps and len(decoded) < 120 * 16
+
+
+def test_a_video_without_key_frames_is_read_through(tmp_path, monkeypatch):
+    """A seek that leads backwards is tried once."""
+    path = write_video(tmp_path / "a.mp4", [i % 250 for i in range(1200)], gop=100_000)
+    leaps, leap = [], VideoFile.leap
+    monkeypatch.setattr(VideoFile, "leap", lambda self, *at: leap(self, *at) and (leaps.append(1) or True))
+    assert levels(read_frames(path, fps=0.02)) == pytest.approx([0, 200, 150, 100, 50, 0], abs=6)
+    assert len(leaps) == 1
+
+
+def test_at_most_max_frames_and_evenly(tmp_path):
+    path = write_video(tmp_path / "a.mp4", [i % 250 for i in range(250)])
+    for n in (1, 2, 7, 50, 249):
+        frames = levels(read_frames(path, fps=120, max_frames=n))
+        assert len(frames) == n
+        assert frames == pytest.approx([int(i * 250 / n) for i in range(n)], abs=6)
+
+
+def test_bytes_are_the_file(tmp_path, gif):
+    path = write_video(tmp_path / "a.avi", [20 * i for i in range(12)])
+    for file in (path, gif):
+        assert levels(read_frames(file.read_bytes())) == levels(read_frames(file))
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("tiff", [0, 60, 120, 180]), ("webp", [0, 120])])
+def test_pages(tmp_path, kind, expected):
+    """All pages of a TIFF; a WebP by its durations, as a GIF."""
+    frames = [grey(60 * i) for i in range(4)]
+    options = {"duration": 500, "lossless": True} if kind == "webp" else {}
+    frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], **options)
+    assert levels(read_frames(tmp_path / f"a.{kind}")) == expected
+    assert levels(read_frames(tmp_path / f"a.{kind}", fps=2, max_frames=2)) == [0, 120]
+
+
+def test_playlists_open_no_other_file(tmp_path):
+    """FFmpeg follows the names inside them, wherever they lead."""
+    path = write_video(tmp_path / "a.mp4", [20 * i for i in range(12)])
+    texts = {
+        "a.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{path}\n#EXT-X-ENDLIST\n",
+        "a.ffconcat": f"ffconcat version 1.0\nfile {path.name}\n",
+        "b.mp4": f"#EXTM3U\n#EXTINF:3,\n{path}\n#EXT-X-ENDLIST\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=f"{name}: broken video, or of no known format"):
+            read_frames(tmp_path / name)
