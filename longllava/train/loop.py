@@ -125,7 +125,7 @@ def train(
     step, total = 0, config.total_steps()
     feed = Feed(config, recipe, processor, accelerator.process_index, world)
     if (state := latest_state(checkpoints)) is not None:
-        compare(state.facts, facts, config.phase_at(min(state.step, total - 1))[0] + 1)
+        compare(state.facts, facts, config.phase_at(max(state.step, 1) - 1)[0] + 1)
         apply(state, model, config.train_only, optimizer)
         step, feed.first_step, feed.begin = state.step, state.first_step, state.begin
     forward, prepared = accelerator.prepare(Forward(model, config.aids), optimizer)
