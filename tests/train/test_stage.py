@@ -224,6 +224,18 @@ def test_a_run_goes_on_only_as_the_same_run(runs, monkeypatch) -> None:
     assert len(n_calls) == 5 + 15 - 3  # from the checkpoint of step 3
 
 
+def test_a_finished_run_goes_on_with_a_phase_added(runs) -> None:
+    run_stage(load_stage(write_stage(runs, output=str(runs / "whole"), **LONG)))
+    first = {**LONG, "phases": LONG["phases"][:1]}
+    folder = runs / "grown"
+    run_stage(load_stage(write_stage(runs, output=str(folder), **first)))
+    (folder / "model" / "training.json").unlink()
+    run_stage(load_stage(write_stage(runs, output=str(folder), **LONG)))
+    assert losses(folder) == losses(runs / "whole")
+    file = "model/model.safetensors"
+    assert (folder / file).read_bytes() == (runs / "whole" / file).read_bytes()
+
+
 def test_a_torn_checkpoint_is_named(runs) -> None:
     path = write_stage(runs)
     run_stage(load_stage(path))
