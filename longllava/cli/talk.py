@@ -32,7 +32,7 @@ Tiles = Annotated[
 ]
 Hosts = Annotated[
     list[str],
-    typer.Option("--allow-host", help="Host that pictures may be downloaded from. Repeatable.", show_default=False),
+    typer.Option("--allow-host", help="Host that media may be downloaded from. Repeatable.", show_default=False),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="a GPU if there is one")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]

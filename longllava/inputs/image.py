@@ -9,6 +9,7 @@ import contextlib
 import io
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,13 +34,17 @@ def open_image(source: Any, *, wanted_side: int | None = None, open_reference: C
     """Any image source as an RGB PIL image of its own.
 
     source: a path, the bytes of a file, a PIL image, a numpy array (H, W, 3) uint8, a function that makes one of
-    these, or "scheme:..." which `open_reference` turns into one. wanted_side: big JPEGs are decoded to about twice
-    this. Of a file with several pictures, the first. Raises: InputError naming the reason (not the source: `named`).
+    these, or "scheme:..." which `open_reference` turns into one. wanted_side: big JPEGs are decoded to no less than
+    one and a half of this. Of a file with several pictures the first is taken, and a warning says so.
+    Raises: InputError naming the reason (not the source: see `named`).
     """
 
     def decoded(image: Image.Image) -> Image.Image:
+        if image.format in ("GIF", "WEBP", "TIFF", "PNG") and getattr(image, "is_animated", False):
+            warnings.warn(f"of a {image.format} with several pictures the first is read; give it as a video for all",
+                          stacklevel=2)  # fmt: skip
         if wanted_side and image.format == "JPEG":
-            factor = 2 * wanted_side / max(image.size)
+            factor = 1.5 * wanted_side / max(image.size)
             image.draft(image.mode, (math.ceil(image.width * factor), math.ceil(image.height * factor)))
         return rgb(image)
 
@@ -179,19 +184,36 @@ def eight_bits(image: Image.Image) -> Image.Image:
 def square(image: Image.Image, side: int, mean: Sequence[float]) -> Image.Image:
     """Fit an RGB image into side x side, bicubic, centred on the encoder's mean colour.
 
-    LLaVA pads first and resizes then (mm_utils.expand2square); the other way round differs only where the
-    border meets the padding, and needs no square of the long side (a 133,000 x 668 strip would make 53 GB).
+    As LLaVA, which pads first and resizes then (mm_utils.expand2square), but without the square of the long side (of a
+    133,000 x 668 strip it would take 53 GB): the long side is resized first, and only as much padding is added to the
+    other as the filter reaches. Wide pictures come out the same to one level of rounding; in tall ones, where Pillow's
+    two passes change places, more where the filter overshoots.
     """
     from PIL import Image
 
     width, height = image.size
     if width == height:
         return image if width == side else image.resize((side, side), Image.Resampling.BICUBIC)
-    scale = side / max(width, height)
-    new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
-    canvas = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
-    resized = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
-    canvas.paste(resized, ((side - new_width) // 2, (side - new_height) // 2))
+    wide, long, short = width > height, max(width, height), min(width, height)
+    colour = tuple(int(value * 255) for value in mean)
+    scale = side / long
+    before = (long - short) // 2
+    reach = 2 * max(1, 1 / scale)  # of the filter, in pixels of the image
+    first = max(0, math.floor((before - reach) * scale))
+    last = min(side, math.ceil((before + short + reach) * scale))
+    margin = min(before, math.ceil(before - first / scale + reach))
+    length = margin + short + min(long - short - before, math.ceil(last / scale - before - short + reach))
+    start, end = first / scale - before + margin, min(length, last / scale - before + margin)
+
+    def both(along: Any, across: Any) -> tuple[Any, Any]:
+        return (along, across) if wide else (across, along)
+
+    padded = Image.new("RGB", both(side, length), colour)
+    padded.paste(image.resize(both(side, short), Image.Resampling.BICUBIC), both(0, margin))
+    box = (*both(0, max(0, start)), *both(side, end))
+    fitted = padded.resize(both(side, last - first), Image.Resampling.BICUBIC, box=box)
+    canvas = Image.new("RGB", (side, side), colour)
+    canvas.paste(fitted, both(0, first))
     return canvas
 
 

@@ -19,7 +19,7 @@ class MediaOptions:
     """How media are read.
 
     fps: a video's frames taken per second. max_frames: at most so many. tiles: pictures also as tiles, "fit" or
-    "rows x columns" such as "2x3" (inputs/tiles.py). allow_hosts: hosts that pictures may be downloaded from, "*" for
+    "rows x columns" such as "2x3" (inputs/tiles.py). allow_hosts: hosts that media may be downloaded from, "*" for
     any public one; none by default. Raises: InputError for unusable values.
     """
 
@@ -66,6 +66,11 @@ class MediaReader:
 
     def video(self, source: Any) -> list[Any]:
         """Frames of a video."""
+        if isinstance(source, str) and is_address(source):
+            try:
+                source = download(source, self.options.allow_hosts)
+            except InputError as error:
+                raise InputError(f"{source}: {error}") from None
         return read_frames(source, fps=self.options.fps, max_frames=self.options.max_frames, side=self.side)
 
 

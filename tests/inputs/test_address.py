@@ -23,6 +23,13 @@ def png():
     return file.getvalue()
 
 
+def gif():
+    file = io.BytesIO()
+    frames = [PICTURE, Image.new("RGB", (16, 16), (0, 90, 200))]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000)
+    return file.getvalue()
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
@@ -39,6 +46,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name, _, rest = self.path[1:].partition("?")[0].partition("/")
         if name == "png":
             self.reply(200, png(), Content_Length=len(png()))
+        elif name == "gif":
+            self.reply(200, gif())
         elif name == "unstated":
             self.reply(200, png())
         elif name == "short":
@@ -99,7 +108,12 @@ def test_a_model_reads_it_only_where_it_may(server):
     for reading in ({}, {"allow_hosts": ["example.org"]}, {"allow_hosts": ["*"]}, {"tiles": "fit"}):
         with pytest.raises(InputError, match=r"^image 1 of 1: http://127\.0\.0\.1:\d+/png: host 127\.0\.0\.1 "):
             model.generate("a", at(server, "png"), **reading, **short)
+        with pytest.raises(InputError, match=r"^http://127\.0\.0\.1:\d+/gif: host 127\.0\.0\.1 "):
+            model.generate("a", video=at(server, "gif"), **reading, **short)
     assert len(server.asked) == before
+    assert model.generate("a", video=at(server, "gif"), allow_hosts=HERE, **short) == model.generate(
+        "a", video=gif(), **short
+    )
     with pytest.raises(InputError, match="allow_hosts: got '127.0.0.1', expected a list"):
         model.generate("a", allow_hosts="127.0.0.1")
 

@@ -87,11 +87,14 @@ def test_other_modes_become_rgb():
 
 def test_the_first_frame_of_a_gif():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 0, 255))]
-    assert pixels(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))[0, 0].tolist() == [
-        255,
-        0,
-        0,
-    ]
+    for kind in ("GIF", "TIFF", "WEBP", "PNG"):
+        data = encoded(
+            frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+        )
+        with pytest.warns(
+            UserWarning, match=f"of a {kind} with several pictures the first is read; give it as a video"
+        ):
+            assert pixels(data)[0, 0].tolist() == [255, 0, 0]
 
 
 def test_sources_stay_untouched():
@@ -186,8 +189,31 @@ def test_any_size_fits(width, height):
     assert tuple(tensor.shape) == (3, 16, 16)
 
 
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(8, 40))
+def test_fitting_is_padding_then_resizing(width, height, side):
+    """LLaVA's expand2square and a bicubic resize: to one level if wide, on average if tall (noise overshoots most)."""
+    image, long = picture(width, height), max(width, height)
+    padded = Image.new("RGB", (long, long), (127, 63, 191))
+    padded.paste(image, ((long - width) // 2, (long - height) // 2))
+    expected = np.asarray(padded.resize((side, side), Image.Resampling.BICUBIC)).astype(int)
+    difference = np.abs(np.asarray(square(image, side, MEAN)).astype(int) - expected)
+    assert difference.max() <= 1 if width >= height else difference.mean() < 1
+
+
+def test_a_long_strip_needs_no_square_of_its_length(monkeypatch):
+    """40,000 x 250 pixels: the largest picture that is made holds less than a tenth of its square."""
+    made, new = [], Image.new
+    strips = [new("RGB", size, (10, 20, 30)) for size in ((40_000, 250), (250, 40_000))]
+    monkeypatch.setattr(
+        Image, "new", lambda mode, size, *colour: made.append(size[0] * size[1]) or new(mode, size, *colour)
+    )
+    for strip in strips:
+        assert square(strip, 32, MEAN).size == (32, 32)
+    assert max(made) < 32 * 40_000
+
+
 def test_big_jpegs_are_decoded_small():
-    """DCT-scaled decoding: what comes back is at least twice the wanted side, and far below the whole."""
+    """DCT-scaled decoding: what comes back is at least 1.5 times the wanted side, and far below the whole."""
     data = encoded(Image.linear_gradient("L").resize((1024, 512)).convert("RGB"), "JPEG")
     small = open_image(data, wanted_side=96)
     assert small.size == (256, 128)

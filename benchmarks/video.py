@@ -1,0 +1,97 @@
+"""Seconds and memory of sampling 720p videos at one frame a second, at two lengths: memory must not grow with length.
+
+    python benchmarks/video.py --save benchmarks/results/video-cpu.json
+
+The videos are made here (H.264 with a key frame every 10 seconds, or MPEG-4 without libx264) and read by a process of
+their own each, whose peak of resident pages counts, above what it held before. Frames are kept at 336 pixels.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import _environment  # noqa: F401
+import numpy as np
+
+SIDE, RATE = 336, 25
+FPS = 1.0
+
+
+def write_video(path: Path, seconds: int) -> str:
+    """A moving gradient with some noise, 1280 x 720."""
+    import av
+
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    rng = np.random.default_rng(0)
+    wave = (np.arange(1280 * 2)[None] + np.arange(720)[:, None]) % 256
+    scenes = [
+        np.stack([wave + 40 * i for i in range(3)], -1).astype(np.uint8),
+        rng.integers(0, 30, (720, 1280, 3), np.uint8),
+    ]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=RATE, options={"preset": "ultrafast"} if codec == "libx264" else {})
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 1280, 720, "yuv420p", 10 * RATE
+        for number in range(seconds * RATE):
+            picture = scenes[0][:, number % 1280 : number % 1280 + 1280] // 2 + scenes[1]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode())
+    return codec
+
+
+def resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def measure(path: str) -> dict:
+    """In a process that does nothing else. Frames kept are counted apart: their number is the video's length."""
+    import av  # noqa: F401
+
+    from longllava.inputs.video import read_frames
+
+    before = resident("VmRSS:")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    start = time.perf_counter()
+    frames = read_frames(path, fps=FPS, side=SIDE)
+    seconds = time.perf_counter() - start
+    kept = sum(frame.width * frame.height * 4 for frame in frames)  # Pillow keeps four bytes a pixel
+    return {"frames": len(frames), "seconds": round(seconds, 2), "peak_bytes": resident("VmHWM:") - before,
+            "frames_bytes": kept}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=int, default=600, help="of the longer video (default: %(default)s)")
+    parser.add_argument("--save", type=Path, help="write the figures into this JSON file")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure)))
+        return
+    rows = []
+    for seconds in (max(1, options.seconds // 10), options.seconds):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "video.mp4"
+            codec = write_video(path, seconds)
+            command = [sys.executable, __file__, "--measure", str(path)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            rows.append({"video_seconds": seconds, "codec": codec, "file_bytes": path.stat().st_size,
+                         **json.loads(done.stdout)})  # fmt: skip
+        row = rows[-1]
+        beside = row["peak_bytes"] - row["frames_bytes"]
+        print(f"{seconds:5} s of {codec}: {row['frames']} frames in {row['seconds']} s; peak"
+              f" {row['peak_bytes'] / 1e6:.0f} MB, of them the frames {row['frames_bytes'] / 1e6:.0f} MB,"
+              f" decoding {beside / 1e6:.0f} MB")  # fmt: skip
+    if options.save:
+        from longllava.files import write_json
+        from longllava.train.record import environment
+
+        write_json(options.save, {"videos": rows, "fps": FPS, "environment": environment()})
+
+
+if __name__ == "__main__":
+    main()
