@@ -21,7 +21,7 @@ from longllava.data.worlds.questions import by_thing
 from longllava.data.worlds.sheets import STYLES
 from longllava.data.worlds.words import name_of
 from longllava.errors import ConfigError, InputError
-from longllava.inputs.video import file_frames, folder_frames, gif_frames, sampled
+from longllava.inputs.video import folder_frames, leading_frames
 
 KINDS = ("number", "colour")  # what needles are asked for, in turn
 MAX_IMAGES = 100_000
@@ -111,25 +111,13 @@ def first_frames(source: str, n: int) -> list[Any]:
     if not path.exists():
         raise InputError(f"haystack {source}: no such folder or video")
     try:
-        if path.is_dir():
-            frames: list[Any] = folder_frames(path)
-        else:
-            shown = gif_frames(path) if path.suffix.lower() == ".gif" else file_frames(path)
-            frames = sampled(until(shown, n - 1), 1.0, MAX_IMAGES + 1, None)
+        frames: list[Any] = folder_frames(path) if path.is_dir() else leading_frames(path, n)
     except InputError as error:
         raise InputError(f"haystack {source}: {error}") from None
     if len(frames) < n:
         have = f"{len(frames)} {'pictures' if path.is_dir() else 'frames at 1 per second'}"
         raise InputError(f"haystack {source}: {have}, {n} are needed; ask for fewer with --images")
     return frames[:n]
-
-
-def until(shown, second: float):  # type: ignore[no-untyped-def]
-    """Frames up to the one that is on show at `second`."""
-    for end, image in shown:
-        yield end, image
-        if end > second:
-            return
 
 
 def digest(settings: Settings) -> str:

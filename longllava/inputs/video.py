@@ -58,15 +58,23 @@ def read_frames(source: Any, *, fps: float = 1.0, max_frames: int = MAX_FRAMES, 
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def file_frames(file: Any, fps: float, max_frames: int, side: int | None) -> list[Image.Image]:
-    """Frames of an open file, whose first bytes tell pictures with pages from videos."""
+def leading_frames(path: Path, n: int, *, fps: float = 1.0) -> list[Image.Image]:
+    """The first n frames of a video file at fps, or as many as it has; the rest is not read. Raises: InputError."""
+    if not path.is_file():
+        raise InputError("not a regular file")
+    with path.open("rb") as file:
+        return file_frames(file, fps, n, None, leading=True)
+
+
+def file_frames(file: Any, fps: float, max_frames: int, side: int | None, leading: bool = False) -> list[Image.Image]:
+    """Frames of an open file, whose first bytes tell pictures with pages from videos. leading: as leading_frames."""
     head = file.read(12)
     file.seek(0)
     if head.startswith(PAGED_HEADS) or head[8:] == b"WEBP":
-        return Sampler(fps, max_frames, side).take(page_frames(file, fps))
+        return Sampler(fps, max_frames, side, leading=leading).take(page_frames(file, fps))
     with open_video(file) as container:
         video = VideoFile(container)
-        sampler = Sampler(fps, max_frames, side, video.duration())
+        sampler = Sampler(fps, max_frames, side, 0.0 if leading else video.duration(), leading)
         return sampler.take(video.frames(sampler.wanted))
 
 
@@ -96,11 +104,11 @@ class Sampler:
     """Takes the frames on show at 0, 1/fps, 2/fps ... seconds, at most max_frames of them, evenly spread.
 
     duration: the video's, as far as its header says (0: it does not). Without it, or where it lies, every other frame
-    is dropped whenever there are too many.
+    is dropped whenever there are too many. leading: the first max_frames instead, and no more is looked at.
     """
 
-    def __init__(self, fps: float, max_frames: int, side: int | None, duration: float = 0.0):
-        self.max_frames, self.side, self.duration = max_frames, side, duration
+    def __init__(self, fps: float, max_frames: int, side: int | None, duration: float = 0.0, leading: bool = False):
+        self.max_frames, self.side, self.duration, self.leading = max_frames, side, duration, leading
         self.step = max(1 / fps, duration / max_frames)
         self.number = 0
         self.kept: list[Image.Image] = []
@@ -118,6 +126,8 @@ class Sampler:
                 self.kept.append(image())
                 shrink_(self.kept[-1], self.side)
                 self.number += 1
+                if self.leading and len(self.kept) == self.max_frames:
+                    return self.kept
                 if len(self.kept) > self.max_frames:
                     self.kept, self.step, self.number = self.kept[::2], self.step * 2, (self.number + 1) // 2
         if not self.kept:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from longllava.errors import InputError
 from longllava.inputs import video_file
-from longllava.inputs.video import read_frames
+from longllava.inputs.video import leading_frames, read_frames
 from longllava.inputs.video_file import VideoFile, upright
 
 
@@ -162,6 +162,15 @@ def test_at_most_max_frames_and_evenly(tmp_path):
         frames = levels(read_frames(path, fps=120, max_frames=n))
         assert len(frames) == n
         assert frames == pytest.approx([int(i * 250 / n) for i in range(n)], abs=6)
+
+
+def test_leading_frames_leave_the_rest_unread(tmp_path, gif):
+    path = write_video(tmp_path / "a.mkv", [20 * (i % 12) for i in range(120)])
+    torn = tmp_path / "b.mkv"
+    torn.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert levels(leading_frames(torn, 5)) == levels(read_frames(path))[:5]
+    assert levels(leading_frames(gif, 2, fps=2)) == [0, 60]
+    assert levels(leading_frames(gif, 9, fps=2)) == [0, 60, 120, 180]
 
 
 def test_bytes_are_the_file(tmp_path, gif):
