@@ -31,8 +31,20 @@ def environment() -> dict[str, Any]:
         "longllava": __version__, "torch": torch.__version__, "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}", "processor": processor(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(), "commit": commit(), "command": " ".join(sys.argv),
+        "threads": torch.get_num_threads(), "commit": commit(), "command": command(),
     }  # fmt: skip
+
+
+def command() -> str:
+    """What was typed, without the folders of the machine it was typed on."""
+    program, *arguments = sys.argv
+    path = Path(program)
+    if path.name == "__main__.py":  # python -m longllava, python -m longllava.train
+        parts = path.parent.parts
+        name = "-m " + ".".join(parts[len(parts) - 1 - parts[::-1].index("longllava") :])
+    else:
+        name = path.name
+    return " ".join((name, *arguments))
 
 
 def commit() -> str | None:
