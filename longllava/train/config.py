@@ -87,11 +87,12 @@ class TrainConfig:
     folder where that stage's model lies; default runs/<model>/<stage>/model, else the shipped
     "<model>-foundation". frozen: modules inside the parts that train which do not ("backbone.embed_tokens").
     recipe: a data recipe, shipped or a path. text_only: without encoder and bridge.
-    dtype: of matrix products, over fp32 weights; "auto" is bfloat16 where the device multiplies it in
-    hardware (on a CPU without that it is 50 times slower than fp32). threads: of torch on a CPU (0 = as torch
-    decides); a run that goes on must have as many. window: steps planned together. evaluate: tasks of the
-    curriculum that are measured after the last step, with eval_questions each. preset: which one was laid over
-    the file; its stages lie in runs/<model>-<preset>.
+    dtype: of matrix products, over fp32 weights; "auto" is bfloat16 where the device multiplies it in hardware (on
+    a CPU without that it is 50 times slower than fp32). threads: of torch on a CPU (0 = as torch decides); a run
+    that goes on must have as many. average_phases: numbers of phases (from 0) after which the weights are kept; the
+    stage's model is their mean (none: the weights after the last step). window: steps planned together. evaluate:
+    tasks of the curriculum that are measured after the last step, with eval_questions each. preset: which one was
+    laid over the file; its stages lie in runs/<model>-<preset>.
     """
 
     stage: str
@@ -110,6 +111,7 @@ class TrainConfig:
     threads: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     aids: AidsConfig = field(default_factory=AidsConfig)
+    average_phases: list[int] = field(default_factory=list)
     gradient_checkpointing: bool = False
     feature_cache: bool = True
     window: int = 64
@@ -124,6 +126,9 @@ class TrainConfig:
         one_of(self, "dtype", ("auto", "bfloat16", "float32"))
         if not self.phases:
             raise ConfigError("phases: the list is empty; a stage has at least one")
+        for number in self.average_phases:
+            if not 0 <= number < len(self.phases):
+                raise ConfigError(f"average_phases: got {number}, phases are numbered 0 to {len(self.phases) - 1}")
         for name in self.train_only:
             if name not in PARTS:
                 raise ConfigError(f"train_only: got {name!r}, allowed: {', '.join(PARTS)}")

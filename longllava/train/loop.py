@@ -28,7 +28,15 @@ from longllava.train.feed import Feed, Pictures
 from longllava.train.log import Meter, TrainingLog
 from longllava.train.loss import answer_loss
 from longllava.train.optimizer import build_optimizer, select_parts, set_learning_rate
-from longllava.train.state import apply, compare, gather, latest_state, save_state
+from longllava.train.state import (
+    apply,
+    average_weights_,
+    compare,
+    gather,
+    keep_weights,
+    latest_state,
+    save_state,
+)
 
 
 class Stopped(Exception):
@@ -171,6 +179,8 @@ def train(
                 log.step(step)
                 if step % config.log_every == 0 or step == total:
                     log.write(step, {**meter.take(), "norm": float(norm), "rate": rate, "phase": number})
+                if chief and inside + 1 == phase.steps and number in config.average_phases:
+                    keep_weights(folder / "averaged", model, config.train_only, number)
                 if step % config.save_every == 0 or step == total or signals.number:
                     if chief:
                         state = gather(model, config.train_only, optimizer, facts, step=step,
@@ -179,6 +189,9 @@ def train(
                 if signals.number:
                     log.say(f"{config.stage}: saved after step {step}; start it again to go on")
                     raise Stopped(signals.number)
+    if config.average_phases:
+        accelerator.wait_for_everyone()
+        average_weights_(folder / "averaged", model, config.train_only, config.average_phases)
     for name, expected in frozen.items():
         if fingerprint(getattr(model, name).state_dict().items()) != expected:
             raise TrainingError(f"{name} changed although it was frozen; this is an error of the library")

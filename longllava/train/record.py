@@ -39,9 +39,10 @@ def command() -> str:
     """What was typed, without the folders of the machine it was typed on."""
     program, *arguments = sys.argv
     path = Path(program)
-    if path.name == "__main__.py":  # python -m longllava, python -m longllava.train
+    if path.name == "__main__.py":  # python -m longllava, python -m longllava.train, or another's
         parts = path.parent.parts
-        name = "-m " + ".".join(parts[len(parts) - 1 - parts[::-1].index("longllava") :])
+        first = len(parts) - 1 - (parts[::-1].index("longllava") if "longllava" in parts else 0)
+        name = "-m " + ".".join(parts[first:])
     else:
         name = path.name
     return " ".join((name, *arguments))

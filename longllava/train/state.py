@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from longllava.data.packing import Cursor
 from longllava.errors import TrainingError
-from longllava.files import sync_folder
+from longllava.files import sync_folder, write_atomic
 
 NAME = re.compile(r"step-(\d{8})")
 KEPT = 2
@@ -101,6 +101,27 @@ def save_state(folder: Path, state: TrainingState) -> Path:
     for old in checkpoint_folders(folder)[:-KEPT]:
         shutil.rmtree(old)
     return target
+
+
+def keep_weights(folder: Path, model: nn.Module, parts: list[str], phase: int) -> None:
+    """Write the weights of the parts as they are after a phase, for `average_weights_`."""
+    from safetensors.torch import save
+
+    tensors = {f"{part}.{name}": tensor.detach().to("cpu", copy=True).contiguous() for part in parts
+               for name, tensor in getattr(model, part).state_dict().items()}  # fmt: skip
+    write_atomic(folder / f"phase-{phase}.safetensors", lambda file: file.write(save(tensors)))
+
+
+@torch.no_grad()
+def average_weights_(folder: Path, model: nn.Module, parts: list[str], phases: list[int]) -> None:
+    """Set the parts to the mean of what was kept after the phases (arXiv 2203.05482)."""
+    from safetensors.torch import load_file
+
+    kept = [load_file(folder / f"phase-{phase}.safetensors") for phase in phases]
+    for part in parts:
+        for name, tensor in getattr(model, part).state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.stack([one[f"{part}.{name}"] for one in kept]).mean(0))
 
 
 def untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

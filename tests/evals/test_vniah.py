@@ -56,11 +56,10 @@ class SeersAlbum:
         return SeersAlbum(self.seer, self.images)
 
     def find(self, question: str) -> str:
-        assert question.startswith("\n")
         for kind in ("number", "colour"):
             before, after = BY_THING[kind][0].split("{}")
-            if question[1:].startswith(before):
-                name = question[1:].removeprefix(before).removesuffix(after)
+            if question.startswith(before):
+                name = question.removeprefix(before).removesuffix(after)
                 found = [spec for spec in map(parse_reference, self.images) if name_of(spec.thing) == name]
                 assert len(found) == 1, f"{name} stands {len(found)} times"
                 return value(found[0], kind)

@@ -51,7 +51,7 @@ def test_a_shared_prefix_is_a_fresh_prompt(tiny, tmp_path: Path, monkeypatch: py
     hay, needles = draw_haystack(settings, 9), draw_needles(settings)
     for cell, scores in zip(cells, shared, strict=True):
         index, needle = position(cell.depth, 9), needles[cell.needle]
-        images, question = [*hay[:index], needle.picture, *hay[index:]], f"\n{needle.question}"
+        images, question = [*hay[:index], needle.picture, *hay[index:]], needle.question
         fresh = tiny.score(question, needle.answer, images=images)
         assert scores == pytest.approx(fresh.log_probabilities, abs=1e-4)
         assert cell.teacher_forced == fresh.exact

@@ -13,6 +13,7 @@ from longllava.train.record import command, environment
         ("/home/someone/longllava/longllava/train/__main__.py", "-m longllava.train nano/stage1 seed=2"),
         ("/usr/lib/python3/site-packages/longllava/__main__.py", "-m longllava nano/stage1 seed=2"),
         ("/home/someone/.venv/bin/longllava", "longllava nano/stage1 seed=2"),
+        ("/usr/lib/python3/site-packages/pytest/__main__.py", "-m pytest nano/stage1 seed=2"),
         ("benchmarks/vniah.py", "vniah.py nano/stage1 seed=2"),
     ],
 )

@@ -236,6 +236,20 @@ def test_a_finished_run_goes_on_with_a_phase_added(runs) -> None:
     assert (folder / file).read_bytes() == (runs / "whole" / file).read_bytes()
 
 
+def test_the_model_is_the_mean_of_the_named_phases(runs) -> None:
+    short = {**LONG, "phases": LONG["phases"][:1]}
+    weights = []
+    for name, keys in (("first", short), ("last", LONG), ("mean", {**LONG, "average_phases": [0, 1]})):
+        run_stage(load_stage(write_stage(runs, output=str(runs / name), **keys)))
+        weights.append(load_file(runs / name / "model" / "model.safetensors"))
+    first, last, mean = weights
+    assert any(not torch.equal(first[key], last[key]) for key in first)
+    for key in first:
+        torch.testing.assert_close(mean[key], (first[key] + last[key]) / 2, rtol=0, atol=1e-7)
+    with pytest.raises(ConfigError, match="average_phases: got 2, phases are numbered 0 to 1"):
+        load_stage(write_stage(runs, **{**LONG, "average_phases": [2]}))
+
+
 def test_a_torn_checkpoint_is_named(runs) -> None:
     path = write_stage(runs)
     run_stage(load_stage(path))
