@@ -19,8 +19,9 @@ import random
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -129,7 +130,7 @@ def run_phase(config: VisionTrainConfig, model: VisionFoundation, phase: str, ou
         model.readout.norm.load_state_dict(model.crop_readout.norm.state_dict())
         model.readout.heads["thing"].load_state_dict(model.crop_readout.heads["thing"].state_dict())
     if phase == "names" and start == 0:
-        model.name_readout.begin_(model.readout.heads["thing"].weight)
+        model.name_readout.begin_(model.readout.heads["thing"].get_parameter("weight"))
     pictures = Pictures(config, phase, "train", STYLES, start, steps - start)
     loader = DataLoader(pictures, batch_size=None, num_workers=1, prefetch_factor=8)
     bar = tqdm(loader, desc=f"vision: {phase}", initial=start, total=steps, unit="batch", mininterval=5)
@@ -240,11 +241,15 @@ def evaluate(config: VisionTrainConfig, model: VisionFoundation, style: str) -> 
 def save_encoder(model: VisionFoundation, out: Path) -> None:
     from safetensors.torch import save
 
-    tensors = {f"encoder.{k}": v.contiguous() for k, v in model.encoder.state_dict().items() if v.is_floating_point()}
-    write_atomic(out / "encoder.safetensors", lambda file: file.write(save(tensors)))
-    for part in ("readout", "name_readout"):
-        readout = {k: v.contiguous() for k, v in getattr(model, part).state_dict().items()}
-        write_atomic(out / f"{part}.safetensors", lambda file, readout=readout: file.write(save(readout)))
+    encoder = {f"encoder.{k}": v for k, v in model.encoder.state_dict().items() if v.is_floating_point()}
+    parts = {"encoder": encoder, "readout": model.readout.state_dict(), "name_readout": model.name_readout.state_dict()}
+    for part, tensors in parts.items():
+        content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        write_atomic(out / f"{part}.safetensors", partial(write, content))
+
+
+def write(content: bytes, file: BinaryIO) -> int:
+    return file.write(content)
 
 
 def main(path: str, *overrides: str) -> None:

@@ -32,6 +32,7 @@ class NameReadout(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
+        self.codes: Tensor
         self.map = nn.Linear(width, width, bias=False)
         self.register_buffer("codes", torch.zeros(len(things()), width))
         self.log_scale = nn.Parameter(torch.tensor(3.0))
