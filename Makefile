@@ -5,7 +5,7 @@
 #   make setup PIP_ARGS="--proxy http://localhost:3128"              anything else that pip takes
 #   make stage1 MODEL=longllava-9b NPROC=8                           another model, on 8 GPUs
 #   make stage1 PRESET=smoke                                         seconds instead of minutes
-#   make stage1 SET="lr=1.0e-4 max_steps=100"                        any key of the stage's YAML
+#   make stage1 SET="phases.0.steps=50 seed=7"                        any key of the stage's YAML
 
 PYTHON ?= python3
 PIP_ARGS ?=
