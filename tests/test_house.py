@@ -45,6 +45,12 @@ def test_a_script_without_the_environment_says_what_to_run(script: str) -> None:
     assert re.fullmatch(r"torch is not installed for .*: run `make setup` once .*\n", done.stderr)
 
 
+def test_the_command_line_without_the_environment_says_what_to_run() -> None:
+    done = python("-S", "-E", "-m", "longllava", "--help")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"typer is not installed for .*: run `make setup` once .*\n", done.stderr)
+
+
 def test_shipped_files_are_found_and_unknown_names_get_the_nearest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

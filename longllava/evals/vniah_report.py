@@ -82,7 +82,7 @@ def draw_heatmap(cells: Sequence[Cell], title: str, file: Any) -> None:
     image = axes.pcolormesh(grid, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=1)
     axes.invert_yaxis()
     axes.set_xticks([i + 0.5 for i in range(len(sizes))], [f"{n:,}" for n in sizes])
-    axes.set_yticks([i + 0.5 for i in range(len(depths))], [f"{depth * 100:g} %" for depth in depths])
+    axes.set_yticks([i + 0.5 for i in range(len(depths))], [f"{depth * 100:.0f} %" for depth in depths])
     axes.tick_params(length=0)
     axes.set_xlabel("pictures in the haystack")
     axes.set_ylabel("depth of the needle")
