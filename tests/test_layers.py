@@ -23,7 +23,7 @@ settings
 config
 ops.dispatch
 ops.native
-ops.sequences
+ops.sequences ops.triton_support ops.upstream_support
 ops.selective_scan ops.causal_conv1d ops.attention ops.int8_linear ops.experts
 ops.__init__
 nn

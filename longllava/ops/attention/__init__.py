@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from longllava.errors import LongLLaVAError
-from longllava.ops.attention import cpu, reference, sdpa
+from longllava.ops.attention import cpu, reference, sdpa, triton
 from longllava.ops.dispatch import Backend, choose
 
 # best first; the last is the judge
 BACKENDS = tuple(
     Backend(name, module.run, module.why_not)
-    for name, module in (("cpu", cpu), ("sdpa", sdpa), ("reference", reference))
+    for name, module in (("triton", triton), ("cpu", cpu), ("sdpa", sdpa), ("reference", reference))
 )
 
 

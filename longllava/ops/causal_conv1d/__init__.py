@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from longllava.errors import LongLLaVAError
-from longllava.ops.causal_conv1d import cpu, reference
+from longllava.ops.causal_conv1d import cpu, reference, triton, upstream
 from longllava.ops.dispatch import Backend, choose
 
 # best first; the last is the judge
-BACKENDS = tuple(Backend(name, module.run, module.why_not) for name, module in (("cpu", cpu), ("reference", reference)))
+BACKENDS = tuple(
+    Backend(name, module.run, module.why_not)
+    for name, module in (("triton", triton), ("upstream", upstream), ("cpu", cpu), ("reference", reference))
+)
 
 
 def causal_conv1d(
@@ -25,8 +28,9 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """y_t = act(bias + sum over k of weight_k x_(t - K + 1 + k)), each channel by itself.
 
-    Shapes:  B batch, L tokens, E channels, K taps (1 to 8 in C++). x (B, L, E); weight (E, K), the last tap on
-             the token itself; bias (E); state (B, K-1, E), the last K-1 real inputs, oldest first; seq_idx (B, L).
+    Shapes:  B batch, L tokens, E channels, K taps (1 to 8 in C++ and Triton). x (B, L, E); weight (E, K), the last
+             tap on the token itself; bias (E); state (B, K-1, E), the last K-1 real inputs, oldest first; seq_idx
+             (B, L).
              A view of x is read in place as long as its last stride is 1.
     dtypes:  x fp32, bf16 or fp16 (fp64 in plain torch); weight and bias any float; computed in fp32.
     activation: None or "silu".

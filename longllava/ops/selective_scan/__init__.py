@@ -7,12 +7,18 @@ from torch import Tensor
 
 from longllava.errors import LongLLaVAError
 from longllava.ops.dispatch import Backend, choose
-from longllava.ops.selective_scan import blocked, cpu, reference
+from longllava.ops.selective_scan import blocked, cpu, reference, triton, upstream
 
 # best first; the last is the judge
 BACKENDS = tuple(
     Backend(name, module.run, module.why_not)
-    for name, module in (("cpu", cpu), ("blocked", blocked), ("reference", reference))
+    for name, module in (
+        ("triton", triton),
+        ("upstream", upstream),
+        ("cpu", cpu),
+        ("blocked", blocked),
+        ("reference", reference),
+    )
 )
 
 

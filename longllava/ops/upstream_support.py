@@ -1,0 +1,41 @@
+"""What the backends of other authors' kernels share: installed is not working, so each is tried once on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BEYOND_UINT32 = 2**32  # elements; their kernels count in 32 bits and go on with a wrong address, without a word
+
+_verdicts: dict[str, str | None] = {}
+
+
+def why_not(package: str, first_call: Callable[[torch.device], object], **tensors: Tensor | None) -> str | None:
+    """None when every tensor is on a GPU, of a dtype that all such kernels take, and `first_call` has once worked
+    there. Its answer is kept for the life of the process."""
+    for name, x in tensors.items():
+        if x is not None and x.device.type != "cuda":
+            return f"needs CUDA tensors, got {name} on {x.device.type}"
+    device = next(x.device for x in tensors.values() if x is not None)
+    if package not in _verdicts:
+        _verdicts[package] = _try(package, first_call, device)
+    return _verdicts[package]
+
+
+def _try(package: str, first_call: Callable[[torch.device], object], device: torch.device) -> str | None:
+    mend = "pip install --no-build-isolation 'longllava[cuda]'"
+    try:
+        first_call(device)
+        torch.cuda.synchronize(device)
+    except ModuleNotFoundError as error:
+        return f"{package} is not installed, or was built without its kernels ({error}); {mend}"
+    except Exception as error:  # whatever a foreign binary raises, the sentence says it
+        return f"{package} is installed and fails: {type(error).__name__}: {str(error).splitlines()[:1]}; {mend}"
+    return None
+
+
+def reach(x: Tensor) -> int:
+    """Elements from x's first to one past its last in memory."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) if x.numel() else 0

@@ -1,0 +1,131 @@
+"""The Triton backends: what they refuse, their tables of windows, and their kernels, interpreted and compiled ahead.
+
+The interpreter needs a process of its own: it is chosen when triton is first imported. No GPU is needed, and none used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from longllava.errors import BackendError
+from longllava.ops import triton_support
+from longllava.ops.attention import attention
+from longllava.ops.attention import triton as triton_attention
+from longllava.ops.causal_conv1d import causal_conv1d, reference
+from longllava.ops.causal_conv1d import triton as triton_conv
+from longllava.ops.selective_scan import selective_scan
+from longllava.ops.selective_scan import triton as triton_scan
+from longllava.ops.selective_scan.cases import Case
+from longllava.ops.sequences import sample_seq_idx
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install triton)"
+)
+
+
+def interpreted(*options: str) -> None:
+    command = [sys.executable, "-m", "pytest", "tests/ops/triton_interpreted.py", "-q", "-p", "no:cacheprovider"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+@needs_triton
+@pytest.mark.parametrize("part", ["scan and not spans", "spans", "conv", "attention or choose"])
+def test_kernels_in_the_interpreter(part: str) -> None:
+    interpreted("-k", part)
+
+
+@needs_triton
+@pytest.mark.long
+def test_kernels_in_the_interpreter_in_full_size() -> None:
+    interpreted("-m", "long")
+
+
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="triton's compiler for NVIDIA GPUs is for Linux")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_kernel_compiles_for_gpus_that_are_not_here(arch: int, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    command = [sys.executable, "benchmarks/triton_report.py", "--arch", str(arch), "--output", str(out)]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads(out.read_text("utf-8"))["rows"]
+    assert {row["kernel"].partition("_")[0] for row in rows} == {"forward", "backward", "join", "merge"}
+    assert all(row["spilled_bytes"] == 0 for row in rows if row["kernel"] == "forward")
+
+
+def test_a_tensor_that_is_not_on_a_gpu_is_refused_by_name() -> None:
+    args = Case("small", length=3).inputs()
+    with pytest.raises(BackendError, match="triton: needs CUDA tensors, got u on cpu"):
+        selective_scan(*args, backend="triton")
+    with pytest.raises(BackendError, match="triton: needs CUDA tensors, got x on cpu"):
+        causal_conv1d(args[0], torch.ones(40, 4), backend="triton")
+    q = torch.ones(1, 2, 1, 8)
+    with pytest.raises(BackendError, match="triton: needs CUDA tensors, got q on cpu"):
+        attention(q, q, q, backend="triton")
+
+
+def test_what_the_kernels_do_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the CPU would do
+    monkeypatch.setattr(triton_support, "missing", lambda: None)
+    u = torch.ones(1, 2, 4)
+    wide = torch.ones(4, 257)
+    assert triton_scan.why_not(u, u, wide, u, u) == "takes at most 256 states per channel, got 257"
+    assert triton_scan.why_not(u, u.double(), u[0], u, u) == "takes float32, bfloat16 or float16, got delta in float64"
+    assert triton_conv.why_not(u, torch.ones(4, 9)) == "takes at most 8 taps, got 9"
+    q = torch.ones(1, 2, 1, 8)
+    assert triton_attention.why_not(q, q, q) is None
+    assert triton_attention.why_not(q, q, q.requires_grad_()) == "has no backward, and gradients are wanted"
+    with torch.no_grad():
+        assert triton_attention.why_not(q, q, q) is None
+    assert triton_scan.why_not(u, u, u[0], u, u) is None
+
+
+def test_a_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    triton_support.missing.cache_clear()
+    try:
+        reason = triton_support.why_not(x=torch.ones(1))
+    finally:
+        triton_support.missing.cache_clear()
+    assert reason == "triton is not installed; pip install 'longllava[cuda]'"
+
+
+@pytest.mark.parametrize("kind", ["left", "middle", "right", "packed", "wild"])
+@pytest.mark.parametrize("n_past", [0, 1, 3, 7])
+def test_windows_are_the_references(kind: str, n_past: int) -> None:
+    for length in (1, 2, 9, 40):
+        seq_idx = sample_seq_idx(kind, 3, length, torch.Generator().manual_seed(length))
+        sources, last = triton_conv.windows(seq_idx, n_past)
+        expected, expected_last = reference.windows(seq_idx, n_past)
+        assert torch.equal(sources.long(), expected) and torch.equal(last.long(), expected_last)
+        users = triton_conv.users_of(sources)
+        for row, place, tap in (users >= 0).nonzero().tolist():
+            assert expected[row, users[row, place, tap], tap] == place
+        assert int((users >= 0).sum()) == int((expected >= 0).sum())
+
+
+@pytest.mark.parametrize(("batch", "channels", "length", "expected"), [
+    (1, 8192, 36_000, 1), (8, 1536, 4096, 1), (64, 512, 600, 1),
+    (1, 512, 2048, 8), (1, 512, 36_000, 16), (1, 512, 1, 1),
+])  # fmt: skip
+def test_time_is_cut_only_where_channels_do_not_fill_the_gpu(
+    batch: int, channels: int, length: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_support, "n_processors", lambda device: 132)
+    shape = triton_scan.geometry(channels, 16)
+    n_spans, span = triton_scan.spans(batch, length, shape, torch.device("cpu"))
+    assert n_spans == expected
+    assert span % triton_scan.CHUNK == 0 and (n_spans - 1) * span < length <= n_spans * span
