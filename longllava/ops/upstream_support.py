@@ -32,7 +32,8 @@ def _try(package: str, first_call: Callable[[torch.device], object], device: tor
     except ModuleNotFoundError as error:
         return f"{package} is not installed, or was built without its kernels ({error}); {mend}"
     except Exception as error:  # whatever a foreign binary raises, the sentence says it
-        return f"{package} is installed and fails: {type(error).__name__}: {str(error).splitlines()[:1]}; {mend}"
+        first_line = (str(error).splitlines() or [""])[0]
+        return f"{package} is installed and fails: {type(error).__name__}: {first_line}; {mend}"
     return None
 
 

@@ -76,9 +76,10 @@ def run(
     y, last = selective_scan_fn(
         u, delta, A.float(), B, C, D, z, delta_bias, delta_softplus=delta_softplus, return_last_state=True
     )
-    if last.requires_grad:
-        last.register_hook(_refuse)
-    return y.transpose(1, 2).contiguous(), last.float().clone()
+    state = last.float().clone()
+    if state.requires_grad:
+        state.register_hook(_refuse)
+    return y.transpose(1, 2).contiguous(), state
 
 
 def _refuse(grad: Tensor) -> None:
