@@ -2,8 +2,10 @@
 
 import io
 import os
+import resource
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from longllava.errors import InputError
-from longllava.inputs.image import named, open_image, square, square_pixels
+from longllava.inputs import image as image_module
+from longllava.inputs.image import named, open_image, square, square_pixels, upright_size
 from longllava.inputs.processor import Processor
 from tests.tiny import tiny_config, tiny_tokenizer
 
@@ -43,15 +46,20 @@ def test_lossless_formats_keep_their_pixels(kind, tmp_path):
         assert np.array_equal(pixels(source), np.asarray(image))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_pictures_upright(orientation):
-    image = picture()
+def test_exif_turns_pictures_upright(kind, orientation):
+    """TIFF is turned by Pillow itself, and must not be turned twice."""
+    image = picture() if kind != "JPEG" else picture().resize((48, 32))
     undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
             7: "TRANSVERSE", 8: "ROTATE_270"}  # fmt: skip
     turned = image.transpose(Image.Transpose[undo[orientation]]) if orientation > 1 else image
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert np.array_equal(pixels(encoded(turned, exif=exif)), np.asarray(image))
+    data = encoded(turned, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    assert upright_size(data) == image.size
+    difference = np.abs(pixels(data).astype(int) - np.asarray(image))
+    assert difference.max() == 0 if kind != "JPEG" else difference.mean() < 10  # turned wrongly: above 40
 
 
 def test_alpha_lies_on_white():
@@ -103,9 +111,23 @@ def test_sources_stay_untouched():
         opened = open_image(source)
         opened.paste((1, 2, 3), (0, 0, 6, 4))
     assert np.array_equal(np.asarray(image), np.asarray(picture()))
+    lazy = Image.open(io.BytesIO(encoded(picture(1024, 512), "JPEG")))
+    open_image(lazy, wanted_side=96)
+    assert lazy.size == (1024, 512)  # not drafted, which would have changed the caller's
     read_only = np.asarray(picture())
     read_only.setflags(write=False)
     assert np.array_equal(pixels(read_only[:, ::-1]), read_only[:, ::-1])
+
+
+def test_pictures_opened_by_the_caller_are_read_as_files_are():
+    """Not loaded yet: torn ones are one sentence, and one picture in several threads is read once."""
+    data = encoded(picture(1024, 512), "JPEG")
+    with pytest.raises(InputError, match="broken picture: image file is truncated"):
+        open_image(Image.open(io.BytesIO(data[: len(data) // 2])))
+    lazy = Image.open(io.BytesIO(data))
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(open_image, [lazy] * 16))
+    assert all(np.array_equal(np.asarray(result), pixels(data)) for result in results)
 
 
 def test_every_cut_of_every_format_is_an_error():
@@ -177,8 +199,12 @@ def test_references_go_through_the_callable(tmp_path):
         open_image("world:7")
 
 
+def fitted(image, side):
+    return square(image, side, MEAN).permute(1, 2, 0).numpy()
+
+
 def test_fit_pads_with_the_mean_colour():
-    out = np.asarray(square(Image.new("RGB", (8, 4), (10, 20, 30)), 8, MEAN))
+    out = fitted(Image.new("RGB", (8, 4), (10, 20, 30)), 8)
     assert out.shape == (8, 8, 3)
     assert (out[2:6] == (10, 20, 30)).all() and (out[:2] == (127, 63, 191)).all() and (out[6:] == (127, 63, 191)).all()
 
@@ -196,20 +222,26 @@ def test_fitting_is_padding_then_resizing(width, height, side):
     padded = Image.new("RGB", (long, long), (127, 63, 191))
     padded.paste(image, ((long - width) // 2, (long - height) // 2))
     expected = np.asarray(padded.resize((side, side), Image.Resampling.BICUBIC)).astype(int)
-    difference = np.abs(np.asarray(square(image, side, MEAN)).astype(int) - expected)
+    difference = np.abs(fitted(image, side).astype(int) - expected)
     assert difference.max() <= 1 if width >= height else difference.mean() < 1
 
 
-def test_a_long_strip_needs_no_square_of_its_length(monkeypatch):
-    """40,000 x 250 pixels: the largest picture that is made holds less than a tenth of its square."""
-    made, new = [], Image.new
-    strips = [new("RGB", size, (10, 20, 30)) for size in ((40_000, 250), (250, 40_000))]
-    monkeypatch.setattr(
-        Image, "new", lambda mode, size, *colour: made.append(size[0] * size[1]) or new(mode, size, *colour)
-    )
-    for strip in strips:
-        assert square(strip, 32, MEAN).size == (32, 32)
-    assert max(made) < 32 * 40_000
+def test_a_long_strip_needs_no_square_of_its_length():
+    """40,000 x 250 pixels either way, of which the padded square would hold 4.8 GB."""
+    for size in ((40_000, 250), (250, 40_000)):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KB
+        out = fitted(Image.new("RGB", size, (10, 20, 30)), 336)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+        out = out if size[0] > size[1] else out.transpose(1, 0, 2)
+        assert (out[[*range(164), *range(172, 336)]] == (127, 63, 191)).all()
+        assert np.abs(out[[167, 168]].astype(int) - (10, 20, 30)).max() < 20  # 2.1 pixels high
+
+
+@pytest.mark.parametrize("size", [(50, 37), (37, 50)])
+def test_slabs_are_the_whole(size, monkeypatch):
+    whole = fitted(picture(*size), 16)
+    monkeypatch.setattr(image_module, "SLAB", 200)
+    assert np.array_equal(fitted(picture(*size), 16), whole)
 
 
 def test_big_jpegs_are_decoded_small():
@@ -217,8 +249,8 @@ def test_big_jpegs_are_decoded_small():
     data = encoded(Image.linear_gradient("L").resize((1024, 512)).convert("RGB"), "JPEG")
     small = open_image(data, wanted_side=96)
     assert small.size == (256, 128)
-    full = np.asarray(square(open_image(data), 96, MEAN)).astype(int)
-    assert abs(np.asarray(square(small, 96, MEAN)) - full).mean() < 2
+    full = fitted(open_image(data), 96).astype(int)
+    assert abs(fitted(small, 96) - full).mean() < 2
 
 
 def test_pixels_name_the_bad_picture(tmp_path):
