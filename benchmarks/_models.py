@@ -1,0 +1,63 @@
+"""A model to time: trained where there is one, else random weights in a config's true shape, which says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def open_model(name: str, device: str | None = None, dtype: str | None = None, tokens: int | None = None) -> Any:
+    """LongLLaVA of a shipped model or folder, or of a config of configs/models with random weights.
+
+    Random models read with nano's tokenizer: theirs comes with their weights, and token counts are reported.
+    tokens: image tokens per picture, None for the model's own. Raises: LongLLaVAError for a name that is neither.
+    """
+    from longllava import LongLLaVA
+    from longllava.checkpoints.folders import shipped_models
+
+    if name in shipped_models() or Path(name).is_dir():
+        return LongLLaVA.from_pretrained(name, device=device, dtype=dtype, tokens_per_image=tokens)
+    from longllava.api import checked_device, checked_dtype
+    from longllava.checkpoints import find_folder
+    from longllava.config import ModelConfig
+    from longllava.inputs.tokenizer import Tokenizer
+    from longllava.settings import load
+    from longllava.shipped import shipped
+
+    config = load(ModelConfig, shipped("configs", f"models/{name}.yaml"))
+    target = checked_device(device)
+    model = random_model(config, target, checked_dtype(dtype, target))
+    return LongLLaVA(model, Tokenizer.from_folder(find_folder("nano"), config.prompt), tokens_per_image=tokens)
+
+
+def random_model(config: Any, device: Any, dtype: Any) -> Any:
+    """Fresh weights, made on the device in `dtype`; what a recurrence is sensitive to stays fp32."""
+    import torch
+
+    from longllava.checkpoints.load import FP32_NAMES
+    from longllava.model import Model
+
+    usual = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = Model(config)
+    finally:
+        torch.set_default_dtype(usual)
+    for name, parameter in model.named_parameters():
+        if name.rsplit(".", 1)[-1] in FP32_NAMES:
+            parameter.data = parameter.data.float()
+    return model.eval()
+
+
+def is_random(name: str) -> bool:
+    from longllava.checkpoints.folders import shipped_models
+
+    return name not in shipped_models() and not Path(name).is_dir()
+
+
+def key_value_bytes(model: Any) -> int:
+    """What the attention layers keep of one token."""
+    config, weight = model.model.config.backbone, model.model.backbone.embed_tokens.weight
+    return 2 * config.mixers().count("attention") * config.n_kv_heads * config.head_dim * weight.element_size()

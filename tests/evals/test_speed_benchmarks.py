@@ -1,0 +1,82 @@
+"""Benchmarks of scaling and efficiency: small runs from the command line to the files, and their sums."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def scaling() -> ModuleType:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("scaling", BENCHMARKS / "scaling.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+def point(images: int, seconds: float) -> dict:
+    return {"images": images, "seconds_to_read": seconds}
+
+
+def test_the_slope_is_of_large_prompts_only(scaling: ModuleType) -> None:
+    points = [point(1, 50.0), point(100, 2.0), point(1000, 20.0), point(10_000, 2000.0)]
+    assert scaling.slope(points, "seconds_to_read") == pytest.approx(1.5)  # 1 and 2, with equal steps
+    assert scaling.slope(points[:2], "seconds_to_read") is None
+    not_measured = {"images": 10**6, "not_measured": "as before"}
+    assert scaling.slope([*points, not_measured], "seconds_to_read") == pytest.approx(1.5)
+
+
+def test_what_would_take_too_long_is_foreseen(scaling: ModuleType) -> None:
+    assert scaling.expected_seconds(None, 10_000) == 0
+    assert scaling.expected_seconds(point(10, 9.0), 10_000) == 0  # too few to tell
+    assert scaling.expected_seconds(point(1000, 5.0), 3000) == 45
+    assert scaling.expected_seconds({"images": 1000, "not_measured": ""}, 3000) == float("inf")
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(BENCHMARKS / script), *arguments], capture_output=True, text=True)
+
+
+def test_scaling_from_the_command_line(tmp_path: Path) -> None:
+    save = tmp_path / "scaling.json"
+    done = run("scaling.py", "--images", "1,100,200", "--tokens", "4", "--budget", "0.0001", "--save", str(save))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(save.read_text())
+    one, hundred, left_out = report["points"]
+    assert one["prompt_tokens"] < 10 < 100 * 6 <= hundred["prompt_tokens"]
+    assert left_out["not_measured"].endswith("budget 0") and "not measured" in done.stdout
+    assert report["weights"] == "trained" and report["command"].startswith("scaling.py")
+    assert save.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_efficiency_from_the_command_line(tmp_path: Path) -> None:
+    save = tmp_path / "efficiency.json"
+    done = run("efficiency.py", "--tokens", "40", "--new-tokens", "3", "--peer-tokens", "24", "--peer-new-tokens", "2",
+               "--save", str(save))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(save.read_text())
+    assert [(row["way"], row["tokens_in"], row["tokens_out"]) for row in report["rows"]] == [
+        ("longllava", 40, 3), ("longllava", 24, 2), ("transformers", 24, 2)
+    ]  # fmt: skip
+    assert all(row["prefill_seconds"] > 0 and row["tokens_per_second"] > 0 for row in report["rows"])
+    assert len(report["published_on_a100"]) == 4 and "16.5 s" in done.stdout
+    assert save.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_numbers_are_one_sentence() -> None:
+    done = run("scaling.py", "--images", "1,x")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--images: got '1,x'" in done.stderr and "Traceback" not in done.stderr
