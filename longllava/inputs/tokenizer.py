@@ -1,4 +1,4 @@
-"""Text to ids and back, by a tokenizer.json alone (no transformers import).
+"""Text to ids and back, by a tokenizer.json, or a SentencePiece model, alone (no transformers import).
 
 Special tokens exist only as ids that the library inserts: "<|endoftext|>" typed by a person is plain text.
 """
@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from pathlib import Path
 
 from longllava.config import PromptConfig
 from longllava.errors import CheckpointError, ConfigError, InputError
 from longllava.files import write_text
+from longllava.inputs.sentencepiece import tokenizer_json
 from longllava.settings import build, read_mapping
 
 FILE_NAME = "tokenizer.json"
+SENTENCEPIECE = "tokenizer.model"
+SETTINGS = "tokenizer_config.json"
 
 
 class Tokenizer:
@@ -51,17 +55,35 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, prompt: PromptConfig | None = None) -> Tokenizer:
-        """Read folder/tokenizer.json; bos, eos and pad are named by `prompt`, else config.json."""
+        """Read folder/tokenizer.json, or tokenizer.model; bos, eos and pad are named by `prompt`, else config.json."""
         path = Path(folder) / FILE_NAME
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file; a model folder holds its tokenizer")
         if prompt is None:
             prompt = prompt_of(Path(folder))
         try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            if path.is_file():
+                return cls(path.read_text("utf-8"), prompt, str(path))
+            path = path.with_name(SENTENCEPIECE)
+            if not path.is_file():
+                raise CheckpointError(f"{folder}: no {FILE_NAME} or {SENTENCEPIECE}; a model folder holds one of them")
+            text = tokenizer_json(path.read_bytes())
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, struct.error) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
-        return cls(text, prompt, str(path))
+        tokenizer = cls(text, prompt, str(path))
+        tokenizer.check_added(path.with_name(SETTINGS))
+        return tokenizer
+
+    def check_added(self, path: Path) -> None:
+        """Tokens that were added to a SentencePiece model stand beside it. Raises: CheckpointError if it lacks one."""
+        added = read_mapping(path).get("added_tokens_decoder") if path.is_file() else None
+        for number, token in added.items() if isinstance(added, dict) else ():
+            name = token.get("content") if isinstance(token, dict) else token
+            if str(self.backend.token_to_id(str(name))) != number:
+                raise CheckpointError(
+                    f"{path}: {name!r} was added to {SENTENCEPIECE} as {number}; write a {FILE_NAME} with transformers:"
+                    " AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+                )
 
     def save(self, folder: str | Path) -> Path:
         """Write tokenizer.json, one value a line, so that a change shows as what it is."""
