@@ -4,9 +4,10 @@
     python benchmarks/triton_report.py --arch 80 --kernel forward
 
 Every backend is called as a model would call it, on tensors without memory; each launch is compiled instead of made.
-One row a kernel: what its busiest loop issues a warp, and how much of that is exponentials, products, loads. These
-are counts, not times. Needs triton on Linux (its wheel brings ptxas and cuobjdump) and no CUDA. Writes
-benchmarks/results/triton-sm<arch>.json.
+One row a kernel: what its busiest loop (or, without one, all of it) issues a warp, and how much of that is
+exponentials, products, loads. These are counts, not times: a scheduler issues one instruction a clock and begins one
+exponential of 32 lanes every 8, so 8 slots an exponential is where both limits meet. Needs triton on Linux, whose
+wheel brings ptxas and cuobjdump, and no GPU. Writes benchmarks/results/triton-sm<arch>.json.
 """
 
 import _environment  # noqa: F401
@@ -156,38 +157,46 @@ def cuobjdump(*options: str) -> str:
     return subprocess.run([tool, *options], capture_output=True, text=True, check=True).stdout
 
 
+def instructions(sass: str) -> list[tuple[int, str, str]]:
+    """(address, name, operands) of each instruction; a branch to itself is padding after the end."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)([^;]*);", sass)
+    return [(int(place, 16), name, rest) for place, name, rest in found if name != "NOP"]
+
+
 def loops(sass: str) -> list[Counter[str]]:
     """Instructions by name of each innermost loop: between the target of a branch back and the branch."""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)([^;]*);", sass)
-    code = [(int(place, 16), name, rest) for place, name, rest in found]
+    code = instructions(sass)
     ranges = []
     for place, name, rest in code:
         target = re.search(r"0x([0-9a-f]+)", rest) if name == "BRA" else None
         if target and int(target[1], 16) < place:
             ranges.append((int(target[1], 16), place))
     inner = [a for a in ranges if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in ranges)]
-    return [Counter(name for place, name, _ in code if low <= place <= high) for low, high in inner]
+    return [Counter(name for place, name, _ in code if low <= place <= high) for low, high in inner if low < high]
 
 
 def row(call: str, kernel: Any, arguments: dict[str, Any], arch: int) -> dict[str, Any]:
-    shape = {name: arguments.get(name) for name in ("BLOCK", "K", "N")}
-    warps = arguments.get("num_warps")
     binary = compiled(kernel, dict(arguments), arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         usage = cuobjdump("-res-usage", file.name)
-        inner = loops(cuobjdump("-sass", file.name))
-    facts = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "SHARED", "LOCAL")}
-    out = {"call": call, "kernel": kernel.__name__, "warps": warps, "registers": facts["REG"]}
-    out |= {"spilled_bytes": facts["STACK"] + facts["LOCAL"], "shared_bytes": facts["SHARED"]}
-    if inner:
-        busiest = max(inner, key=lambda counts: (counts["HMMA"] + counts["HGMMA"], counts["MUFU"], counts.total()))
-        total = busiest.total()
-        counts = {family: sum(busiest[name] for name in names) for family, names in FAMILIES.items()}
-        out |= {"loop": total, **counts, "others": total - sum(counts.values())}
-        if "scan" in call:
-            out["slots_per_state_element"] = round(total / (shape["BLOCK"] * shape["K"] * shape["N"] / 32 / warps), 2)
+        sass = cuobjdump("-sass", file.name)
+    facts = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
+    out = {"call": call, "kernel": kernel.__name__, "warps": binary.metadata.num_warps, "registers": facts["REG"]}
+    out |= {"spilled_bytes": facts["STACK"] + facts["LOCAL"], "shared_bytes": binary.metadata.shared}
+    # the loop that most is done in; of a loop and its copy for a remainder, the shorter
+    inner = loops(sass) or [Counter(name for _, name, _ in instructions(sass))]
+    busiest = max(inner, key=lambda n: (n["HMMA"] + n["HGMMA"], n["MUFU"], -n.total()))
+    total, special = busiest.total(), busiest["MUFU"]
+    counts = {family: sum(busiest[name] for name in names) for family, names in FAMILIES.items()}
+    out |= {"code": "loop" if loops(sass) else "whole", "instructions": total, **counts}
+    out["others"] = total - sum(counts.values())
+    if special and "scan" in call and kernel.__name__ != "join":
+        elements = arguments["BLOCK"] * arguments["K"] * arguments["N"] // (32 * out["warps"])  # a tile, each lane
+        elements *= special // elements  # tiles in a loop that was unrolled
+        out["slots_per_state_element"] = round(total / elements, 2) if elements else None
+        out["slots_per_exponential"] = round(total / special, 2)
     return out
 
 

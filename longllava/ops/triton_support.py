@@ -47,6 +47,15 @@ def plain(x: Tensor | None) -> Tensor | None:
 
 
 @functools.lru_cache
+def stages(device: torch.device) -> int:
+    """Tiles in flight of a loop that goes through shared memory: three where a block may have 160 KB (A100, H100)."""
+    if device.type != "cuda":
+        return 3
+    properties = torch.cuda.get_device_properties(device)
+    return 3 if getattr(properties, "shared_memory_per_block_optin", 0) >= 160 * 1024 else 2
+
+
+@functools.lru_cache
 def n_processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

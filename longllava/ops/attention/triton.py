@@ -78,6 +78,7 @@ def _forward(
             **arguments, **shape, y=parts, lse=part_lse, scale=scale * math.log2(math.e), batch=batch,
             n_queries=n_queries, n_keys=n_keys, n_splits=n_splits, span=span, HEADS=n_heads, GROUPS=n_groups,
             CAUSAL=causal, BLOCK_M=block_m, BLOCK_S=BLOCK_S, num_warps=8 if block_m == 128 else 4,
+            num_stages=triton_support.stages(q.device),
         )  # fmt: skip
         if n_splits > 1:
             rows = lse.numel()

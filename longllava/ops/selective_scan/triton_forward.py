@@ -31,9 +31,9 @@ def advance(h_EKS, a_EKS, step_EK, u_EK, B_rows, C_rows, at, end, flags, STEPS: 
     for k in tl.static_range(STEPS):
         if flags is not None:
             h_EKS = tl.where(is_reset(at + k, end, flags), 0.0, h_EKS)
-        h_EKS = tl.exp2(token(step_EK, k) * a_EKS) * h_EKS + token(x_EK, k) * B_rows[k][None]
+        h_EKS = tl.exp2(token(step_EK, k) * a_EKS) * h_EKS + token(x_EK, k) * B_rows[k].to(tl.float32)[None]
         if C_rows is not None:
-            y_EK = put(y_EK, k, over_states(h_EKS * C_rows[k][None]))
+            y_EK = put(y_EK, k, over_states(h_EKS * C_rows[k].to(tl.float32)[None]))
     return h_EKS, y_EK
 
 
@@ -44,19 +44,15 @@ def write(y, y_EK, u_EK, z_EK, D_E1, at, e_EK, mask_EK, STEP: tl.constexpr, K: t
         y_EK += D_E1 * u_EK
     if z_EK is not None:
         y_EK *= z_EK * sigmoid(z_EK)
-    spot_EK = y + at * STEP + tl.arange(0, K).to(tl.int64)[None] * STEP + e_EK
+    spot_EK = y + at.to(tl.int64) * STEP + tl.arange(0, K).to(tl.int64)[None] * STEP + e_EK
     tl.store(spot_EK, y_EK.to(y.dtype.element_ty), mask=mask_EK)
 
 
 @triton.jit
-def load(u, delta, z, B, C, e_EK, n_KS, at, U_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, Z_STEP: tl.constexpr,
-         B_STEP: tl.constexpr, C_STEP: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """All that a whole tile reads. In place of z and C, where there are none, stand u and B: nobody looks."""
-    u_EK, delta_EK = tile(u, e_EK, at, U_STEP, K), tile(delta, e_EK, at, DELTA_STEP, K)
-    B_rows = rows(B, n_KS, at, B_STEP, N, K)
-    z_EK = tile(z, e_EK, at, Z_STEP, K) if z is not None else u_EK
-    C_rows = rows(C, n_KS, at, C_STEP, N, K) if C is not None else B_rows
-    return u_EK, delta_EK, z_EK, B_rows, C_rows
+def load(u, delta, z, e_EK, at, U_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, Z_STEP: tl.constexpr, K: tl.constexpr):
+    """What a whole tile reads of its channels. In place of z, if there is none, stands u: nobody looks."""
+    u_EK = tile(u, e_EK, at, U_STEP, K)
+    return u_EK, tile(delta, e_EK, at, DELTA_STEP, K), tile(z, e_EK, at, Z_STEP, K) if z is not None else u_EK
 
 
 @triton.jit
@@ -102,29 +98,35 @@ def forward(
     D_E1 = per_channel(D, e_E, CHANNELS)
     sum_EK = tl.zeros([BLOCK, K], tl.float32)
 
-    at = begin.to(tl.int64)
+    at = begin
     if FAST:
-        last = (length - K).to(tl.int64)  # the next tile is read before this one is computed: its latency is hidden
-        raw = load(u, delta, z, B, C, e_EK, n_KS, tl.minimum(at, last),
-                   U_STEP, DELTA_STEP, Z_STEP, B_STEP, C_STEP, N, K)  # fmt: skip
-        for _ in range((end - begin) // K):
-            following = load(u, delta, z, B, C, e_EK, n_KS, tl.minimum(at + K, last),
-                             U_STEP, DELTA_STEP, Z_STEP, B_STEP, C_STEP, N, K)  # fmt: skip
-            u_EK, delta_EK, z_EK, B_rows, C_rows = raw
-            if z is None:
-                z_EK = None
-            if C is None:
-                C_rows = None
+        # what a tile reads is asked for before it is needed: rows of B and C, which the L2 cache has, one tile ahead,
+        # channels, which come from memory, three
+        last = length - K
+        B_next = rows(B, n_KS, tl.minimum(at, last), B_STEP, N, K)
+        C_next = rows(C, n_KS, tl.minimum(at, last), C_STEP, N, K) if C is not None else B_next
+        first = load(u, delta, z, e_EK, tl.minimum(at, last), U_STEP, DELTA_STEP, Z_STEP, K)
+        second = load(u, delta, z, e_EK, tl.minimum(at + K, last), U_STEP, DELTA_STEP, Z_STEP, K)
+        third = load(u, delta, z, e_EK, tl.minimum(at + 2 * K, last), U_STEP, DELTA_STEP, Z_STEP, K)
+        for _ in tl.range(0, (end - begin) // K, loop_unroll_factor=3):
+            B_rows, C_rows = B_next, C_next
+            B_next = rows(B, n_KS, tl.minimum(at + K, last), B_STEP, N, K)
+            C_next = rows(C, n_KS, tl.minimum(at + K, last), C_STEP, N, K) if C is not None else B_next
+            fourth = load(u, delta, z, e_EK, tl.minimum(at + 3 * K, last), U_STEP, DELTA_STEP, Z_STEP, K)
             if saved is not None:
                 if at % CHUNK == 0:
-                    tl.store(saved + at // CHUNK * one_state + spot_EKS, h_EKS, mask=exists_EKS)
-            step_EK = step_sizes(delta_EK, bias_E1, SOFTPLUS)
-            h_EKS, y_EK = advance(h_EKS, a_EKS, step_EK, u_EK, B_rows, C_rows, at, end, None, K)
+                    tl.store(saved + (at // CHUNK).to(tl.int64) * one_state + spot_EKS, h_EKS, mask=exists_EKS)
+            u_EK = first[0].to(tl.float32)
+            step_EK = step_sizes(first[1].to(tl.float32), bias_E1, SOFTPLUS)
+            h_EKS, y_EK = advance(
+                h_EKS, a_EKS, step_EK, u_EK, B_rows, C_rows if C is not None else None, at, end, None, K
+            )
             if sums is not None:
                 sum_EK += step_EK
             if y is not None:
+                z_EK = first[2].to(tl.float32) if z is not None else None
                 write(y, y_EK, u_EK, z_EK, D_E1, at, e_EK, mask_E1, Y_STEP, K)
-            raw = following
+            first, second, third = second, third, fourth
             at += K
     for i in range(tl.cdiv(end - at, K)):
         tail = at + i * K
@@ -133,7 +135,7 @@ def forward(
         delta_EK = masked_tile(delta, e_EK, tail, real_1K, DELTA_STEP, K)
         if saved is not None:
             if tail % CHUNK == 0:
-                tl.store(saved + tail // CHUNK * one_state + spot_EKS, h_EKS, mask=exists_EKS)
+                tl.store(saved + (tail // CHUNK).to(tl.int64) * one_state + spot_EKS, h_EKS, mask=exists_EKS)
         step_EK = tl.where(real_1K, step_sizes(delta_EK, bias_E1, SOFTPLUS), 0.0)
         B_rows = masked_rows(B, n_KS, tail, end, flags, B_STEP, N, STEPS)
         C_rows = masked_rows(C, n_KS, tail, end, flags, C_STEP, N, STEPS) if C is not None else None

@@ -33,7 +33,8 @@ def softplus(x):
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + exponential(-x))
+    root = tl.rsqrt(1.0 + exponential(-x))  # its square costs two instructions, a division six
+    return root * root
 
 
 @triton.jit
@@ -66,40 +67,40 @@ def within(e_E, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def tile(x, e_EK, at, STEP: tl.constexpr, K: tl.constexpr):
-    """Rows at .. at + K - 1 of x as (E, K), in fp32. Every token must exist."""
-    return tl.load(x + at * STEP + tl.arange(0, K).to(tl.int64)[None] * STEP + e_EK).to(tl.float32)
+    """Rows at .. at + K - 1 of x as (E, K), in x's dtype. Every token must exist."""
+    return tl.load(x + at.to(tl.int64) * STEP + tl.arange(0, K).to(tl.int64)[None] * STEP + e_EK)
 
 
 @triton.jit
 def masked_tile(x, e_EK, at, real_EK, STEP: tl.constexpr, K: tl.constexpr):
-    """The same where only tokens marked real are read, and the others are 0."""
-    spot_EK = x + at * STEP + tl.arange(0, K).to(tl.int64)[None] * STEP + e_EK
+    """The same in fp32, where only tokens marked real are read, and the others are 0."""
+    spot_EK = x + at.to(tl.int64) * STEP + tl.arange(0, K).to(tl.int64)[None] * STEP + e_EK
     return tl.load(spot_EK, mask=real_EK, other=0).to(tl.float32)
 
 
 @triton.jit
 def rows(x, n_KS, at, STEP: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr):
-    """A tuple of STEPS rows (K, S) of B or C, in fp32."""
+    """A tuple of STEPS rows (K, S) of B or C, in their dtype."""
     out = ()
     for k in tl.static_range(STEPS):
-        spot_KS = x + (at + k) * STEP + n_KS
+        spot_KS = x + at.to(tl.int64) * STEP + k * STEP + n_KS
         if N == n_KS.numel:
             row_KS = tl.load(spot_KS)
         else:
             row_KS = tl.load(spot_KS, mask=n_KS < N, other=0)
-        out = out + (row_KS.to(tl.float32),)  # type: ignore[assignment]
+        out = out + (row_KS,)  # type: ignore[assignment]
     return out
 
 
 @triton.jit
 def masked_rows(x, n_KS, at, end, flags, STEP: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr):
-    """The same where tokens may be missing or padding: their rows are 0."""
+    """The same where tokens may be missing or padding: their rows are 0. In fp32."""
     out = ()
     for k in tl.static_range(STEPS):
         real = at + k < end
         if flags is not None:
             real = real & (tl.load(flags + at + k, mask=real, other=1) != 1)
-        row_KS = tl.load(x + (at + k) * STEP + n_KS, mask=n_KS < tl.where(real, N, 0), other=0)
+        row_KS = tl.load(x + (at + k).to(tl.int64) * STEP + n_KS, mask=n_KS < tl.where(real, N, 0), other=0)
         out = out + (row_KS.to(tl.float32),)  # type: ignore[assignment]
     return out
 
