@@ -9,13 +9,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copyfile
 from typing import TYPE_CHECKING
 
-from longllava.checkpoints.folders import CONFIG, INDEX, PICKLES, WEIGHTS, find_folder
+from longllava.checkpoints.folders import CONFIG, INDEX, PICKLES, WEIGHTS, find_folder, listed
 from longllava.checkpoints.load import Places, find_places, read, stored_dtype
 from longllava.checkpoints.published import read_config
 from longllava.checkpoints.save import NATIVE, config_fields, renamed
@@ -35,35 +35,56 @@ if TYPE_CHECKING:
 BESIDE = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
           "chat_template.jinja", "generation_config.json", "preprocessor_config.json",
           "processor_config.json")  # fmt: skip
+TRAINERS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 
 def convert_pickles(source: str | Path, target: str | Path | None = None) -> list[Path]:
     """Turn a pickled file, or all of a folder, into safetensors beside it or in the folder `target`.
 
     Tensors keep their names. pytorch_model*.bin becomes model*.safetensors (with an index for several), any other
-    file keeps its name: mm_projector.bin, mm_projector.safetensors. The pickles stay where they are.
-    Raises: CheckpointError for a file that is no pickle of plain tensors; then nothing is written.
+    file keeps its name: mm_projector.bin, mm_projector.safetensors. The pickles stay where they are. What transformers'
+    Trainer writes beside weights (TRAINERS) is left alone. Config and tokenizer of a folder go with it to `target`.
+    Raises: CheckpointError for a file that is no pickle of plain tensors, or when weights stand there already; then
+    nothing is written.
     """
     source = Path(source).expanduser()
     folder = source if source.is_dir() else source.parent
-    pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLES) if source.is_dir() else [source]
-    pickles = [path for path in pickles if path.is_file()]
+    inside = [path for path in source.iterdir() if not path.name.startswith(TRAINERS)] if source.is_dir() else []
+    pickles = [path for path in sorted(inside) or [source] if path.suffix in PICKLES and path.is_file()]
     if not pickles:
         raise CheckpointError(f"{source}: no pickled weights there ({', '.join(PICKLES)})")
     out = folder if target is None else Path(target).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=out) as temporary:
         staged = [Path(temporary) / new_name(path, [p.name for p in pickles]) for path in pickles]
+        whole = any(new.name == WEIGHTS or new.name.startswith("model-") for new in staged)
+        taken = [new.name for new in staged if (out / new.name).exists() or staged.count(new) > 1]
+        taken += [name for name in (WEIGHTS, INDEX) if whole and (out / name).exists()]
+        if taken:
+            raise CheckpointError(f"{out}: {listed(dict.fromkeys(taken))} stands there already; give another folder")
+        shards: dict[str, str] = {}
         for path, new in zip(pickles, staged, strict=True):
             unpickle(path, new)
-        shards = {key: new.name for new in staged if new.name.startswith("model-") for key, _ in header(new)}
+            if new.name.startswith("model-"):
+                found = dict.fromkeys((key for key, _ in header(new)), new.name)
+                if twice := shards.keys() & found.keys():
+                    raise CheckpointError(f"{path}: {listed(sorted(twice))} lies in another file of {source} too")
+                shards |= found
         if shards:
             write_json(Path(temporary) / INDEX, {"metadata": {}, "weight_map": shards})
+        if source.is_dir():
+            copy_missing((CONFIG, *BESIDE), source, out, Path(temporary))
         written = [out / path.name for path in sorted(Path(temporary).iterdir())]
         for path in sorted(written, key=lambda path: path.suffix == ".json"):
             os.replace(Path(temporary) / path.name, path)
     sync_folder(out)
     return written
+
+
+def copy_missing(names: Iterable[str], source: Path, out: Path, staged: Path) -> None:
+    for name in names:
+        if (source / name).is_file() and not (out / name).exists():
+            copyfile(source / name, staged / name)
 
 
 def new_name(path: Path, all_names: list[str]) -> str:
@@ -150,8 +171,6 @@ def write_layout(
 
     def rest(staged: Path) -> None:
         write_json(staged / CONFIG, fields)
-        for name in BESIDE:
-            if (source.folder / name).is_file():
-                copyfile(source.folder / name, staged / name)
+        copy_missing(BESIDE, source.folder, staged, staged)
 
     return write_folder(target, named, rest, shard_bytes)

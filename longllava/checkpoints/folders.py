@@ -12,6 +12,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+UNFINISHED = ".unfinished-"  # a folder in a model's folder that holds what a save has yet to put in place
 LISTED = 8  # names shown of each kind of fault
 
 
@@ -32,6 +33,11 @@ def find_folder(name: str | Path) -> Path:
         if not (path / CONFIG).is_file():
             raise CheckpointError(
                 f"{path}: no {CONFIG} in it; a model folder holds {CONFIG}, tokenizer.json and {WEIGHTS}"
+            )
+        if unfinished := sorted(path.glob(f"{UNFINISHED}*")):
+            raise CheckpointError(
+                f"{path}: a save stopped between two files, old ones and new ones are mixed; save again, or move what"
+                f" {unfinished[0].name} holds into the folder and remove it"
             )
         return path
     if path.suffix in PICKLES or path.suffix == ".safetensors":

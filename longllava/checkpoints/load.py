@@ -111,17 +111,19 @@ class Places:
 
     def check(self, path: Path, allow_missing: Sequence[str], whole: bool) -> None:
         """One error that lists every fault of names and shapes. whole: names without a use are faults too."""
-        missing, wrong = [], []
+        missing, wrong, whole_numbers = [], [], []
         for key, source in self.sources.items():
             for name, shape in zip(source.names, source.shapes, strict=True):
                 if name not in self.stored:
                     missing += [] if key.startswith(tuple(allow_missing)) else [name]
                 elif self.stored[name].shape != shape:
                     wrong.append(f"{name} {self.stored[name].shape} instead of {shape}")
+                elif not self.stored[name].dtype.is_floating_point:
+                    whole_numbers.append(f"{name} {self.stored[name].dtype}")
         unexpected = self.unexpected if whole else []
         faults = [f"{len(names)} {kind}: {listed(names)}"
-                  for kind, names in (("missing", missing), ("unexpected", unexpected), ("of wrong shape", wrong))
-                  if names]  # fmt: skip
+                  for kind, names in (("missing", missing), ("unexpected", unexpected), ("of wrong shape", wrong),
+                                      ("of whole numbers", whole_numbers)) if names]  # fmt: skip
         if faults:
             raise CheckpointError(f"{path}: weights do not fit its {CONFIG}; {'; '.join(faults)}")
 

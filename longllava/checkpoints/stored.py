@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from longllava.checkpoints.folders import INDEX, PICKLES, WEIGHTS, listed, refusal_of_pickle
-from longllava.errors import CheckpointError
+from longllava.errors import CheckpointError, ConfigError
+from longllava.settings import unique_keys
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +95,8 @@ def read_entries(path: Path) -> dict[str, Entry]:
         return dict(header(single))
     weight_map = read_index(index)
     files = {name: path / name for name in sorted(set(weight_map.values()))}
+    if single.is_file() and WEIGHTS not in files:
+        raise CheckpointError(f"{path}: both {WEIGHTS} and {INDEX} are there; remove the one that is not meant")
     if missing := [name for name, file in files.items() if not file.is_file()]:
         raise CheckpointError(f"{path}: missing {listed(missing)} of {len(files)} weight files; copy the folder again")
     entries: dict[str, Entry] = {}
@@ -111,14 +114,16 @@ def read_entries(path: Path) -> dict[str, Entry]:
 
 def read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, RecursionError):
+        weight_map = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_keys)["weight_map"]
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path}: not an index; expected JSON with a weight_map") from None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is not a table of tensor names to file names")
     for name in weight_map.values():
         plain = isinstance(name, str) and name == Path(name).name and "\\" not in name and ":" not in name
-        if not plain or not name.endswith(".safetensors"):
+        if not plain or not name.isprintable() or not name.endswith(".safetensors"):
             raise CheckpointError(f"{path}: {name!r:.80} is not the plain name of a .safetensors file in this folder")
     return weight_map
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from longllava.checkpoints.folders import INDEX, WEIGHTS
+from longllava.checkpoints.folders import INDEX, UNFINISHED, WEIGHTS
 from longllava.checkpoints.stored import DTYPES
 from longllava.errors import CheckpointError
 from longllava.files import sync_folder, write_json
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHARD_BYTES = 5_000_000_000
+STAGED = ".saving-"
 CODES = {name: code for code, name in DTYPES.items()}
 
 
@@ -50,14 +52,15 @@ def write_folder(
 ) -> Path:
     """Write the weights into `folder` (made if need be), and whatever `write_rest(staged folder)` writes.
 
-    Files are complete under temporary names before the first is renamed; weights of an earlier save are removed.
+    Files are complete under temporary names before the first is renamed; weights of an earlier save are removed. While
+    old ones and new ones stand side by side, a folder UNFINISHED* says so, and find_folder refuses the mixture.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: a file of that name exists; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     shards = split(outputs, shard_bytes)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix=STAGED, dir=folder) as temporary:
         staged = Path(temporary)
         names = shard_names(len(shards))
         for name, keys in zip(names, shards):
@@ -67,11 +70,22 @@ def write_folder(
             total = sum(output.n_bytes() for output in outputs.values())
             write_json(staged / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_rest(staged)
-        for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".json"):
-            os.replace(path, folder / path.name)
-        remove_stale(folder, names)
+        exchange(folder, staged, names)
     sync_folder(folder)
     return folder
+
+
+def exchange(folder: Path, staged: Path, names: list[str]) -> None:
+    """Put the staged files into their places. Left undone, it is done by moving what remains, or by saving again."""
+    moving = folder / (UNFINISHED + staged.name.removeprefix(STAGED))
+    os.rename(staged, moving)
+    sync_folder(folder)
+    for path in sorted(moving.iterdir(), key=lambda path: path.suffix == ".json"):
+        os.replace(path, folder / path.name)
+    remove_stale(folder, names)
+    sync_folder(folder)
+    for old in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(old)
 
 
 def split(outputs: Mapping[str, Output], shard_bytes: int) -> list[list[str]]:

@@ -40,7 +40,8 @@ class Sampling:
             raise InputError("top_p: got 0, must be above 0; for the likeliest token set temperature=0")
         if self.seed is not None:
             check_number(self, "seed", int, 0, MAX_SEED)
-        if not all(isinstance(text, str) and text for text in self.stop_strings()):
+        strings = self.stop is None or isinstance(self.stop, (str, list, tuple))
+        if not strings or not all(isinstance(text, str) and text for text in self.stop_strings()):
             raise InputError(f"stop: got {self.stop!r}, expected strings that are not empty")
 
     def stop_strings(self) -> tuple[str, ...]:
@@ -66,14 +67,18 @@ def check_number(settings: Sampling, name: str, kinds: type | tuple[type, ...], 
 def next_tokens(logits_BV: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """(B, V) logits -> (B,) int64 token ids on the CPU. Each row draws from its own generator.
 
-    Raises: LongLLaVAError when logits are NaN, which a damaged model or an overflow makes.
+    Raises: LongLLaVAError when a row's largest logit is NaN or infinite, which a damaged model or an overflow makes.
     """
     logits_BV = logits_BV.float().cpu()
-    if torch.isnan(logits_BV).any():
-        raise LongLLaVAError("the model's logits are NaN; its weights are damaged or its dtype overflows (try float32)")
+    largest_B1 = logits_BV.amax(-1, keepdim=True)  # NaN where any is
+    if not torch.isfinite(largest_B1).all():
+        raise LongLLaVAError(
+            "the model's logits are NaN or infinite; its weights are damaged or its dtype overflows (try float32)"
+        )
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    probabilities_BV = kept(torch.softmax(logits_BV / sampling.temperature, -1), sampling)
+    # the largest becomes 0 first: divided by a tiny temperature, of which fp32 makes 0, it would be infinite
+    probabilities_BV = kept(torch.softmax((logits_BV - largest_B1) / max(sampling.temperature, 1e-30), -1), sampling)
     return torch.stack([
         torch.multinomial(row_V, 1, generator=generator)[0]
         for row_V, generator in zip(probabilities_BV, generators)
@@ -91,6 +96,7 @@ def kept(probabilities_BV: Tensor, sampling: Sampling) -> Tensor:
     sorted_BV, order_BV = probabilities_BV.sort(-1, descending=True)
     if sampling.top_k:
         sorted_BV[:, sampling.top_k :] = 0
-    mass_before_BV = (sorted_BV.cumsum(-1) - sorted_BV) / sorted_BV.sum(-1, keepdim=True)
-    sorted_BV[mass_before_BV >= sampling.top_p] = 0
+    if sampling.top_p < 1:  # else rounding would drop the last ones
+        mass_before_BV = (sorted_BV.cumsum(-1) - sorted_BV) / sorted_BV.sum(-1, keepdim=True)
+        sorted_BV[mass_before_BV >= sampling.top_p] = 0
     return torch.zeros_like(probabilities_BV).scatter(-1, order_BV, sorted_BV)

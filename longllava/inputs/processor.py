@@ -79,7 +79,8 @@ class Processor:
             return bridge.tokens_per_image
         n_tokens = encoder.grid() ** 2
         allowed = pooled_counts(encoder.grid()) if bridge.pool == "2d" else [n_tokens]
-        if bridge.pool != "1d" and asked not in allowed or not 0 < asked <= n_tokens:
+        count = isinstance(asked, int) and not isinstance(asked, bool)
+        if not count or bridge.pool != "1d" and asked not in allowed or not 0 < asked <= n_tokens:
             raise InputError(f"tokens_per_image: got {asked}, allowed with pooling {bridge.pool!r}: {allowed}")
         return asked
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from longllava.checkpoints import find_folder, load_model, load_weights_, save_model
 from longllava.config import EncoderConfig
 from longllava.errors import CheckpointError, ConfigError
+from longllava.model import Model
 from tests.tiny import tiny_config, tiny_model
 
 TINY = tiny_model(3)
@@ -169,7 +171,19 @@ def test_torn_weights(tmp_path, keep):
 
 @pytest.mark.parametrize(
     "name",
-    ["../x.safetensors", "/etc/x.safetensors", "a/x.safetensors", "..", "x.bin", 3, "a\\x.safetensors"],
+    [
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "a/x.safetensors",
+        "..",
+        "x.bin",
+        3,
+        "a\\x.safetensors",
+        "c:x.safetensors",
+        "x\0.safetensors",
+        "x\ud800.safetensors",
+        None,
+    ],
 )
 def test_an_index_names_only_files_of_its_folder(tmp_path, name):
     save(tmp_path)
@@ -193,6 +207,123 @@ def test_an_index_that_lies_about_its_shards(tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"they differ in backbone\.ghost"):
         load_model(folder)
+
+
+def test_an_index_that_lists_a_tensor_twice(tmp_path):
+    folder = save(tmp_path, shard_bytes=20_000)
+    path = folder / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace('"weight_map": {', '"weight_map": {"bridge.up.bias": "x.safetensors",', 1))
+    with pytest.raises(CheckpointError, match=r"index\.json: the same key stands twice"):
+        load_model(folder)
+
+
+def test_a_tensor_in_two_shards(tmp_path):
+    folder = save(tmp_path, shard_bytes=20_000)
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    key, tensor = next(iter(load_file(first).items()))
+    change(folder, lambda tensors: tensors.update({key: tensor + 1}), second.name)
+    with pytest.raises(CheckpointError, match=f"{second.name}: its tensors are not those .* they differ in {key}"):
+        load_model(folder)
+
+
+def test_two_sets_of_weights_in_one_folder(tmp_path):
+    """transformers reads model.safetensors, others the index: nobody can know which is meant."""
+    save(tmp_path, shard_bytes=20_000)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"both model\.safetensors and model\.safetensors\.index\.json are there"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "n"), [("int64", 2), ("bool", 2), ("uint8", 2)])
+def test_weights_of_whole_numbers_are_listed(tmp_path, dtype, n):
+    """What quantisers write: read as numbers they would be noise."""
+    folder, kind = save(tmp_path), getattr(torch, dtype)
+    names = ("backbone.final_norm.weight", "bridge.up.bias")
+    change(folder, lambda tensors: tensors.update({name: tensors[name].to(kind) for name in names}))
+    model = tiny_model(3, seed=9).model
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match=rf"{n} of whole numbers: .*bridge\.up\.bias torch\.{dtype}"):
+        load_weights_(model, folder)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_weights_of_eight_bits_are_refused(tmp_path):
+    folder = save(tmp_path)
+    change(
+        folder, lambda tensors: tensors.update({"bridge.up.bias": tensors["bridge.up.bias"].to(torch.float8_e4m3fn)})
+    )
+    with pytest.raises(CheckpointError, match=r"bridge\.up\.bias is stored as F8_E4M3; allowed: F64, F32"):
+        load_model(folder)
+
+
+def test_dtypes_may_be_mixed(tmp_path):
+    folder = save(tmp_path)
+    kinds = (torch.bfloat16, torch.float16, torch.float64)
+    change(folder, lambda tensors: tensors.update(
+        {name: tensor.to(kinds[k % 3]) for k, (name, tensor) in enumerate(sorted(tensors.items())) if k % 4}
+    ))  # fmt: skip
+    model = load_model(folder, dtype=torch.float32)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    for key, tensor in TINY.model.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], tensor, rtol=1e-2, atol=1e-6)
+
+
+def test_tied_embeddings_may_be_stored_beside_themselves(tmp_path):
+    backbone = replace(tiny_config().backbone, tie_embeddings=True)
+    tied = Model(tiny_config(backbone=backbone))
+    tied.initialise_()
+    folder = save_model(tied, TINY.tokenizer, tmp_path)
+    assert "backbone.lm_head.weight" not in load_file(folder / "model.safetensors")
+    change(
+        folder, lambda tensors: tensors.update({"backbone.lm_head.weight": tensors["backbone.embed_tokens.weight"] + 0})
+    )
+    assert same(load_model(folder), tied)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_a_save_cut_between_two_files_is_told_and_can_be_finished(tmp_path, monkeypatch, shard_bytes):
+    """Old shards among new ones fit each other in every name and shape. Cut before each of the renames in turn."""
+    from longllava.checkpoints import write
+
+    def old_and_new(folder):
+        save(folder, shard_bytes=shard_bytes)
+        return tiny_model(3, seed=5)
+
+    replaced, limit = [], [10**6]
+    original = os.replace
+
+    def cut(source, target):
+        if ".unfinished-" not in str(source):
+            return original(source, target)
+        if len(replaced) == limit[0]:
+            raise KeyboardInterrupt
+        replaced.append(target)
+        return original(source, target)
+
+    monkeypatch.setattr(write.os, "replace", cut)
+    new = old_and_new(tmp_path / "whole")
+    n_files = len(replaced)
+    assert n_files == len(list((tmp_path / "whole").iterdir())) >= 3
+    for k in range(n_files):
+        folder = tmp_path / str(k)
+        limit[0] = 10**6
+        old_and_new(folder)
+        replaced.clear()
+        limit[0] = k
+        with pytest.raises(KeyboardInterrupt):
+            save_model(new.model, new.tokenizer, folder, shard_bytes=shard_bytes)
+        with pytest.raises(CheckpointError, match="a save stopped between two files"):
+            load_model(folder)
+        if k % 2:  # saved again
+            limit[0] = 10**6
+            save_model(new.model, new.tokenizer, folder, shard_bytes=shard_bytes)
+        else:  # moved by hand
+            (left,) = folder.glob(".unfinished-*")
+            for path in left.iterdir():
+                original(path, folder / path.name)
+            left.rmdir()
+        assert same(load_model(folder), new.model)
+        assert not list(folder.glob(".*"))
 
 
 def test_pickles_are_refused_unopened(tmp_path):

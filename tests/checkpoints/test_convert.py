@@ -102,6 +102,46 @@ def test_state_dicts_may_lie_deeper():
     assert tensors_of([1, 2]) == {}
 
 
+def test_what_trainer_writes_beside_weights_is_left_alone(tmp_path):
+    tensors = pickled(tmp_path / "a", 1)
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+        (tmp_path / "a" / name).write_bytes(b"never opened")
+    (tmp_path / "a/tokenizer.json").write_text("{}")
+    written = convert_pickles(tmp_path / "a", tmp_path / "b")
+    assert [path.name for path in written] == ["config.json", "generation_config.json", "model.safetensors",
+                                               "tokenizer.json"]  # fmt: skip
+    assert_same(weights(tmp_path / "b"), tensors)
+    assert load_model(tmp_path / "b").backbone.config.width == 32
+
+
+def test_a_tensor_in_two_pickles(tmp_path):
+    for k in (1, 2):
+        torch.save({"a": torch.full((2,), float(k)), f"b{k}": torch.ones(1)}, tmp_path / f"pytorch_model-{k}-of-2.bin")
+    with pytest.raises(CheckpointError, match=r"model-2-of-2\.bin: a lies in another file of .* too"):
+        convert_pickles(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("pickles", "there", "words"),
+    [
+        (["pytorch_model.bin"], "model.safetensors", "model.safetensors stands"),
+        (["pytorch_model.bin"], "model.safetensors.index.json", "index.json stands"),
+        (["pytorch_model-1-of-2.bin", "pytorch_model-2-of-2.bin"], "model.safetensors", "model.safetensors stands"),
+        (["mm_projector.bin"], "mm_projector.safetensors", "mm_projector.safetensors stands"),
+        (["a.bin", "a.pt"], "notes", "a.safetensors stands"),
+    ],
+)
+def test_nothing_is_written_over(tmp_path, pickles, there, words):
+    for name in pickles:
+        torch.save({name: torch.ones(1)}, tmp_path / name)
+    (tmp_path / there).write_bytes(b"mine")
+    with pytest.raises(CheckpointError, match=words):
+        convert_pickles(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*pickles, there])
+    assert (tmp_path / there).read_bytes() == b"mine"
+
+
 def test_nothing_to_convert(tmp_path):
     with pytest.raises(CheckpointError, match="no pickled weights there"):
         convert_pickles(tmp_path)

@@ -201,6 +201,7 @@ def test_faults_are_named_in_the_words_of_the_file(tmp_path):
     [
         ({"model_type": "mamba2"}, "model_type 'mamba2'; this library reads jamba, llava_jamba, llava"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end True is not supported, only False"),
         ({"mamba_inner_layernorms": False}, "mamba_inner_layernorms False"),
         ({"quantization_config": {"load_in_4bit": True}}, "quantization_config"),
         ({"hidden_size": "wide"}, "width: expected int"),

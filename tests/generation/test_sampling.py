@@ -43,9 +43,23 @@ def test_temperature_zero_takes_the_likeliest():
     assert next_tokens(torch.tensor([[0.0, 2.0, 1.0]]), Sampling(), []).tolist() == [1]
 
 
-def test_nan_logits_are_an_error():
-    with pytest.raises(LongLLaVAError, match="NaN"):
-        next_tokens(torch.full((1, 4), torch.nan), Sampling(), [])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("row", [[0.0, torch.nan], [0.0, torch.inf], [-torch.inf, -torch.inf]])
+def test_logits_that_are_not_finite_are_an_error(row, temperature):
+    with pytest.raises(LongLLaVAError, match="logits are NaN or infinite"):
+        next_tokens(torch.tensor([[0.0, 1.0], row]), Sampling(temperature=temperature), [torch.Generator()] * 2)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-45, 1e-300])
+def test_the_coldest_temperatures_take_the_likeliest(temperature):
+    logits = torch.tensor([[-torch.inf, 2000.0, 1999.0]])
+    assert next_tokens(logits, Sampling(temperature=temperature), [torch.Generator()]).tolist() == [1]
+
+
+def test_top_k_alone_drops_none_of_the_k():
+    """60,000 tokens of one probability: their running sum passes 1 by rounding before the last."""
+    even = torch.full((1, 60_000), 1 / 60_000)
+    assert int((kept(even, Sampling(temperature=1.0, top_k=60_000)) > 0).sum()) == 60_000
 
 
 def test_seeds_repeat_and_differ():
@@ -62,7 +76,7 @@ def test_seeds_repeat_and_differ():
         ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "hot"), ("temperature", True),
         ("top_p", 0), ("top_p", 1.1), ("top_p", None), ("top_k", -1), ("top_k", 1.5),
         ("max_new_tokens", 0), ("max_new_tokens", 1.5), ("max_new_tokens", True), ("seed", -1), ("seed", 1.0),
-        ("stop", [""]), ("stop", [3]),
+        ("stop", [""]), ("stop", [3]), ("stop", 3), ("stop", ""), ("stop", {"a": 1}),
     ],
 )  # fmt: skip
 def test_bad_settings_get_a_sentence(name, value):

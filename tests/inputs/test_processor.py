@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longllava.config import PromptConfig
+from longllava.config import BridgeConfig, PromptConfig
 from longllava.errors import InputError
 from longllava.inputs.chat import Mark, Markup, Plain, messages_of_dicts, string_pieces
 from longllava.inputs.processor import Processor, Span
@@ -90,6 +90,14 @@ def test_tokens_per_image_may_be_asked_for():
     assert PROCESSOR.encode_chat([Turn("user", "<image>")], 1, tokens_per_image=16).spans[0].length == 16
     with pytest.raises(InputError, match=r"tokens_per_image: got 5, allowed with pooling '2d': \[16, 4, 1\]"):
         PROCESSOR.encode_chat([Turn("user", "<image>")], 1, tokens_per_image=5)
+
+
+@pytest.mark.parametrize("pool", ["2d", "1d"])
+@pytest.mark.parametrize("asked", [4.0, True, "4", 0, 17])
+def test_tokens_per_image_is_a_count(pool, asked):
+    processor = Processor(tiny_config(bridge=BridgeConfig(pool=pool, tokens_per_image=4, hidden=32)), TOKENIZER)
+    with pytest.raises(InputError, match="tokens_per_image: got"):
+        processor.encode_chat([Turn("user", "<image>")], 1, tokens_per_image=asked)
 
 
 def test_text_only_models_refuse_images():
