@@ -28,6 +28,7 @@ from longllava.checkpoints.save import config_fields, renamed
 from longllava.checkpoints.write import Output, write_folder
 from longllava.config import BackboneConfig, BridgeConfig, EncoderConfig, ModelConfig
 from longllava.files import write_json
+from longllava.train.record import environment
 
 SHARD_BYTES = 500_000_000
 SLACK = 50_000_000  # modules of a model of this size, and the heap's own
@@ -111,13 +112,12 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
-        row = {"n_parameters": n_parameters, "threads": torch.get_num_threads(), "torch": torch.__version__,
-               **json.loads(done.stdout)}  # fmt: skip
+        row = {"n_parameters": n_parameters, **json.loads(done.stdout)}
     bound = row["model_bytes"] + 2 * row["largest_tensor_bytes"] + SLACK
-    row["within_bound"] = row["peak_bytes"] <= bound
+    row |= {"bound_bytes": bound, "within_bound": row["peak_bytes"] <= bound}
     print(json.dumps(row, indent=2))
     if options.save:
-        write_json(options.save, row)
+        write_json(options.save, {**row, "environment": environment()})
     sys.exit(not (row["within_bound"] and row["equal_longllava"] and row["equal_jamba"]))
 
 

@@ -1,6 +1,7 @@
 """Our models against transformers' on the same random weights, in the published layouts: one line a comparison.
 
     python benchmarks/parity.py
+    python benchmarks/parity.py --save benchmarks/results/parity-cpu.json
 
 Every model is small and random, saved by transformers and loaded from that folder by this library, in fp32 on the
 CPU. A line gives the largest difference (of logits, features or routed outputs) and whether 12 greedily decoded
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import _environment  # noqa: F401
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from longllava.checkpoints import load_model, load_weights_
 from longllava.checkpoints.towers import tower_config
 from longllava.config import BackboneConfig, BridgeConfig, ModelConfig
+from longllava.files import write_json
 from longllava.model import Model
 from longllava.nn import Context
+from longllava.train.record import environment
 from tests.checkpoints import published
 
 BOUND = 1e-4
@@ -148,9 +152,15 @@ def table(lines: list[Line]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--save", type=Path, help="write the table into this JSON file")
+    options = parser.parse_args(arguments)
     lines = [run(case) for case in CASES]
     print(table(lines))
+    if options.save:
+        rows = [{**asdict(line), "error": float(f"{line.error:.2g}"), "holds": line.holds()} for line in lines]
+        write_json(options.save, {"bound": BOUND, "lines": rows, "environment": environment()})
     sys.exit(not all(line.holds() for line in lines))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -72,11 +73,14 @@ def test_other_routing_fails(monkeypatch, change):
     assert not PARITY.run(PARITY.routing).holds()
 
 
-def test_the_table_fails_with_a_line(monkeypatch, capsys):
+def test_the_table_fails_with_a_line(monkeypatch, capsys, tmp_path):
     good, bad, other = PARITY.Line("a", "b", 1e-5, True), PARITY.Line("c", "d", 2e-4), PARITY.Line("e", "f", 0.0, False)
     for lines, code in (([good], 0), ([good, bad], 1), ([good, other], 1)):
         monkeypatch.setattr(PARITY, "CASES", [lambda folder, line=line: line for line in lines])
         with pytest.raises(SystemExit) as caught:
-            PARITY.main()
+            PARITY.main(["--save", str(tmp_path / "table.json")])
         assert int(caught.value.code) == code
+        saved = json.loads((tmp_path / "table.json").read_text())
+        assert [line["holds"] for line in saved["lines"]] == [line.holds() for line in lines]
+        assert saved["environment"]["command"]
         assert capsys.readouterr().out.count("FAILS") == code

@@ -1,4 +1,5 @@
-"""open_clip's models by name: the real package, random weights, in a file of weights as its tags are."""
+"""open_clip's models by name: random weights, in a file of weights as its tags are. Everywhere with what stands for the
+package, and with the package itself where it is installed."""
 
 from __future__ import annotations
 
@@ -15,8 +16,14 @@ from longllava.checkpoints.towers import split_name, tower_config
 from longllava.config import BackboneConfig, BridgeConfig, EncoderConfig, ModelConfig
 from longllava.errors import CheckpointError
 from longllava.model import Model
-
-ARCHITECTURE = "ViT-S-32-alt"  # the smallest plain vision transformer of the package
+from tests.checkpoints.open_clip_package import (
+    ARCHITECTURE,
+    NAMES,
+    PRETRAINED,
+    SETTINGS,
+    STAND_IN,
+    create_model,
+)
 
 
 class AnyName(type):
@@ -39,7 +46,7 @@ class Module(types.ModuleType):
 
 
 @pytest.fixture(scope="module")
-def open_clip():
+def real():
     """The package, imported without torchvision; both torchvision and what was there before are put back."""
     import transformers  # noqa: F401  (it looks for torchvision once, and must not find this one)
 
@@ -61,6 +68,16 @@ def open_clip():
                 sys.modules[name] = before[name]
 
 
+@pytest.fixture(scope="module", params=["stand-in", "package"])
+def open_clip(request):
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "package":
+            yield request.getfixturevalue("real")
+        else:
+            patch.setitem(sys.modules, "open_clip", STAND_IN)
+            yield STAND_IN
+
+
 @pytest.fixture(scope="module")
 def tower(open_clip, tmp_path_factory):
     """(open_clip's model, the name of the same weights)."""
@@ -72,6 +89,26 @@ def tower(open_clip, tmp_path_factory):
     file = tmp_path_factory.mktemp("weights") / "weights.safetensors"
     save_file({key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}, file)
     return model.eval(), f"open_clip:{ARCHITECTURE}/{file}"
+
+
+def test_what_stands_for_the_package_is_like_it(real):
+    theirs, ours = real.create_model(ARCHITECTURE).visual.eval(), create_model(ARCHITECTURE).visual.eval()
+    assert {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()} == NAMES
+    ours.load_state_dict(theirs.state_dict())
+    pixels = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(pixels), theirs(pixels), rtol=0, atol=2e-5)
+    for name, settings in SETTINGS.items():
+        assert real.get_model_config(name)["vision_cfg"] == settings
+    for (name, tag), golden in PRETRAINED.items():
+        found = real.get_pretrained_cfg(name, tag)
+        assert {key: found[key] for key in ("mean", "std", "quick_gelu") if key in found} == golden
+    assert real.get_model_config("ViT-Q-99") is None
+
+
+def test_every_name_of_the_package_is_read_or_known_to_be_useless(tower):
+    theirs, _ = tower
+    assert {name: tuple(tensor.shape) for name, tensor in theirs.visual.state_dict().items()} == NAMES
 
 
 def model_with(name: str, folder: Path) -> Model:
