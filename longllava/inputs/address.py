@@ -25,6 +25,8 @@ MOVED = (301, 302, 303, 307, 308)
 BLOCK = 1 << 16
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 numbers in IPv6 ones (RFC 6052), which count as public
 
+UNICAST = ipaddress.ip_network("2000::/3")  # the IPv6 numbers of hosts; site-local fec0::/10 counts as global
+
 
 def download(address: str, hosts: Sequence[str], *, max_bytes: int = MAX_BYTES, seconds: float = MAX_SECONDS) -> bytes:
     """The bytes behind an address. hosts: those that may be asked; "*" any host with a public number.
@@ -36,7 +38,10 @@ def download(address: str, hosts: Sequence[str], *, max_bytes: int = MAX_BYTES, 
         content, moved_to = ask(address, hosts, max_bytes, deadline, seconds)
         if moved_to is None:
             return content
-        address = urllib.parse.urljoin(address, moved_to)
+        try:
+            address = urllib.parse.urljoin(address, moved_to)
+        except ValueError:
+            raise InputError(f"redirected to {moved_to!r:.80}, which is not a well-formed address") from None
     raise InputError(f"more than {MAX_REDIRECTS} redirects")
 
 
@@ -49,7 +54,7 @@ def ask(
     if left <= 0:
         raise InputError(f"it took more than {seconds:g} seconds")
     try:
-        connection = connect(host, port, numbers_of(host, port, hosts), secure, left)
+        connection = connect(host, port, numbers_of(host, port, hosts), secure, deadline)
     except OSError as error:
         raise InputError(f"{host} cannot be reached: {error.strerror or error}") from None
     # a server that sends a byte now and then never runs into the socket's own limit
@@ -57,6 +62,8 @@ def ask(
     watch.daemon = True
     watch.start()
     try:
+        if isinstance(connection.sock, ssl.SSLSocket):
+            connection.sock.do_handshake()
         connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "longllava"})
         response = connection.getresponse()
         if response.status in MOVED and (location := response.getheader("Location")):
@@ -75,9 +82,8 @@ def ask(
 
 def read_all(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     """All of an answer; one that says, or turns out, to be too long is not read further."""
-    stated = response.getheader("Content-Length", "0")
     content = bytearray()
-    while int(stated) <= max_bytes if stated.isdecimal() else True:
+    while (response.length or 0) <= max_bytes:  # what is still to come, where that was stated
         if not (block := response.read1(BLOCK)):
             if response.length:  # less came than was stated
                 raise InputError(f"broken answer: {response.length} bytes are missing")
@@ -116,7 +122,10 @@ def parts_of(address: str, hosts: Sequence[str]) -> tuple[bool, str, int, str]:
 
 def numbers_of(host: str, port: int, hosts: Sequence[str]) -> list[str]:
     """The numbers of a host. One that was not named itself must not lead into the local network."""
-    found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    try:
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except UnicodeError:  # an empty label, or one of more than 63 characters
+        raise InputError(f"{host!r:.80} is not the name of a host") from None
     for number in found if host not in hosts else ():
         if not public(ipaddress.ip_address(number.partition("%")[0])):
             raise InputError(f"host {host} is not on the public internet; name it in allow_hosts if it is meant")
@@ -127,26 +136,33 @@ def public(number: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     mapped = getattr(number, "ipv4_mapped", None) or getattr(number, "sixtofour", None)
     if number in NAT64:
         mapped = ipaddress.IPv4Address(int(number) & 0xFFFFFFFF)
-    return public(mapped) if mapped else number.is_global and not number.is_multicast
+    if mapped:
+        return public(mapped)
+    return number.is_global and not number.is_multicast and (number.version == 4 or number in UNICAST)
 
 
-def connect(host: str, port: int, numbers: Sequence[str], secure: bool, seconds: float) -> http.client.HTTPConnection:
-    """A connection whose socket is open to the first of `numbers` that answers."""
+def connect(host: str, port: int, numbers: Sequence[str], secure: bool, deadline: float) -> http.client.HTTPConnection:
+    """A connection whose socket is open to the first of `numbers` that answers; hands are not yet shaken."""
     connection = http.client.HTTPConnection(host, port)
     failure: OSError = OSError("it has no address")
     for number in numbers:
+        if (left := deadline - time.monotonic()) <= 0:
+            break
         try:
-            plain = socket.create_connection((number, port), timeout=seconds)
+            plain = socket.create_connection((number, port), timeout=left)
         except OSError as error:
             failure = error
             continue
-        connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host) if secure else plain
+        context = ssl.create_default_context() if secure else None
+        connection.sock = (
+            context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False) if context else plain
+        )
         return connection
     raise failure
 
 
 def hang_up(connected: socket.socket) -> None:
     try:
-        connected.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)  # not an SSLSocket's own, which breaks a read under way
     except OSError:  # it was over already
         pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ class MediaOptions:
     def __post_init__(self) -> None:
         check_sampling(self.fps, self.max_frames)
         parse_tiles(self.tiles)
-        if isinstance(self.allow_hosts, str) or not all(isinstance(host, str) for host in self.allow_hosts):
+        hosts = self.allow_hosts
+        if not isinstance(hosts, (list, tuple, set, frozenset)) or not all(isinstance(host, str) for host in hosts):
             raise InputError(f"allow_hosts: got {self.allow_hosts!r}, expected a list of names such as ['example.org']")
 
 
@@ -66,17 +67,20 @@ class MediaReader:
 
     def video(self, source: Any) -> list[Any]:
         """Frames of a video."""
-        if isinstance(source, str) and is_address(source):
-            try:
-                source = download(source, self.options.allow_hosts)
-            except InputError as error:
-                raise InputError(f"{source}: {error}") from None
-        return read_frames(source, fps=self.options.fps, max_frames=self.options.max_frames, side=self.side)
+        sampling: dict[str, Any] = {"fps": self.options.fps, "max_frames": self.options.max_frames, "side": self.side}
+        if not isinstance(source, str) or not is_address(source):
+            return read_frames(source, **sampling)
+        try:
+            return read_frames(download(source, self.options.allow_hosts), **sampling)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
 
 
 def listed(images: Any) -> list[Any]:
     """One image or several, as a list."""
     if images is None:
         return []
-    single = isinstance(images, (str, bytes, bytearray, os.PathLike)) or hasattr(images, "__array_interface__")
-    return [images] if single else list(images)
+    single = isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike)) or hasattr(
+        images, "__array_interface__"
+    )
+    return [images] if single or not isinstance(images, Iterable) else list(images)

@@ -1,4 +1,4 @@
-"""A video as a list of frames: a folder of pictures, an animated GIF or WebP, a TIFF's pages, or what PyAV reads.
+"""A video as a list of frames: a folder of pictures, an animated GIF, WebP or PNG, a TIFF's pages, or what PyAV reads.
 
 Frames of a folder stay paths, opened when they are needed. Others are sampled while decoding and kept as
 RGB images no larger than the encoder looks at: 1,024 frames of 96 x 96 take 28 MB.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-PAGED = ("GIF", "WEBP", "TIFF")
-PAGED_HEADS = (b"GIF8", b"II*\0", b"MM\0*")
+PAGED = ("GIF", "WEBP", "TIFF", "PNG")
+PAGED_HEADS = (b"GIF8", b"II*\0", b"MM\0*", b"\x89PNG")
 MAX_FRAMES = 1024
-MAX_FPS = 120.0
+MIN_FPS, MAX_FPS = 1e-6, 120.0
+FIRST_SECONDS = 60.0  # of decoding that a video is allowed,
+FRAME_SECONDS = 10.0  # and for each frame that was taken
 
 
 def read_frames(source: Any, *, fps: float = 1.0, max_frames: int = MAX_FRAMES, side: int | None = None) -> list[Any]:
@@ -37,11 +40,14 @@ def read_frames(source: Any, *, fps: float = 1.0, max_frames: int = MAX_FRAMES, 
     """
     check_sampling(fps, max_frames)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return file_frames(io.BytesIO(source), fps, max_frames, side)
+        try:
+            return file_frames(io.BytesIO(source), fps, max_frames, side)
+        except InputError as error:
+            raise InputError(f"video: {error}") from None
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"video: expected a path, got {type(source).__name__}")
-    path = Path(source)
-    if not path.exists():
+    path = Path(os.fsdecode(source))
+    if not os.path.exists(path):  # not Path.exists, which raises where a name is too long
         raise InputError(f"{path}: no such video file or folder of frames")
     try:
         if path.is_dir():
@@ -62,8 +68,11 @@ def leading_frames(path: Path, n: int, *, fps: float = 1.0) -> list[Image.Image]
     """The first n frames of a video file at fps, or as many as it has; the rest is not read. Raises: InputError."""
     if not path.is_file():
         raise InputError("not a regular file")
-    with path.open("rb") as file:
-        return file_frames(file, fps, n, None, leading=True)
+    try:
+        with path.open("rb") as file:
+            return file_frames(file, fps, n, None, leading=True)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}") from None
 
 
 def file_frames(file: Any, fps: float, max_frames: int, side: int | None, leading: bool = False) -> list[Image.Image]:
@@ -71,16 +80,21 @@ def file_frames(file: Any, fps: float, max_frames: int, side: int | None, leadin
     head = file.read(12)
     file.seek(0)
     if head.startswith(PAGED_HEADS) or head[8:] == b"WEBP":
-        return Sampler(fps, max_frames, side, leading=leading).take(page_frames(file, fps))
-    with open_video(file) as container:
-        video = VideoFile(container)
-        sampler = Sampler(fps, max_frames, side, 0.0 if leading else video.duration(), leading)
-        return sampler.take(video.frames(sampler.wanted))
+        frames = Sampler(fps, max_frames, side, leading=leading).take(page_frames(file, fps))
+    else:
+        with open_video(file) as container:
+            video = VideoFile(container)
+            sampler = Sampler(fps, max_frames, side, 0.0 if leading else video.duration(), leading)
+            frames = sampler.take(video.frames(sampler.wanted))
+            video.settle()
+    if not frames:
+        raise InputError("the video has no frames")
+    return frames
 
 
 def check_sampling(fps: float, max_frames: int) -> None:
-    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps <= MAX_FPS:
-        raise InputError(f"fps: got {fps!r}, allowed: above 0, at most {MAX_FPS:g}")
+    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not MIN_FPS <= fps <= MAX_FPS:
+        raise InputError(f"fps: got {fps!r}, allowed: {MIN_FPS:g} to {MAX_FPS:g}")
     if isinstance(max_frames, bool) or not isinstance(max_frames, int) or max_frames < 1:
         raise InputError(f"max_frames: got {max_frames!r}, expected a whole number above 0")
 
@@ -89,7 +103,8 @@ def folder_frames(folder: Path) -> list[Path]:
     """Pictures of a folder, frame 2 before frame 10."""
 
     def natural(path: Path) -> list:
-        return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
+        parts = re.split(r"([0-9]+)", path.name)  # every second one is a number
+        return [(0, int(part), "") if place % 2 else (1, 0, part) for place, part in enumerate(parts)]
 
     frames = sorted((p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.is_file()), key=natural)
     if not frames:
@@ -111,39 +126,45 @@ class Sampler:
         self.max_frames, self.side, self.duration, self.leading = max_frames, side, duration, leading
         self.step = max(1 / fps, duration / max_frames)
         self.number = 0
+        self.started = time.monotonic()
         self.kept: list[Image.Image] = []
 
     def wanted(self) -> float:
-        """The next second to take a frame at."""
+        """The next second to take a frame at. Raises: InputError when finding the frames takes too long."""
+        if time.monotonic() - self.started > FIRST_SECONDS + FRAME_SECONDS * self.number:
+            raise InputError(
+                f"{len(self.kept)} frames were found in {time.monotonic() - self.started:.0f} seconds of decoding,"
+                f" at most {FRAME_SECONDS:g} a frame are allowed; convert it to one with more key frames"
+            )
         return self.number * self.step
 
     def take(self, shown: Iterator[Shown]) -> list[Image.Image]:
-        for end, image in shown:
+        for end, make in shown:
+            image = None
             while self.wanted() < end - 1e-9:
                 if len(self.kept) == self.max_frames and end <= 1.05 * self.duration + 1:
                     self.number += 1  # the header's duration was rounded
                     continue
-                self.kept.append(image())
-                shrink_(self.kept[-1], self.side)
+                image = shrunk(make(), self.side) if image is None else image  # one that stands long is made once
+                self.kept.append(image)
                 self.number += 1
                 if self.leading and len(self.kept) == self.max_frames:
                     return self.kept
                 if len(self.kept) > self.max_frames:
                     self.kept, self.step, self.number = self.kept[::2], self.step * 2, (self.number + 1) // 2
-        if not self.kept:
-            raise InputError("the video has no frames")
         return self.kept
 
 
-def shrink_(image: Image.Image, side: int | None) -> None:
+def shrunk(image: Image.Image, side: int | None) -> Image.Image:
     from PIL import Image
 
     if side and max(image.size) > side:
         image.thumbnail((side, side), Image.Resampling.BICUBIC)
+    return image
 
 
 def page_frames(file: Any, fps: float) -> Iterator[Shown]:
-    """Frames of a GIF or WebP with their durations; pages of a TIFF, all of which are taken."""
+    """Frames of a GIF, WebP or PNG with their durations; pages of a TIFF, all of which are taken."""
     from PIL import Image, ImageSequence, UnidentifiedImageError
 
     try:

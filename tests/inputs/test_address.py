@@ -1,7 +1,9 @@
 """Pictures from addresses: only from hosts that were named, in time, and never more than is allowed."""
 
+import contextlib
 import http.server
 import io
+import socket
 import threading
 import time
 
@@ -114,8 +116,9 @@ def test_a_model_reads_it_only_where_it_may(server):
     assert model.generate("a", video=at(server, "gif"), allow_hosts=HERE, **short) == model.generate(
         "a", video=gif(), **short
     )
-    with pytest.raises(InputError, match="allow_hosts: got '127.0.0.1', expected a list"):
-        model.generate("a", allow_hosts="127.0.0.1")
+    for bad in ("127.0.0.1", None, 7, [7]):
+        with pytest.raises(InputError, match="allow_hosts: got .*, expected a list"):
+            model.generate("a", allow_hosts=bad)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +132,8 @@ def test_a_model_reads_it_only_where_it_may(server):
         ("slow", "it took more than 0.5 seconds"),
         ("to/file:///etc/passwd", "scheme 'file'; allowed: http, https"),
         ("to/http://example.org/a.png", "host example.org may not be asked; allowed: 127.0.0.1"),
+        ("to/http://[::1/", "not a well-formed address"),
+        ("to///[::1/", "not a well-formed address"),
         ("to/gopher://127.0.0.1/", "scheme 'gopher'"),
         ("to/http://a:b@127.0.0.1/", "user name or password"),
     ],
@@ -142,7 +147,7 @@ def test_what_does_not_come_is_a_sentence(server, path, sentence):
 
 INSIDE = ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f.1", "0177.0.0.1", "[::1]", "[::ffff:127.0.0.1]",
           "0.0.0.0", "10.0.0.1", "192.168.1.1", "172.16.0.1", "169.254.169.254", "[fe80::1]", "[fd00::1]", "100.64.0.1",
-          "[2002:7f00:1::]", "224.0.0.1", "[64:ff9b::7f00:1]"]  # fmt: skip
+          "[2002:7f00:1::]", "[fec0::1]", "[::127.0.0.1]", "224.0.0.1", "[64:ff9b::7f00:1]"]  # fmt: skip
 
 
 @pytest.mark.parametrize("host", INSIDE)
@@ -162,6 +167,32 @@ def test_malformed_addresses_are_refused_before_any_question(bad, monkeypatch):
     monkeypatch.setattr(address.socket, "getaddrinfo", lambda *arguments, **options: pytest.fail("it asked"))
     with pytest.raises(InputError):
         download(bad, ["*"])
+
+
+@pytest.mark.parametrize("host", ["a" * 64 + ".org", "a..b", ".org"])
+def test_names_that_no_host_can_have(host):
+    with pytest.raises(InputError, match="is not the name of a host"):
+        download(f"https://{host}/", ["*"])
+
+
+def test_a_handshake_takes_no_longer_than_allowed():
+    """A server that sends a byte of it now and then never runs into the socket's own limit."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip():
+            connected, _ = listening.accept()
+            with connected, contextlib.suppress(OSError):
+                for byte in b"\x16\x03\x03\x40\0" + bytes(60):
+                    connected.send(bytes([byte]))
+                    time.sleep(0.1)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        started = time.monotonic()
+        with pytest.raises(InputError, match="it took more than 0.5 seconds"):
+            download(f"https://127.0.0.1:{listening.getsockname()[1]}/", HERE, seconds=0.5)
+        assert time.monotonic() - started < 3
+        thread.join()
 
 
 def test_the_connection_goes_to_the_number_that_was_checked(server, monkeypatch):

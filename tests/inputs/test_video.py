@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from longllava.errors import InputError
-from longllava.inputs import video_file
+from longllava.inputs import video, video_file
 from longllava.inputs.video import leading_frames, read_frames
 from longllava.inputs.video_file import VideoFile, upright
 
@@ -58,6 +58,16 @@ def test_a_folder_in_natural_order(tmp_path):
     assert [path.name for path in read_frames(tmp_path, max_frames=2)] == ["f1.png", "f2.png"]
 
 
+def test_names_that_paths_can_have(tmp_path):
+    """A superscript is a digit to str.isdigit, but not to int."""
+    grey(1).save(tmp_path / "\u00b21.png")
+    grey(2).save(tmp_path / "\u0663.png")
+    assert len(read_frames(tmp_path)) == 2
+    for name in ("a" * 5000, "a\0b", "\ud800"):
+        with pytest.raises(InputError, match="no such video"):
+            read_frames(name)
+
+
 def write_video(path, values, rate=4, gop=12, b_frames=0, side=32):
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
@@ -102,6 +112,103 @@ def test_without_pyav_the_sentence_says_what_to_install(tmp_path, monkeypatch):
         read_frames(tmp_path / "a.mp4")
 
 
+CODECS = {
+    "a.mp4": ("libx264", "yuv420p", {"x264-params": "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenecut=0"}),
+    "a.ts": ("libx264", "yuv420p", {"x264-params": "open-gop=1:bframes=3:keyint=12:scenecut=0"}),
+    "a.mov": ("libx265", "yuv420p", {"x265-params": "bframes=3:keyint=12:min-keyint=12:log-level=none"}),
+    "a.webm": ("libvpx-vp9", "yuv420p", {"g": "12"}),
+    "a.mkv": ("libsvtav1", "yuv420p", {"g": "12"}),
+    "a.avi": ("mjpeg", "yuvj420p", {}),
+}
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_codecs_and_open_groups_of_pictures(tmp_path, name):
+    """Decoding that begins at a key frame, before which others are shown, loses nothing and warns of nothing."""
+    av = pytest.importorskip("av")
+    codec, pixel_format, options = CODECS[name]
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    values = [(37 * i) % 240 for i in range(160)]
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=4, options=options)
+        stream.width = stream.height = 64
+        stream.pix_fmt = pixel_format
+        for value in values:
+            container.mux(stream.encode(av.VideoFrame.from_image(grey(value, 64))))
+        container.mux(stream.encode())
+    every = levels(read_frames(tmp_path / name, fps=4))
+    assert every == pytest.approx(values, abs=4)
+    for fps, step in ((1, 4), (0.25, 16), (0.04, 100)):
+        assert levels(read_frames(tmp_path / name, fps=fps)) == every[::step]
+
+
+def with_broken_packets(path, target, broken):
+    """The same packets; those numbered in `broken` hold noise."""
+    import av
+
+    rng = np.random.default_rng(0)
+    with av.open(str(path)) as source, av.open(str(target), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(video=0)):
+            if packet.dts is None:
+                continue
+            if number in broken:
+                noise = av.Packet(rng.bytes(packet.size))
+                noise.pts, noise.dts, noise.time_base = packet.pts, packet.dts, packet.time_base
+                noise.is_keyframe, packet = packet.is_keyframe, noise
+            packet.stream = stream
+            container.mux(packet)
+    return target
+
+
+def test_a_few_broken_packets_are_left_out_with_a_warning(tmp_path):
+    """400 frames, a key frame each 12; a broken one takes with it what builds on it, and no picture is made up."""
+    values = [5 * i % 200 for i in range(400)]
+    path = write_video(tmp_path / "a.mkv", values)
+    few = with_broken_packets(path, tmp_path / "b.mkv", {115})
+    with pytest.warns(
+        UserWarning, match=r"5 of 400 decoded frames are broken, at 28\.8 to 29\.8 seconds; they are left"
+    ):
+        found = levels(read_frames(few, fps=4))
+    assert found == pytest.approx([*values[:115], *[values[114]] * 5, *values[120:]], abs=6)
+    many = with_broken_packets(path, tmp_path / "c.mkv", set(range(100, 300, 9)))
+    with pytest.raises(InputError, match=r"c\.mkv: \d+ of 4\d\d decoded frames are broken, at .* seconds; at most 5%"):
+        read_frames(many, fps=4)
+
+
+def test_finding_a_frame_takes_no_longer_than_allowed(tmp_path, gif, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", [20 * i for i in range(12)])
+    monkeypatch.setattr(video, "FIRST_SECONDS", -1.0)
+    for file in (path, gif):
+        with pytest.raises(InputError, match="0 frames were found in 0 seconds of decoding, at most 10 a frame"):
+            read_frames(file)
+
+
+def test_a_frame_that_stands_for_ages_is_made_once(tmp_path, monkeypatch):
+    """A hostile timestamp: without a bound, one frame would be converted for every second of 300 years."""
+    made, end = [], 1e10
+    sampler = video.Sampler(1.0, 64, None)
+    assert len(sampler.take(iter([(end, lambda: made.append(1) or grey(7))]))) <= 64
+    assert len(made) == 1
+
+
+def test_frames_without_times_come_one_after_the_other(tmp_path):
+    """As in a bare stream of H.264."""
+    av = pytest.importorskip("av")
+    path = write_video(tmp_path / "a.mkv", [20 * i for i in range(12)], b_frames=0)
+    with av.open(str(path)) as container:
+        reader = VideoFile(container)
+        seconds = [reader.second_of(type("Frame", (), {"time": None})) for _ in range(4)]
+    assert seconds == [0, 0.25, 0.5, 0.75]
+
+
+def test_animated_png(tmp_path):
+    frames = [grey(60 * i) for i in range(4)]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:], duration=500)
+    assert levels(read_frames(tmp_path / "a.png")) == [0, 120]
+
+
 def test_bad_videos_get_a_sentence(tmp_path):
     with pytest.raises(InputError, match="no such video"):
         read_frames(tmp_path / "none.mp4")
@@ -110,7 +217,7 @@ def test_bad_videos_get_a_sentence(tmp_path):
     (tmp_path / "a.gif").write_bytes(b"GIF89a")
     with pytest.raises(InputError, match=r"a\.gif: broken picture: its header is torn"):
         read_frames(tmp_path / "a.gif")
-    for name, value in (("fps", 0), ("fps", float("nan")), ("max_frames", 0)):
+    for name, value in (("fps", 0), ("fps", 1e-300), ("fps", float("nan")), ("max_frames", 0)):
         with pytest.raises(InputError, match=name):
             read_frames(tmp_path, **{name: value})
 
