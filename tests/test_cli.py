@@ -77,7 +77,7 @@ def test_help_shows_defaults_and_loads_no_torch() -> None:
         assert default in done.stdout
 
 
-@pytest.mark.parametrize("name", ["generate", "chat", "train", "eval", "world", "doctor"])
+@pytest.mark.parametrize("name", ["generate", "chat", "train", "eval", "convert", "downcycle", "world", "doctor"])
 def test_every_command_has_help(name: str) -> None:
     result = CliRunner().invoke(app, [name, "--help"])
     assert result.exit_code == 0

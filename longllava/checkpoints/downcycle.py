@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longllava.checkpoints.calibration import given, measured_shares
 from longllava.checkpoints.convert import Source, maker, on_meta, open_source, write_layout
 from longllava.checkpoints.save import NATIVE
 from longllava.checkpoints.write import SHARD_BYTES, Output
@@ -30,6 +31,7 @@ def downcycle(
     target: str | Path,
     *,
     take: int | str = "mean",
+    calibrate: str | Path | None = None,
     scale: float = 1.0,
     scheme: str = NATIVE,
     dtype: torch.dtype | None = None,
@@ -38,7 +40,8 @@ def downcycle(
     """Write the dense model of a folder's mixture of experts, tensor by tensor.
 
     take: the number of an expert; "mean" of all; or "router", the mean weighted by how much the router gives each
-    expert of inputs whose normed values are independent and normal (no text is read).
+    expert when the model reads the text of the file `calibrate`. Without one, the router is given inputs whose normed
+    values are independent and normal, which no text's are.
     scale: of the down projections that came from experts: a router's weights do not add up to one.
     Raises: CheckpointError when the model has no experts, or not that one.
     """
@@ -51,6 +54,9 @@ def downcycle(
         raise CheckpointError(f"take: expert {take} of {n_experts}; give 0 to {n_experts - 1}, mean or router")
     if not isinstance(take, int) and take not in ("mean", "router"):
         raise CheckpointError(f"take: got {take!r}; give the number of an expert, mean or router")
+    if calibrate is not None and take != "router":
+        raise CheckpointError(f"calibrate: a text is read with take router only, not with {take!r}")
+    measured = {} if calibrate is None else measured_shares(experts, Path(calibrate).expanduser())
     dense = replace(config, name=f"{config.name}-dense", n_parameters=None,
                     backbone=replace(config.backbone, n_experts=1, n_experts_per_token=1))  # fmt: skip
     outputs: dict[str, Output] = {}
@@ -61,7 +67,7 @@ def downcycle(
         else:
             factor = scale if key.endswith("down_proj.weight") else 1.0
             first = expert_key(key, 0)
-            outputs[key] = Output(shape, experts.dtype(first, dtype), merger(experts, key, take, factor))
+            outputs[key] = Output(shape, experts.dtype(first, dtype), merger(experts, key, take, factor, measured))
     return write_layout(experts, dense, outputs, target, scheme, shard_bytes)
 
 
@@ -70,12 +76,14 @@ def expert_key(key: str, expert: int) -> str:
     return key.replace(".ffn.", f".ffn.experts.{expert}.")
 
 
-def merger(experts: Source, key: str, take: int | str, factor: float) -> Callable[[], Tensor]:
+def merger(
+    experts: Source, key: str, take: int | str, factor: float, measured: dict[str, list[float]]
+) -> Callable[[], Tensor]:
     def merge() -> Tensor:
         import torch
 
         merged = torch.zeros(experts.places.shapes[expert_key(key, 0)])
-        for expert, share in enumerate(shares(experts, key, take)):
+        for expert, share in enumerate(measured.get(key.split(".ffn.")[0]) or shares(experts, key, take)):
             if share:
                 merged.add_(experts.make(expert_key(key, expert)).float(), alpha=share)
         return merged.mul_(factor)
@@ -97,7 +105,5 @@ def router_shares(experts: Source, layer: str) -> list[float]:
     weight_XD = experts.make(f"{layer}.ffn.router.weight").float()
     norm_D = experts.make(f"{layer}.ffn_norm.weight").float()
     normal_SD = torch.randn(SAMPLES, weight_XD.shape[1], generator=torch.Generator().manual_seed(0))
-    probabilities_SX = torch.softmax((normal_SD * norm_D) @ weight_XD.T, dim=-1)
-    chosen = probabilities_SX.topk(experts.model.config.backbone.n_experts_per_token, dim=-1)
-    given_X = torch.zeros_like(probabilities_SX).scatter_(1, chosen.indices, chosen.values).sum(0)
+    given_X = given((normal_SD * norm_D) @ weight_XD.T, experts.model.config.backbone.n_experts_per_token)
     return (given_X / given_X.sum()).tolist()

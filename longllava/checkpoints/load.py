@@ -11,6 +11,7 @@ tensor (once as it is stored, once as it is wanted).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,10 +184,10 @@ def read(
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """In pieces: the intermediate results of isfinite on a whole tensor are twice its size."""
+    """By the smallest and the largest value, NaN where any is: isfinite takes 20 times as long, and memory."""
     import torch
 
-    return not tensor.is_floating_point() or all(bool(torch.isfinite(p).all()) for p in tensor.view(-1).split(1 << 22))
+    return tensor.numel() == 0 or all(map(math.isfinite, (value.item() for value in torch.aminmax(tensor))))
 
 
 def stored_dtype(key: str, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:

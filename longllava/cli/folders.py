@@ -35,17 +35,28 @@ def convert(
 def downcycle(
     source: Annotated[str, typer.Argument(help="Folder of a model with experts.")],
     target: Annotated[str, typer.Argument(help="Folder to write the dense model into.")],
-    take: Annotated[str, typer.Option(help="Number of an expert; mean; router (mean weighted by it).")] = "mean",
+    take: Annotated[
+        str, typer.Option(help="Number of an expert; mean of all; or router: mean weighted by what the router gives.")
+    ] = "mean",
+    calibrate: Annotated[
+        str | None, typer.Option(help="With --take router: text file to measure it on; default: random inputs.")
+    ] = None,
     scale: Annotated[float, typer.Option(help="Factor on the down projections made of experts.")] = 1.0,
-    original: Annotated[bool, typer.Option(help="As LongLLaVA's script: expert 0, scale 0.045, bfloat16.")] = False,
+    original: Annotated[
+        bool, typer.Option(help="As LongLLaVA's script, whatever else is given: expert 0, scale 0.045, bfloat16.")
+    ] = False,
     to: Annotated[str, typer.Option(help="Layout to write: native, longllava, jamba or llava.")] = "native",
     dtype: Annotated[str | None, typer.Option(help="Stored dtype; default: as it is.")] = None,
 ) -> None:
-    """Make a dense model of a mixture of experts: one MLP of each layer's experts."""
+    """Make a dense model of a mixture of experts: in each layer one MLP of its experts, all else as it is.
+
+    The model is never held whole. A dense model made so has to be trained further before it is of use.
+    """
     from longllava.checkpoints.downcycle import ORIGINAL
     from longllava.checkpoints.downcycle import downcycle as run
 
-    how = ORIGINAL if original else {"take": int(take) if take.isdecimal() else take, "scale": scale}
+    asked = {"take": int(take) if take.isdecimal() else take, "scale": scale, "calibrate": calibrate}
+    how = ORIGINAL if original else asked
     print(run(source, target, **how, scheme=to, dtype=torch_dtype("bfloat16" if original else dtype)))
 
 

@@ -141,7 +141,7 @@ def test_all_faults_in_one_error_and_the_model_untouched(tmp_path):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_weights_that_are_not_finite_are_named(tmp_path, value):
     folder = save(tmp_path)
     change(folder, lambda tensors: tensors["bridge.up.bias"].__setitem__(3, value))

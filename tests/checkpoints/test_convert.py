@@ -10,11 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longllava.checkpoints import load_model, load_weights_
-from longllava.checkpoints.convert import convert_layout, convert_pickles
+from longllava.checkpoints.calibration import WINDOW
+from longllava.checkpoints.convert import convert_layout, convert_pickles, open_source
 from longllava.checkpoints.downcycle import ORIGINAL, downcycle, router_shares
 from longllava.checkpoints.unpickle import tensors_of
 from longllava.errors import CheckpointError
+from longllava.nn import Context
 from tests.checkpoints import published
+from tests.tiny import tiny_tokenizer
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -218,8 +221,6 @@ def test_an_expert_and_the_mean(experts, tmp_path):
 
 def test_the_router_weighs_the_mean(experts, tmp_path):
     """A router that always prefers expert 3, then 1: with two a token these two share, by their softmax weights."""
-    from longllava.checkpoints.convert import open_source
-
     tensors = weights(experts)
     for layer in (1, 3):
         tensors[f"model.layers.{layer}.moe.router.weight"].zero_()
@@ -242,6 +243,57 @@ def test_the_router_weighs_the_mean(experts, tmp_path):
     downcycle(experts, tmp_path / "out", take="router", scheme="longllava")
     merged = sum(share * expert(weights(experts), 1, j, "up") for j, share in enumerate(shares))
     torch.testing.assert_close(expert(weights(tmp_path / "out"), 1, 0, "up"), merged, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory):
+    """A mixture with a tokenizer, and a text of a window and a half."""
+    folder = tmp_path_factory.mktemp("readers")
+    published.jamba(folder, 4, vocab_size=512)
+    tiny_tokenizer().save(folder)
+    (folder / "text.txt").write_text("what is the red heart of this? " * 190)
+    return folder
+
+
+def test_the_router_weighs_the_mean_by_what_it_gives_to_a_text(readers, tmp_path):
+    """Against hooks on the routers of the whole model, which reads the same two windows."""
+    model, tokenizer = load_model(readers), tiny_tokenizer()
+    ids = tokenizer.encode((readers / "text.txt").read_text())
+    assert WINDOW < len(ids) < 2 * WINDOW
+    expected = {}
+    for number in (1, 3):
+        rows: list[torch.Tensor] = []
+        hook = model.backbone.layers[number].ffn.router.register_forward_hook(lambda m, x, y, rows=rows: rows.append(y))
+        with torch.no_grad():
+            for part in (ids[: WINDOW - 1], ids[WINDOW - 1 :]):
+                model(model.embed(torch.tensor([[tokenizer.bos_id, *part]])), Context())
+        hook.remove()
+        probabilities = torch.softmax(torch.cat(rows), -1)
+        chosen = probabilities >= probabilities.topk(2).values[:, -1:]
+        total = (probabilities * chosen).sum(0)
+        expected[number] = total / total.sum()
+    downcycle(readers, tmp_path, take="router", calibrate=readers / "text.txt", scheme="jamba")
+    before, after = weights(readers), weights(tmp_path)
+    random = open_source(readers)
+    for number, shares in expected.items():
+        assert (shares - torch.tensor(router_shares(random, f"backbone.layers.{number}"))).abs().max() > 0.02
+        for kind in ("gate", "up", "down"):
+            name = f"model.layers.{number}.feed_forward{{}}.{kind}_proj.weight"
+            merged = sum(share * before[name.format(f".experts.{j}")] for j, share in enumerate(shares))
+            torch.testing.assert_close(after[name.format("")], merged, rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_read_for_calibration(readers, tmp_path):
+    for name, data, words in (
+        ("a", None, "a: cannot be read"), ("b", b"", "no text in it"), ("c", b"\xff\xfe", "cannot be read: .*utf-8"),
+    ):  # fmt: skip
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        with pytest.raises(CheckpointError, match=words):
+            downcycle(readers, tmp_path / "out", take="router", calibrate=tmp_path / name)
+    with pytest.raises(CheckpointError, match="with take router only, not with 'mean'"):
+        downcycle(readers, tmp_path / "out", calibrate=readers / "text.txt")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
