@@ -41,7 +41,7 @@ EXTRAS = {
     "train": TRAIN,
     "deepspeed": [*TRAIN, "deepspeed>=0.16"],
     "video": ["av>=12"],
-    "cuda": ["triton>=3.2", "mamba-ssm>=2.2", "causal-conv1d>=1.4"],
+    "cuda": ["triton>=3.6", "mamba-ssm>=2.2", "causal-conv1d>=1.4"],
     "openclip": ["open_clip_torch>=2.30"],
     "dev": DEV,
 }

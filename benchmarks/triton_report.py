@@ -1,7 +1,7 @@
 """What ptxas makes of the Triton kernels, without a GPU: registers, spills, shared memory, instructions of the loop.
 
     python benchmarks/triton_report.py --arch 90
-    python benchmarks/triton_report.py --arch 80 --kernel forward
+    python benchmarks/triton_report.py --arch 80 --call scan --kernel forward
 
 Every backend is called as a model would call it, on tensors without memory; each launch is compiled instead of made.
 One row a kernel: what its busiest loop (or, without one, all of it) issues a warp, and how much of that is
@@ -32,6 +32,7 @@ from longllava.ops import triton_support
 from longllava.ops.attention import triton as attention
 from longllava.ops.causal_conv1d import triton as conv
 from longllava.ops.selective_scan import triton as scan
+from longllava.ops.selective_scan import triton_launch as launch
 
 PROCESSORS = 132  # of an H100: decides how many spans a short width is cut into
 FAMILIES = {
@@ -65,8 +66,8 @@ def scan_forward(*arguments: Any) -> None:
 
 def scan_backward(u: torch.Tensor, *rest: Any) -> None:
     *tensors, _, seq_idx = rest
-    saved = empty(1, -(-u.shape[1] // scan.CHUNK), u.shape[2], 16, dtype=torch.float32)
-    scan._backward(torch.empty_like(u), None, u, *tensors, seq_idx, saved)
+    saved = empty(1, -(-u.shape[1] // launch.CHUNK), u.shape[2], 16, dtype=torch.float32)
+    launch.gradients(torch.empty_like(u), None, u, *tensors, seq_idx, saved)
 
 
 def conv_arguments(length: int, channels: int, packed: bool = False) -> tuple[Any, ...]:
@@ -95,6 +96,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "conv 9B": lambda: conv._forward(*conv_arguments(36_000, 8192)),
     "conv 9B, packed": lambda: conv._forward(*conv_arguments(4096, 8192, packed=True)),
     "conv 9B, one token": lambda: conv._forward(*conv_arguments(1, 8192)),
+    "conv nano, packed": lambda: conv._forward(*conv_arguments(2048, 512, packed=True)),
+    "conv nano, backward": lambda: conv_backward(*conv_arguments(2048, 512)),
     "conv 9B, backward": lambda: conv_backward(*conv_arguments(4096, 8192)),
     "conv 9B, packed, backward": lambda: conv_backward(*conv_arguments(4096, 8192, packed=True)),
     "attention 9B, 8,192 of 36,000 tokens": lambda: attend(8192, 36_000, 32, 8, 128),
@@ -202,6 +205,7 @@ def row(call: str, kernel: Any, arguments: dict[str, Any], arch: int) -> dict[st
 
 def report(
     arch: Annotated[int, typer.Option(help="Compute capability without its point: 80, 90.")] = 90,
+    call: Annotated[str, typer.Option(help="Only calls whose name contains this.")] = "",
     kernel: Annotated[str, typer.Option(help="Only kernels whose name contains this.")] = "",
     output: Annotated[
         Path | None, typer.Option(help="JSON file; default benchmarks/results/triton-sm<arch>.json.")
@@ -213,13 +217,14 @@ def report(
     import triton
 
     rows = []
-    for call, make in CALLS.items():
+    for name, make in CALLS.items():
         launches: list[tuple[Any, dict[str, Any]]] = []
-        with recorded(launches):
-            make()
+        if call in name:
+            with recorded(launches):
+                make()
         for launched, arguments in launches:
             if kernel in launched.__name__:
-                rows.append(row(call, launched, arguments, arch))
+                rows.append(row(name, launched, arguments, arch))
                 print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     if output is None:
         output = Path(__file__).resolve().parent / "results" / f"triton-sm{arch}.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OLDEST = (3, 6)  # tuples of tensors in kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Kernels are called with these: multiply and add become one instruction, as Triton did by itself up to 3.9.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
@@ -31,8 +33,12 @@ def interpreted() -> bool:
 
 @functools.lru_cache(maxsize=1)
 def missing() -> str | None:
+    """None where a triton is installed that these kernels were compiled with, else one sentence."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'longllava[cuda]'"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"needs triton {OLDEST[0]}.{OLDEST[1]} or newer, got {version}; pip install -U triton"
     return None
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longllava.errors import BackendError, LongLLaVAError
-from longllava.ops.causal_conv1d import BACKENDS, causal_conv1d, cpu, reference
+from longllava.ops.causal_conv1d import BACKENDS, causal_conv1d, causal_conv1d_, cpu, reference
 from longllava.ops.causal_conv1d.cases import CASES, NAMES, Case
 from tests.ops.parity import assert_matches, error, outputs_and_gradients, poison_empty, split_equals_whole
 from tests.ops.test_selective_scan import first_of_same_sequence, skip_if_it_cannot
@@ -106,6 +106,14 @@ def test_the_state_returned_is_a_new_tensor(backend, length) -> None:
     _, state = backend.run(*args)
     state.fill_(7)
     assert torch.equal(args[0], before[0]) and torch.equal(args[NAMES.index("state")], before[1])
+
+
+def test_a_state_replaced_in_place_is_the_new_state() -> None:
+    args = list(Case("in-place", batch=2, length=5).inputs())
+    y, state = causal_conv1d(*args)
+    given = args[NAMES.index("state")]
+    assert torch.equal(causal_conv1d_(*args), y)
+    assert torch.equal(given, state)
 
 
 @pytest.mark.parametrize("packing", [None, "wild"])

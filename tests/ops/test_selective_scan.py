@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longllava.errors import BackendError, LongLLaVAError
-from longllava.ops.selective_scan import BACKENDS, blocked, cpu, reference, selective_scan
+from longllava.ops.selective_scan import BACKENDS, blocked, cpu, reference, selective_scan, selective_scan_
 from longllava.ops.selective_scan.cases import CASES, NAMES, Case
 from tests.ops.parity import assert_matches, error, outputs_and_gradients, poison_empty, split_equals_whole
 
@@ -180,6 +180,14 @@ def test_the_state_returned_is_a_new_tensor(backend, length) -> None:
     assert state.dtype == torch.float32
     state.fill_(7)
     assert torch.equal(given_state, before)
+
+
+def test_a_state_replaced_in_place_is_the_new_state() -> None:
+    args = list(Case("in-place", batch=2, length=5).inputs())
+    y, state = selective_scan(*args)
+    given = args[NAMES.index("state")]
+    assert torch.equal(selective_scan_(*args), y)
+    assert torch.equal(given, state)
 
 
 @pytest.mark.parametrize("packing", [None, "wild"])

@@ -11,7 +11,7 @@ from longllava.ops.dispatch import Backend, choose
 
 # best first; the last is the judge
 BACKENDS = tuple(
-    Backend(name, module.run, module.why_not)
+    Backend(name, module.run, module.why_not, getattr(module, "run_", None))
     for name, module in (("triton", triton), ("upstream", upstream), ("cpu", cpu), ("reference", reference))
 )
 
@@ -42,6 +42,44 @@ def causal_conv1d(
     gives the same bits, whatever the number of threads.
     Raises:  LongLLaVAError if shapes disagree; BackendError if the backend asked for cannot run.
     """
+    _check(x, weight, bias, state, seq_idx, activation)
+    args = (x, weight, bias, state, seq_idx, activation)
+    return choose("causal_conv1d", BACKENDS, *args, forced=backend).run(*args)
+
+
+@torch.no_grad()
+def causal_conv1d_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    seq_idx: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """y of `causal_conv1d`; `state`, in x's dtype, becomes the new state in place. Without gradients.
+
+    For decoding in a CUDA graph, where the state must stay at its address. Raises as `causal_conv1d` does.
+    """
+    _check(x, weight, bias, state, seq_idx, activation)
+    args = (x, weight, bias, state, seq_idx, activation)
+    chosen = choose("causal_conv1d", BACKENDS, *args, forced=backend)
+    if chosen.run_ is not None:
+        return chosen.run_(*args)
+    y, new_state = chosen.run(*args)
+    state.copy_(new_state)
+    return y
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+    activation: str | None,
+) -> None:
     if x.ndim != 3 or weight.ndim != 2 or weight.shape[1] < 1:
         raise LongLLaVAError(
             f"causal_conv1d: x must be (B, L, E) and weight (E, K), got {tuple(x.shape)}, {tuple(weight.shape)}"
@@ -60,5 +98,3 @@ def causal_conv1d(
         raise LongLLaVAError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
     if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
         raise LongLLaVAError(f"causal_conv1d: seq_idx must be int32, got {seq_idx.dtype}")
-    args = (x, weight, bias, state, seq_idx, activation)
-    return choose("causal_conv1d", BACKENDS, *args, forced=backend).run(*args)

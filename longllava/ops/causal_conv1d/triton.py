@@ -40,6 +40,17 @@ def run(
     return y, new_state
 
 
+def run_(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, seq_idx: Tensor | None, activation: str | None
+) -> Tensor:
+    """`run` with the new state in place of `state`: at once where one program reads and writes it, else by a copy."""
+    if x.shape[1] <= TOKENS and state.dtype is x.dtype and state.is_contiguous():
+        return _compute(x, weight, bias, state, seq_idx, activation == "silu", state)
+    y, new_state = _forward(x, weight, bias, state, seq_idx, activation == "silu")
+    state.copy_(new_state)
+    return y
+
+
 def windows(seq_idx_BL: Tensor, n_past: int) -> tuple[Tensor, Tensor]:
     """What reference.windows gives, int32, without a loop over tokens: sources (B, L, K), last (B, K-1).
 
@@ -92,14 +103,28 @@ def _grid(batch: int, length: int, tokens: int, common: dict[str, Any]) -> tuple
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
+    state_out = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
+    return _compute(x, weight, bias, state, seq_idx, silu, state_out), state_out
+
+
+def _compute(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+    state_out: Tensor,
+) -> Tensor:
+    """y; the new state goes to `state_out`."""
     from longllava.ops.causal_conv1d.triton_kernels import forward
 
     batch, length, channels = x.shape
     n_past = weight.shape[1] - 1
     y = x.new_empty((batch, length, channels))
-    state_out = x.new_empty((batch, n_past, channels))
     if y.numel() == 0:
-        return y, state_out.zero_() if state is None else state_out.copy_(state)
+        state_out.zero_() if state is None else state_out.copy_(state)
+        return y
     sources, last = (None, None) if seq_idx is None else windows(seq_idx, n_past)
     common = _common(x, weight, bias, state)
     tokens = min(TOKENS, 1 << (length - 1).bit_length())
@@ -107,7 +132,7 @@ def _forward(
         forward[_grid(batch, length, tokens, common)](
             **common, sources=sources, last=last, y=y, state_out=state_out, SILU=silu, T=tokens
         )
-    return y, state_out
+    return y
 
 
 def _backward(

@@ -89,14 +89,18 @@ def forward(
     mask_TE = (t_T < length)[:, None] & (e_E < CHANNELS)[None]
     tl.store(y + (b * length + t_T)[:, None] * CHANNELS + e_E[None], y_TE.to(y.dtype.element_ty), mask=mask_TE)
     if begin == 0:
+        kept = ()  # type: ignore[var-annotated]
         for j in tl.static_range(PAST):
             if last is not None:
                 p_1 = tl.load(last + b * PAST + j + tl.arange(0, 1)).to(tl.int64)
             else:
                 p_1 = tl.arange(0, 1).to(tl.int64) + length + j
             row_1E = line(x, state, p_1, e_E, length, X_STEP, STATE_STEP, CHANNELS, PAST)
+            kept = kept + (row_1E,)  # type: ignore[assignment]
+        tl.debug_barrier()  # state_out may be state: all of it has been read
+        for j in tl.static_range(PAST):
             spot_1E = state_out + (b * PAST + j) * CHANNELS + e_E[None]
-            tl.store(spot_1E, row_1E.to(state_out.dtype.element_ty), mask=(e_E < CHANNELS)[None])
+            tl.store(spot_1E, kept[j].to(state_out.dtype.element_ty), mask=(e_E < CHANNELS)[None])
 
 
 @triton.jit

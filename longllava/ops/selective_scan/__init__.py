@@ -11,7 +11,7 @@ from longllava.ops.selective_scan import blocked, cpu, reference, triton, upstre
 
 # best first; the last is the judge
 BACKENDS = tuple(
-    Backend(name, module.run, module.why_not)
+    Backend(name, module.run, module.why_not, getattr(module, "run_", None))
     for name, module in (
         ("triton", triton),
         ("upstream", upstream),
@@ -57,6 +57,36 @@ def selective_scan(
     _check(u, delta, A, B, C, D, z, delta_bias, state, seq_idx)
     args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, seq_idx)
     return choose("selective_scan", BACKENDS, *args, forced=backend).run(*args)
+
+
+@torch.no_grad()
+def selective_scan_(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    state: Tensor,
+    seq_idx: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """y of `selective_scan`; `state`, fp32, becomes the new state in place. Without gradients.
+
+    For decoding in a CUDA graph, where the state must stay at its address. Raises as `selective_scan` does.
+    """
+    _check(u, delta, A, B, C, D, z, delta_bias, state, seq_idx)
+    args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, seq_idx)
+    chosen = choose("selective_scan", BACKENDS, *args, forced=backend)
+    if chosen.run_ is not None:
+        return chosen.run_(*args)
+    y, new_state = chosen.run(*args)
+    state.copy_(new_state)
+    return y
 
 
 def _check(

@@ -62,7 +62,7 @@ def backward_states(
     if flags is not None:
         flags += b * length
     a_EKS = tl.load(A + spot_EKS, mask=exists_EKS, other=0) * LOG2E
-    bias_E1 = per_channel(bias, e_E, CHANNELS)
+    bias_E1 = per_channel(bias, e_E, CHANNELS) if bias is not None else None
     g_EKS = tl.zeros([BLOCK, K, S], tl.float32)
     sum_EK = tl.zeros([BLOCK, K], tl.float32)
     n_tiles = tl.cdiv(end - begin, K)
@@ -121,8 +121,8 @@ def backward(
     own_EKS = (tl.arange(0, BLOCK)[:, None, None] * K + tl.arange(0, K)[None, :, None]) * S
     own_EKS = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * BLOCK * S) + own_EKS + tl.arange(0, S)[None, None]
     a_EKS = tl.load(A + spot_EKS, mask=exists_EKS, other=0) * LOG2E
-    bias_E1 = per_channel(bias, e_E, CHANNELS)
-    D_E1 = per_channel(D, e_E, CHANNELS)
+    bias_E1 = per_channel(bias, e_E, CHANNELS) if bias is not None else None
+    D_E1 = per_channel(D, e_E, CHANNELS) if D is not None else None
     if grad_state is not None:
         g_EKS = tl.load(grad_state + here, mask=exists_EKS, other=0)
     else:

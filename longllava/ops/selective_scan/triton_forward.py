@@ -94,8 +94,8 @@ def forward(
         h_EKS = tl.zeros([BLOCK, K, S], tl.float32)
     if saved is not None:
         saved += b * tl.cdiv(length, CHUNK) * one_state
-    bias_E1 = per_channel(bias, e_E, CHANNELS)
-    D_E1 = per_channel(D, e_E, CHANNELS)
+    bias_E1 = per_channel(bias, e_E, CHANNELS) if bias is not None else None
+    D_E1 = per_channel(D, e_E, CHANNELS) if D is not None else None
     sum_EK = tl.zeros([BLOCK, K], tl.float32)
 
     at = begin

@@ -150,8 +150,5 @@ def step_sizes(delta_EK, bias_E1, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def per_channel(x, e_E, CHANNELS: tl.constexpr):
-    """D or bias as (E, 1); None stays None."""
-    if x is None:
-        return None
-    else:
-        return tl.load(x + e_E, mask=e_E < CHANNELS, other=0)[:, None]
+    """D or bias as (E, 1)."""
+    return tl.load(x + e_E, mask=e_E < CHANNELS, other=0)[:, None]
