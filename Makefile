@@ -16,6 +16,7 @@ PRESET ?=
 SET ?=
 IMAGES ?= 1000
 WORKERS ?= 2
+N ?= 20
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -30,7 +31,7 @@ else
 TRAIN := $(VENV)/bin/torchrun --standalone --nproc-per-node=$(NPROC) -m longllava train
 endif
 
-.PHONY: help setup demo test test-long check foundation stage1 stage2 stage3 bench clean
+.PHONY: help setup demo test test-long kill-test check foundation stage1 stage2 stage3 bench clean
 
 help:           ## this list
 	@awk -F ' *## ' '/^[a-z0-9-]+:.*## / { split($$1, name, ":"); printf "make %-12s %s\n", name[1], $$2 }' Makefile
@@ -57,6 +58,9 @@ test: setup     ## the tests, minutes
 
 test-long: setup  ## the sweeps that take longer
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) -m long
+
+kill-test: setup  ## a training run killed N times (20) at random moments is the run that was not
+	OMP_NUM_THREADS=1 LONGLLAVA_KILLS=$(N) $(RUN) -m pytest -q -s -m long tests/train/test_kills.py
 
 check: setup    ## lint, types, import layers
 	$(RUN) -m ruff check

@@ -23,6 +23,7 @@ from longllava.inputs.processor import Processor
 from longllava.model import Model
 from longllava.nn import Context
 from longllava.train.alignment import alignment_loss
+from longllava.train.checkpoints import latest_state, save_state
 from longllava.train.config import AidsConfig, TrainConfig, learning_rate
 from longllava.train.feed import Feed, Pictures
 from longllava.train.log import Meter, TrainingLog
@@ -34,8 +35,6 @@ from longllava.train.state import (
     compare,
     gather,
     keep_weights,
-    latest_state,
-    save_state,
 )
 
 

@@ -1,15 +1,7 @@
-"""Checkpoints of training: what trains, the optimizer, the step. A run that goes on from one is the same run.
-
-A checkpoint is a folder step-00001200 with model.safetensors (the parts that train), optimizer.safetensors
-and state.json. It is written under a temporary name, flushed, and renamed: there are whole ones only.
-"""
+"""The state of training: what trains, the optimizer, the step. A run that goes on from one is the same run."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +11,7 @@ from torch import Tensor, nn
 
 from longllava.data.packing import Cursor
 from longllava.errors import TrainingError
-from longllava.files import sync_folder, write_atomic
-
-NAME = re.compile(r"step-(\d{8})")
-KEPT = 2
+from longllava.files import write_atomic
 
 
 @dataclass
@@ -77,32 +66,6 @@ def apply(state: TrainingState, model: nn.Module, parts: list[str], optimizer: t
         optimizer.state[parameter][slot] = value.to(parameter.device)
 
 
-def save_state(folder: Path, state: TrainingState) -> Path:
-    """Write a checkpoint below `folder`; keep the last two."""
-    from safetensors.torch import save_file
-
-    target = folder / f"step-{state.step:08d}"
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, tensors in (("model", state.tensors), ("optimizer", state.optimizer)):
-        plain = {key: value.detach().to("cpu").contiguous() for key, value in tensors.items()}
-        save_file(untied(plain), temporary / f"{name}.safetensors")
-        flush(temporary / f"{name}.safetensors")
-    record = {"step": state.step, "first_step": state.first_step, "next": state.begin.next,
-              "held": state.begin.held, "facts": state.facts}  # fmt: skip
-    (temporary / "state.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    flush(temporary / "state.json")
-    sync_folder(temporary)
-    if target.exists():  # the same step again, after a resume: it holds the same bytes
-        shutil.rmtree(target)
-    os.replace(temporary, target)
-    sync_folder(folder)
-    for old in checkpoint_folders(folder)[:-KEPT]:
-        shutil.rmtree(old)
-    return target
-
-
 def keep_weights(folder: Path, model: nn.Module, parts: list[str], phase: int) -> None:
     """Write the weights of the parts as they are after a phase, for `average_weights_`."""
     from safetensors.torch import save
@@ -122,51 +85,6 @@ def average_weights_(folder: Path, model: nn.Module, parts: list[str], phases: l
         for name, tensor in getattr(model, part).state_dict().items():
             if tensor.is_floating_point():
                 tensor.copy_(torch.stack([one[f"{part}.{name}"] for one in kept]).mean(0))
-
-
-def untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses two names of one storage (tied embeddings): the second gets a copy."""
-    seen: set[int] = set()
-    result = {}
-    for key, value in tensors.items():
-        result[key] = value.clone() if value.data_ptr() in seen and value.numel() else value
-        seen.add(value.data_ptr())
-    return result
-
-
-def flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name))
-
-
-def latest_state(folder: Path) -> TrainingState | None:
-    """The newest checkpoint below `folder`, or None. Raises: TrainingError when it cannot be read."""
-    folders = checkpoint_folders(folder)
-    for path in folder.glob(".step-*.tmp") if folder.is_dir() else ():  # of a run that was killed while writing
-        shutil.rmtree(path, ignore_errors=True)
-    if not folders:
-        return None
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folders[-1]
-    try:
-        record = json.loads((path / "state.json").read_text("utf-8"))
-        return TrainingState(
-            record["step"], record["first_step"], Cursor(record["next"], tuple(record["held"])),
-            load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), record["facts"],
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise TrainingError(
-            f"{path}: cannot be read: {' '.join(str(error).split())}; delete it to go on from the one before"
-        ) from None
 
 
 def compare(saved: dict[str, Any], now: dict[str, Any], n_phases: int) -> None:

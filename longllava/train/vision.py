@@ -38,7 +38,8 @@ from longllava.data.worlds.sheets import STYLES, sprites, things
 from longllava.errors import TrainingError
 from longllava.files import write_atomic, write_json
 from longllava.settings import load
-from longllava.train.state import apply, compare, gather, latest_state, save_state
+from longllava.train.checkpoints import latest_state, save_state
+from longllava.train.state import apply, compare, gather
 from longllava.train.vision_config import VisionTrainConfig, load_vision
 from longllava.train.vision_model import VisionFoundation
 

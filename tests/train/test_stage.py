@@ -250,13 +250,16 @@ def test_the_model_is_the_mean_of_the_named_phases(runs) -> None:
         load_stage(write_stage(runs, **{**LONG, "average_phases": [2]}))
 
 
-def test_a_torn_checkpoint_is_named(runs) -> None:
-    path = write_stage(runs)
+def test_a_spoiled_checkpoint_is_passed_over_and_the_run_is_the_same(runs, capsys) -> None:
+    run_stage(load_stage(write_stage(runs, output=str(runs / "whole"), **LONG)))
+    path, folder = write_stage(runs, output=str(runs / "spoiled"), **LONG), runs / "spoiled"
     run_stage(load_stage(path))
-    (runs / "stage2" / "model" / "training.json").unlink()
-    newest = sorted((runs / "stage2" / "checkpoints").iterdir())[-1]
-    os.truncate(newest / "model.safetensors", 100)
-    with pytest.raises(
-        TrainingError, match=f"{newest.name}: cannot be read: .*; delete it to go on from the one before"
-    ):
-        run_stage(load_stage(path))
+    (folder / "model" / "training.json").unlink()
+    os.truncate(folder / "checkpoints" / "step-00000024" / "model.safetensors", 100)
+    run_stage(load_stage(path))
+    printed = capsys.readouterr().out
+    assert "step-00000024/model.safetensors: not the file that was written" in printed
+    assert "stage2: goes on after step 21" in printed
+    assert losses(folder) == losses(runs / "whole")
+    file = "model/model.safetensors"
+    assert (folder / file).read_bytes() == (runs / "whole" / file).read_bytes()
