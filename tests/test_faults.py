@@ -61,7 +61,9 @@ FAULTS = {
         "nn/test_backbone.py::test_a_sequence_cut_anywhere_gives_the_same_hidden_states_and_state",
         "generation/test_session.py::test_any_chunking_is_the_whole",
     ],
-    "without the GPU kernels a state of every token is held": ["test_faults.py::test_the_scan_holds_no_state_of_each_token"],
+    "without the GPU kernels a state of every token is held": [
+        "test_faults.py::test_the_scan_holds_no_state_of_each_token",
+    ],
     "logits of a whole prompt in fp32": ["train/test_loss.py::test_no_more_logits_than_a_chunk_exist_at_once"],
     "no package, no licence, requirements that do not fit": [
         "test_house.py::test_the_tested_set_covers_every_requirement",
@@ -188,7 +190,7 @@ import sys, torch
 from longllava.ops.selective_scan import selective_scan
 def status(key):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
-L, E, N = 4096, 512, 16
+L, E, N = 2048, 512, 16
 def run(length):
     u = torch.randn(1, length, E)
     return selective_scan(u, u, -torch.rand(E, N), u[..., :N], u[..., N:2 * N], torch.ones(E), u, backend=sys.argv[1])
@@ -204,12 +206,12 @@ print((status("VmHWM:") - before) / (4 * L * E * N))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_the_scan_holds_no_state_of_each_token(backend):
-    """4,096 tokens of 512 channels and 16 states: one copy of all states would be 134 MB. Inputs and output are 17."""
+    """2,048 tokens of 512 channels and 16 states: one copy of all states would be 67 MB, and the original holds three."""
     done = subprocess.run([sys.executable, "-c", PEAK, backend], capture_output=True, text=True)
     if backend == "cpu" and "BackendError" in done.stderr:
         pytest.skip("no C++ kernels here")
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.5
+    assert float(done.stdout) < 0.9
 
 
 @pytest.mark.parametrize("counts", [((2, 1), (1, 2)), ((0, 1), (2, 1)), ((1, 1), (1, 0), (1, 2)), ((3, 2), (2, 3))])
@@ -218,16 +220,14 @@ def test_marks_and_pictures_are_counted_row_by_row(counts):
     prompts = ["a" + "<image>" * marks for marks, _ in counts]
     pictures = [tiny_pictures(n) for _, n in counts]
     number, (marks, n) = next((k, row) for k, row in enumerate(counts, 1) if row[0] not in (0, row[1]))
-    words = (
-        f"prompt {number} of {len(counts)}: the text has {marks} <image> marks?, but the number of images given is {n}"
-    )
+    words = f"prompt {number} of {len(counts)}: the text has {marks} <image> marks?, but the number of .* is {n};"
     with pytest.raises(InputError, match=words):
         MODEL.generate_batch(prompts, pictures)
 
 
 def test_nothing_of_a_long_prompt_is_cut():
-    """50,000 tokens, more than any length that the original allows."""
-    text = "a red heart of what " * 10_000
+    """44,000 tokens, more than any length that the original allows."""
+    text = "a red heart of what " * 11_000
     pieces, _ = MODEL.pieces(text, None, None, MODEL.fresh())
     ids = MODEL.processor.encode_pieces(pieces).ids
     assert len(ids) > 40_960 and text.strip() in MODEL.tokenizer.decode(ids)
