@@ -206,7 +206,7 @@ print((status("VmHWM:") - before) / (4 * L * E * N))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_the_scan_holds_no_state_of_each_token(backend):
-    """2,048 tokens of 512 channels and 16 states: one copy of all states would be 67 MB, and the original holds three."""
+    """2,048 tokens of 512 channels and 16 states: one copy of all states would be 67 MB; the original holds three."""
     done = subprocess.run([sys.executable, "-c", PEAK, backend], capture_output=True, text=True)
     if backend == "cpu" and "BackendError" in done.stderr:
         pytest.skip("no C++ kernels here")
