@@ -33,6 +33,7 @@ from longllava.ops.attention import triton as attention
 from longllava.ops.causal_conv1d import triton as conv
 from longllava.ops.selective_scan import triton as scan
 from longllava.ops.selective_scan import triton_launch as launch
+from longllava.version import __version__
 
 PROCESSORS = 132  # of an H100: decides how many spans a short width is cut into
 FAMILIES = {
@@ -228,7 +229,7 @@ def report(
                 print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     if output is None:
         output = Path(__file__).resolve().parent / "results" / f"triton-sm{arch}.json"
-    print(write_json(output, {"triton": triton.__version__, "arch": arch, "rows": rows}))
+    print(write_json(output, {"triton": triton.__version__, "longllava": __version__, "arch": arch, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -92,9 +92,12 @@ def test_what_the_kernels_do_not_take_is_refused(monkeypatch: pytest.MonkeyPatch
     assert triton_conv.why_not(u, torch.ones(4, 9)) == "takes at most 8 taps, got 9"
     q = torch.ones(1, 2, 1, 8)
     assert triton_attention.why_not(q, q, q) is None
-    assert triton_attention.why_not(q, q, q.requires_grad_()) == "has no backward, and gradients are wanted"
+    for place in range(3):
+        qkv = [q, q, q]
+        qkv[place] = torch.ones_like(q).requires_grad_()
+        assert triton_attention.why_not(*qkv) == "has no backward, and gradients are wanted"
     with torch.no_grad():
-        assert triton_attention.why_not(q, q, q) is None
+        assert triton_attention.why_not(*qkv) is None
     assert triton_scan.why_not(u, u, u[0], u, u) is None
 
 

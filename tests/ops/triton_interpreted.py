@@ -47,6 +47,7 @@ def several_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "CHUNK", 8)
     monkeypatch.setattr(launch, "MIN_SPAN", 4)
     monkeypatch.setattr(launch, "WARPS_WANTED", 1000)
+    monkeypatch.setattr(launch, "PACK", 4)
 
 
 @pytest.mark.parametrize("case", [small(case) for case in scan_cases.CASES], ids=str)
@@ -235,3 +236,25 @@ def test_a_state_replaced_in_place_is_the_new_state(length, packing, several_spa
             address = given.data_ptr()
             assert torch.equal(getattr(op, f"{name}_")(*args, backend="triton"), y)
             assert torch.equal(given, state) and given.data_ptr() == address
+
+
+def far_apart(x: torch.Tensor) -> torch.Tensor:
+    """x with its tokens 2^26 elements apart: the 33rd lies 2^31 from the first. Only touched pages take memory."""
+    try:
+        room = torch.empty(x.shape[1] * 2**26 + x[0, 0].numel(), dtype=x.dtype)
+    except RuntimeError as refused:
+        pytest.skip(f"4 GiB of address space: {refused}")
+    return room.as_strided(x.shape, (1, 2**26, *x.stride()[2:])).copy_(x)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    half = {"dtype": torch.bfloat16, "batch": 1, "length": 34, "channels": 8}
+    for run, cases in ((scan.run, scan_cases), (conv.run, conv_cases)):
+        x, *rest = replace(cases.PLAIN, **half).inputs()
+        far = far_apart(x)
+        near, away = (outputs_and_gradients(run, cases.NAMES, (u, *rest)) for u in (x.contiguous(), far))
+        for name, value in near.items():
+            assert torch.equal(value, away[name]), name
+    q, k, v = torch.randn(1, 3, 2, 16), torch.randn(1, 34, 1, 16).half(), torch.randn(1, 34, 1, 16).half()
+    truth, _ = attention.run(q.half(), k, v, 0.25)
+    assert torch.equal(attention.run(q.half(), far_apart(k), far_apart(v), 0.25)[0], truth)
