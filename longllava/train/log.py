@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -126,9 +127,18 @@ class Meter:
         self.seconds += time.monotonic() - self.last
         self.resume()
 
-    def take(self) -> dict[str, float]:
-        """The record so far; begins the next."""
-        record = {name: float(value) / max(1, self.n_labels) for name, value in self.sums.items()}
-        record["tokens_per_second"] = self.n_tokens / max(1e-9, self.seconds)
+    def take(self, gather: Callable[[list[Any]], list[Any]] = list) -> dict[str, float]:
+        """The record so far, of all processes; begins the next.
+
+        gather: a list of this process's objects to that of all processes' (accelerate.utils.gather_object).
+        """
+        mine = ({name: float(value) for name, value in self.sums.items()}, self.n_labels, self.n_tokens)
+        sums: dict[str, float] = {}
+        n_labels = n_tokens = 0
+        for own, labels, tokens in gather([mine]):
+            sums |= {name: sums.get(name, 0.0) + value for name, value in own.items()}
+            n_labels, n_tokens = n_labels + labels, n_tokens + tokens
+        record = {name: value / max(1, n_labels) for name, value in sums.items()}
+        record["tokens_per_second"] = n_tokens / max(1e-9, self.seconds)
         self.sums, self.n_tokens, self.n_labels, self.seconds = {}, 0, 0, 0.0
         return record

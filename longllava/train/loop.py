@@ -47,7 +47,10 @@ class Stopped(Exception):
 
 
 class Forward(nn.Module):
-    """Model and loss as one module, so that DDP and DeepSpeed see one forward a batch."""
+    """Model and loss as one module, so that DDP and DeepSpeed see one forward a batch.
+
+    Every batch has a gradient, if one of zeros: a process whose rows are all text would leave the others waiting.
+    """
 
     def __init__(self, model: Model, aids: AidsConfig):
         super().__init__()
@@ -71,7 +74,7 @@ class Forward(nn.Module):
             words_VD = model.backbone.embed_tokens.weight
             aligned = alignment_loss(images_NMD, batch.spans, batch.labels_BL, batch.seq_idx_BL, words_VD)
             loss = images_NMD.sum() * 0 if aligned is None else aligned * batch.n_labels
-            return loss, {"loss": loss.detach()}
+            return self.touched(loss), {"loss": loss.detach()}
         x_BLD = model.embed(batch.ids_BL, batch.spans, images_NMD)
         aided = self.aids.grounding_weight > 0 and len(batch.grounding) > 0
         context = Context(batch.seq_idx_BL, batch.positions_BL, grounding_G4=batch.grounding if aided else None)
@@ -90,7 +93,13 @@ class Forward(nn.Module):
             measured[name] = value.detach() * batch.n_labels
             if name in weights:
                 loss = loss + weights[name] * batch.n_labels * value
-        return loss, measured
+        return self.touched(loss), measured
+
+    def touched(self, loss: Tensor) -> Tensor:
+        """`loss` with a gradient: of zeros where nothing that trains took part in it."""
+        if loss.requires_grad:
+            return loss
+        return loss + 0 * sum(p.flatten()[0] for p in self.model.parameters() if p.requires_grad)
 
 
 def train(
@@ -107,6 +116,7 @@ def train(
     Raises: TrainingError; Stopped after SIGTERM or SIGINT, when all is saved.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import gather_object
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -154,9 +164,10 @@ def train(
                 rate = learning_rate(phase, inside)
                 set_learning_rate(optimizer, rate)
                 batches = feed.batches(rows, plan.row_length, phase.rows_at_once)
-                n_labels = sum(batch.n_labels for batch in batches)
-                if world > 1:
-                    n_labels = int(accelerator.reduce(torch.tensor(n_labels, device=device), "sum"))
+                n_labels, stop = sum(batch.n_labels for batch in batches), signals.number
+                if world > 1:  # all divide by the same number, and all stop after the same step
+                    counts = accelerator.gather(torch.tensor([[n_labels, stop]], device=device))
+                    n_labels, stop = int(counts[:, 0].sum()), int(counts[:, 1].max())
                 for index, batch in enumerate(batches):
                     batch = batch.to(device)
                     together = contextlib.nullcontext() if index == len(batches) - 1 else accelerator.no_sync(forward)
@@ -164,8 +175,8 @@ def train(
                         loss, measured = forward(
                             batch, pictures.of(batch.refs), phase.tokens_per_image, phase.alignment_only
                         )
-                        if loss.requires_grad:  # DDP averages over processes: `world` makes a sum of that
-                            accelerator.backward(loss * (world / max(1, n_labels)))
+                        # DDP averages over processes: `world` makes a sum of that
+                        accelerator.backward(loss * (world / max(1, n_labels)))
                     meter.add(measured, batch.n_tokens, batch.n_labels)
                 norm = accelerator.clip_grad_norm_([p for _, p in parameters], config.optimizer.clip)
                 if torch.isfinite(norm):
@@ -177,17 +188,18 @@ def train(
                 step += 1
                 log.step(step)
                 if step % config.log_every == 0 or step == total:
-                    log.write(step, {**meter.take(), "norm": float(norm), "rate": rate, "phase": number})
+                    log.write(step, {**meter.take(gather_object), "norm": float(norm), "rate": rate, "phase": number})
                 if chief and inside + 1 == phase.steps and number in config.average_phases:
                     keep_weights(folder / "averaged", model, config.train_only, number)
-                if step % config.save_every == 0 or step == total or signals.number:
+                if step % config.save_every == 0 or step == total or stop:
                     if chief:
                         state = gather(model, config.train_only, optimizer, facts, step=step,
                                        first_step=feed.first_step, begin=feed.begin)  # fmt: skip
                         save_state(checkpoints, state)
-                if signals.number:
+                if stop:
                     log.say(f"{config.stage}: saved after step {step}; start it again to go on")
-                    raise Stopped(signals.number)
+                    accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
+                    raise Stopped(stop)
     if config.average_phases:
         accelerator.wait_for_everyone()
         average_weights_(folder / "averaged", model, config.train_only, config.average_phases)

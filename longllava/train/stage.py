@@ -251,10 +251,12 @@ def read_part(folder: Path, part: str) -> dict[str, Tensor]:
 
 
 def resume_facts(config: TrainConfig) -> dict[str, Any]:
-    """What a run must keep to be the same run."""
+    """What a run must keep to be the same run.
+
+    Not the number of processes: they share a step's rows and add their gradients, so that only rounding differs.
+    """
     import torch
 
     facts = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
     facts["threads"] = config.threads or torch.get_num_threads()
-    facts["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
     return json.loads(json.dumps(facts))  # tuples become lists, as they come back from a checkpoint

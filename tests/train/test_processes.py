@@ -1,0 +1,70 @@
+"""Several processes are one: the same samples, the same losses; one that has only text does not keep others waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longllava.train.config import load_stage
+from longllava.train.stage import run_stage
+from tests.tiny_world import write_foundation, write_stage
+from tests.train.test_stage import losses, wait_for_step
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = {"needle": {"n_images": [2, 3], "n_questions": [1, 2], "weight": 1}, "facts": {"weight": 8}}
+CASES = {
+    "pictures": {"phases": [{"steps": 8, "row_length": 192, "rows": 4, "learning_rate": 5e-3, "warmup": 2}]},
+    # the bridge alone learns, and most rows have no picture
+    "text": {
+        "recipe": "nano/stage3", "train_only": ["bridge"],
+        "phases": [{"steps": 8, "row_length": 128, "rows": 2, "learning_rate": 5e-3, "tasks": TEXT}],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LONGLLAVA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return write_foundation(tmp_path / "runs")
+
+
+def launch(path: Path, n: int) -> subprocess.Popen:
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m", "longllava.train"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", *launcher, str(path)], env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def compare(one: Path, several: Path) -> None:
+    for (step, loss, norm), (_, other_loss, other_norm) in zip(losses(one), losses(several), strict=True):
+        assert (other_loss, other_norm) == pytest.approx((loss, norm), rel=1e-5), step
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(runs: Path, case: str) -> None:
+    run_stage(load_stage(write_stage(runs, stage="one", **CASES[case])))
+    child = launch(write_stage(runs, stage="two", **CASES[case]), 2)
+    printed, _ = child.communicate(timeout=120)
+    assert child.returncode == 0, printed
+    compare(runs / "one", runs / "two")
+    assert json.loads((runs / "two" / "model" / "training.json").read_text())["steps"] == 8
+
+
+def test_stopped_with_two_it_goes_on_with_one(runs: Path) -> None:
+    plan = {"phases": [{"steps": 40, "row_length": 128, "rows": 2, "learning_rate": 2e-3}], "save_every": 100}
+    run_stage(load_stage(write_stage(runs, stage="one", **plan)))
+    path, folder = write_stage(runs, stage="two", **plan), runs / "two"
+    child = launch(path, 2)
+    wait_for_step(child, folder / "log.jsonl", 5)
+    child.send_signal(signal.SIGTERM)  # the launcher passes it on
+    printed, _ = child.communicate(timeout=120)
+    assert "two: saved after step" in printed, printed
+    run_stage(load_stage(path))
+    compare(runs / "one", folder)
