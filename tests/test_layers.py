@@ -23,7 +23,8 @@ settings
 config
 ops.dispatch
 ops.native
-ops.sequences ops.triton_support ops.upstream_support
+ops.sequences ops.upstream_support ops.triton_trial
+ops.triton_support
 ops.selective_scan ops.causal_conv1d ops.attention ops.int8_linear ops.experts
 ops.__init__
 nn

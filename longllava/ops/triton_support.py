@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longllava.ops import upstream_support
+
 OLDEST = (3, 6)  # tuples of tensors in kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Kernels are called with these: multiply and add become one instruction, as Triton did by itself up to 3.9.
@@ -31,15 +33,25 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.lru_cache(maxsize=1)
+@torch.compiler.assume_constant_result  # under torch.compile it is asked, not traced
 def missing() -> str | None:
-    """None where a triton is installed that these kernels were compiled with, else one sentence."""
+    """None where a triton is installed that can compile these kernels and, with a GPU, has run one; else a sentence."""
+    return _missing()
+
+
+@functools.lru_cache(maxsize=1)
+def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'longllava[cuda]'"
     version = importlib.metadata.version("triton")
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         return f"needs triton {OLDEST[0]}.{OLDEST[1]} or newer, got {version}; pip install -U triton"
-    return None
+    if interpreted() or not torch.cuda.is_available():
+        return None
+    from longllava.ops import triton_trial
+
+    mend = "Triton needs a C compiler, and a triton that fits the driver: pip install -U triton"
+    return upstream_support.tried("triton", triton_trial.run, torch.device("cuda"), mend)
 
 
 def rowed(x: Tensor) -> Tensor:

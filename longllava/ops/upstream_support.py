@@ -1,4 +1,4 @@
-"""What the backends of other authors' kernels share: installed is not working, so each is tried once on the GPU."""
+"""What backends of packages that may be missing or broken share: each is tried once on the GPU before it is used."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def why_not(package: str, first_call: Callable[[torch.device], object], **tensor
             return f"needs CUDA tensors, got {name} on {x.device.type}"
     device = next(x.device for x in tensors.values() if x is not None)
     if package not in _verdicts:
-        _verdicts[package] = _try(package, first_call, device)
+        mend = "pip install --no-build-isolation 'longllava[cuda]'"
+        _verdicts[package] = tried(package, first_call, device, mend)
     return _verdicts[package]
 
 
-def _try(package: str, first_call: Callable[[torch.device], object], device: torch.device) -> str | None:
-    mend = "pip install --no-build-isolation 'longllava[cuda]'"
+def tried(package: str, first_call: Callable[[torch.device], object], device: torch.device, mend: str) -> str | None:
+    """None when the call works on the device, else what went wrong, and what to do."""
     try:
         first_call(device)
         torch.cuda.synchronize(device)

@@ -104,18 +104,42 @@ def test_what_the_kernels_do_not_take_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_a_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    triton_support.missing.cache_clear()
+    triton_support._missing.cache_clear()
     try:
         reason = triton_support.why_not(x=torch.ones(1))
     finally:
-        triton_support.missing.cache_clear()
+        triton_support._missing.cache_clear()
     assert reason == "triton is not installed; pip install 'longllava[cuda]'"
 
 
 def test_an_old_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1+git")
-    assert triton_support.missing.__wrapped__().startswith("needs triton 3.6 or newer, got 3.5.1+git; ")
+    assert triton_support._missing.__wrapped__().startswith("needs triton 3.6 or newer, got 3.5.1+git; ")
+
+
+@needs_triton
+def test_a_triton_that_cannot_run_a_kernel_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine whose GPU is there and whose C compiler is not."""
+    from longllava.ops import triton_trial
+
+    def fail(device: torch.device) -> None:
+        assert device.type == "cuda"
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton_trial, "run", fail)
+    reason = str(triton_support._missing.__wrapped__())
+    assert reason.startswith("triton is installed and fails: RuntimeError: Failed to find C compiler; ")
+
+
+def test_compiled_code_asks_whether_triton_works_and_traces_on() -> None:
+    @torch.compile(backend="eager", fullgraph=True)
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if triton_support.missing() is None else x + x
+
+    torch.compiler.reset()
+    assert torch.equal(double(torch.ones(2)), torch.full((2,), 2.0))
 
 
 @pytest.mark.parametrize("kind", ["left", "middle", "right", "packed", "wild"])

@@ -199,6 +199,12 @@ def test_attention_matches_the_reference(case, spans, monkeypatch) -> None:
         assert got <= 2 * floor + 1e-5
 
 
+def test_attention_custom_op_keeps_torchs_rules() -> None:
+    q = torch.randn(1, 3, 2, 16)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(attention.attention, (q, q, q, 0.25, True, None, None), test_utils=tests)
+
+
 def test_attention_reads_views_and_expanded_batches() -> None:
     fused_BLE = torch.randn(3, 20, 4 * 64 + 7)
     q_BLHK = fused_BLE[:, :, 7:].unflatten(2, (4, 64))
