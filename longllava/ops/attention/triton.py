@@ -67,7 +67,7 @@ def _forward(
     arguments: dict[str, Any] = {}
     for name, x in (("q", rowed(q)), ("k", rowed(k)), ("v", rowed(v))):
         arguments |= {name: x, f"{name}_batch": x.stride(0)}
-        arguments |= {f"{name.upper()}_STEP": x.stride(1), f"{name.upper()}_HEAD": x.stride(2)}
+        arguments |= {f"{name.upper()}_STEP": x.stride(1), f"{name}_head": x.stride(2)}
     for name, seq in (("seq_q", seq_q), ("seq_k", seq_k)):
         seq = None if seq is None else rowed(seq)
         arguments |= {name: seq, f"{name}_batch": 0 if seq is None else seq.stride(0)}

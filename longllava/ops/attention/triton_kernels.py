@@ -57,9 +57,8 @@ def attend(
 @triton.jit
 def forward(
     q, k, v, seq_q, seq_k, y, lse, scale, q_batch, k_batch, v_batch, seq_q_batch, seq_k_batch,
-    batch, n_queries, n_keys, n_splits, span,
-    Q_STEP: tl.constexpr, Q_HEAD: tl.constexpr, K_STEP: tl.constexpr, K_HEAD: tl.constexpr,
-    V_STEP: tl.constexpr, V_HEAD: tl.constexpr,
+    q_head, k_head, v_head, batch, n_queries, n_keys, n_splits, span,
+    Q_STEP: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
     CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -77,8 +76,8 @@ def forward(
     head_M = g * SHARE + row_M % SHARE
     d_D = tl.arange(0, PADDED)
     asked_M = query_M < n_queries
-    k += b * k_batch + g.to(tl.int64) * K_HEAD
-    v += b * v_batch + g.to(tl.int64) * V_HEAD
+    k += b * k_batch + g.to(tl.int64) * k_head
+    v += b * v_batch + g.to(tl.int64) * v_head
     if seq_q is not None:
         seq_M = tl.load(seq_q + b * seq_q_batch + query_M, mask=asked_M, other=-1)
         seq_k += b * seq_k_batch
@@ -87,7 +86,7 @@ def forward(
     else:
         seq_M = row_M
         mask_M = asked_M
-    spot_MD = query_M[:, None] * Q_STEP + (head_M * Q_HEAD)[:, None] + d_D[None]
+    spot_MD = query_M[:, None] * Q_STEP + (head_M.to(tl.int64) * q_head)[:, None] + d_D[None]
     q_MD = tl.load(q + b * q_batch + spot_MD, mask=mask_M[:, None] & (d_D < DIM)[None], other=0)
     begin = split * span
     end = tl.minimum(begin + span, n_keys)
