@@ -96,7 +96,7 @@ def load_into_(session: Session, path: str | Path) -> Session:
             about = json.loads((file.metadata() or {}).get("session", "{}"))
             check_origin(about, session.reader, path)
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
@@ -125,6 +125,8 @@ def check_origin(about: Any, reader: Reader, path: Path) -> None:
 
 
 def waiting_piece(kind: str, text: str) -> Piece:
+    if not isinstance(text, str):
+        raise TypeError(f"a waiting text is {type(text).__name__}")
     return WAITING[kind](text)
 
 

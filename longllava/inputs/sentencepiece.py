@@ -22,10 +22,10 @@ def tokenizer_json(data: bytes) -> str:
     Raises: ValueError for what is no such model, or one of a kind that is not BPE.
     """
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import decoders, models
 
     pieces, trainer, normal = parts(data)
-    alone = [text for text, _, kind in pieces if kind == USER_DEFINED]  # these stand alone wherever they stand
+    alone = [text for text, _, kind in pieces if kind == USER_DEFINED]  # no merge takes them
     other = any(kind == UNUSED for _, _, kind in pieces) or any(len(text) > 1 for text in alone)
     if trainer.get(3, 1) != BPE or trainer.get(24) or other:
         raise ValueError("it is not a plain BPE model with spaces in front of words, the only kind that is converted")
@@ -39,7 +39,6 @@ def tokenizer_json(data: bytes) -> str:
                    byte_fallback=bool(trainer.get(35, 0)))
     )  # fmt: skip
     backend.normalizer = normalizer(normal)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(text, "isolated") for text in alone])
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if normal.get(3, 1) else [])])
     backend.add_special_tokens([text for text, _, kind in pieces if kind in (UNKNOWN, CONTROL)])

@@ -89,6 +89,24 @@ def test_dtypes_but_recurrences_stay_fp32(tmp_path):
     assert torch.equal(mixed[weight], TINY.model.state_dict()[weight].bfloat16().float())
 
 
+def test_every_tensor_begins_at_a_multiple_of_its_items_size(tmp_path):
+    """As safetensors writes them; others map the file and read it in place."""
+    from longllava.checkpoints.write import Output, write_tensors
+
+    kinds = {"a": torch.uint8, "b": torch.float32, "c": torch.float16, "d": torch.float64, "e": torch.bool}
+    tensors = {name: torch.arange(3).to(kind) for name, kind in kinds.items()} | {"empty": torch.zeros(0, 2)}
+    outputs = {name: Output(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
+    write_tensors(tmp_path / "a.safetensors", outputs)
+    found = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    data = (tmp_path / "a.safetensors").read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    assert end % 8 == 0
+    for name, tensor in tensors.items():
+        assert header[name]["data_offsets"][0] % tensor.element_size() == 0
+
+
 def test_loading_runs_no_initialisation(tmp_path, monkeypatch):
     """Built on meta: peak memory is that of the weights, and no time goes into random numbers."""
     folder = save(tmp_path)

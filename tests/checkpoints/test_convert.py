@@ -229,6 +229,10 @@ def test_the_router_weighs_the_mean(experts, tmp_path):
     (biased / "config.json").write_bytes((experts / "config.json").read_bytes())
     save_file(tensors, biased / "model.safetensors")
     source = open_source(biased)
+    uneven = weights(experts)
+    for layer in (1, 3):
+        uneven[f"model.layers.{layer}.pre_moe_layernorm.weight"] = torch.linspace(-1, 3, 32)
+    save_file(uneven, experts / "model.safetensors")
     even = router_shares(source, "backbone.layers.1")
     assert sum(even) == pytest.approx(1) and sorted(even)[:2] == [0, 0]  # ties: the same two of four for every token
     shares = router_shares(open_source(experts), "backbone.layers.1")

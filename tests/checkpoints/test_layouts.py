@@ -234,6 +234,19 @@ def test_a_folder_of_any_layout_answers_as_the_model_did(tmp_path):
         text_only.generate(**asked, images=pictures)
 
 
+def test_what_a_config_leaves_out_is_transformers_default(tmp_path):
+    from longllava.checkpoints.published import read_config
+
+    (tmp_path / "config.json").write_text('{"model_type": "jamba"}')
+    backbone = read_config(tmp_path).backbone
+    assert (backbone.n_experts, backbone.n_experts_per_token, backbone.width, backbone.tie_embeddings) == (
+        16,
+        2,
+        4096,
+        False,
+    )
+
+
 def test_pooling_as_the_original_reads_it(tmp_path):
     published.longllava(tmp_path, 1)
     for value, pool, n_tokens in ((None, "none", 16), ("1d", "1d", 4), ("2d", "2d", 4)):

@@ -114,6 +114,10 @@ def wrong_piece(about, tensors):
     about["waiting"] = [["image", 0]]
 
 
+def wrong_text(about, tensors):
+    about["waiting"] = [["plain", 3]]
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
@@ -123,7 +127,8 @@ def wrong_piece(about, tensors):
         (poison, "not finite"),
         (add_a_tensor, r"unexpected tensors 99\.conv"),
         (lose_the_count, "n_tokens"),
-        (wrong_piece, "image"),
+        (wrong_piece, "waiting text is int"),
+        (wrong_text, "waiting text is int"),
     ],
 )
 def test_tampered_files(saved, change, fault):
