@@ -67,6 +67,8 @@ class VideoFile:
             raise InputError("the file has no video stream")
         self.container = container
         self.stream = container.streams.video[0]
+        if self.stream.codec_context is None:
+            raise InputError("its video is of a codec that PyAV cannot decode")
         self.stream.thread_type = "AUTO"
         self.stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # also of frames further on
         check_size(self.stream.codec_context.width or 1, self.stream.codec_context.height or 1)

@@ -151,6 +151,15 @@ def test_flipped_bytes_give_a_picture_or_one_error(kind, position, flip):
         assert "0x" not in str(error)
 
 
+def test_a_png_with_a_wrong_checksum_is_no_picture():
+    """Its pixels decode, to others."""
+    data = bytearray(encoded(Image.linear_gradient("L").resize((40, 30)), compress_level=0))
+    data[300] ^= 64
+    assert Image.open(io.BytesIO(data)).convert("L").size == (40, 30)
+    with pytest.raises(InputError, match="broken picture"):
+        open_image(bytes(data))
+
+
 def bomb(width, height):
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))

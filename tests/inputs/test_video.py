@@ -203,6 +203,13 @@ def test_frames_without_times_come_one_after_the_other(tmp_path):
     assert seconds == [0, 0.25, 0.5, 0.75]
 
 
+def test_a_codec_that_cannot_be_decoded(tmp_path):
+    path = write_video(tmp_path / "a.mp4", [20 * i for i in range(12)])
+    path.write_bytes(path.read_bytes().replace(b"mp4v", b"zzzz"))
+    with pytest.raises(InputError, match=r"a\.mp4: its video is of a codec that PyAV cannot decode"):
+        read_frames(path)
+
+
 def test_animated_png(tmp_path):
     frames = [grey(60 * i) for i in range(4)]
     frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:], duration=500)
