@@ -12,7 +12,7 @@ tensor (once as it is stored, once as it is wanted).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,22 +109,25 @@ class Places:
     sources: dict[str, Source]
     stored: dict[str, Stored]
     unexpected: list[str]
+    counters: Set[str] = frozenset()  # what holds whole numbers in the model too (a batch norm's count of batches)
 
     def check(self, path: Path, allow_missing: Sequence[str], whole: bool) -> None:
         """One error that lists every fault of names and shapes. whole: names without a use are faults too."""
-        missing, wrong, whole_numbers = [], [], []
+        missing, wrong = [], []
+        whole_numbers: list[str] = []
+        fractions: list[str] = []
         for key, source in self.sources.items():
             for name, shape in zip(source.names, source.shapes, strict=True):
                 if name not in self.stored:
                     missing += [] if key.startswith(tuple(allow_missing)) else [name]
                 elif self.stored[name].shape != shape:
                     wrong.append(f"{name} {self.stored[name].shape} instead of {shape}")
-                elif not self.stored[name].dtype.is_floating_point:
-                    whole_numbers.append(f"{name} {self.stored[name].dtype}")
-        unexpected = self.unexpected if whole else []
-        faults = [f"{len(names)} {kind}: {listed(names)}"
-                  for kind, names in (("missing", missing), ("unexpected", unexpected), ("of wrong shape", wrong),
-                                      ("of whole numbers", whole_numbers)) if names]  # fmt: skip
+                elif self.stored[name].dtype.is_floating_point == (key in self.counters):
+                    found = fractions if key in self.counters else whole_numbers
+                    found.append(f"{name} {self.stored[name].dtype}")
+        kinds = {"missing": missing, "unexpected": self.unexpected if whole else [], "of wrong shape": wrong,
+                 "of whole numbers": whole_numbers, "not of whole numbers": fractions}  # fmt: skip
+        faults = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]
         if faults:
             raise CheckpointError(f"{path}: weights do not fit its {CONFIG}; {'; '.join(faults)}")
 
@@ -153,7 +156,8 @@ def find_places(path: Path, model: Model, shapes: Shapes, parts: tuple[str, ...]
     used |= tied
     unexpected = [name for name in stored
                   if name not in used and not any(naming.has_no_use_for(name) for naming in namings)]  # fmt: skip
-    return Places(shapes, sources, stored | borrowed, unexpected)
+    counters = {key for key, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    return Places(shapes, sources, stored | borrowed, unexpected, counters)
 
 
 def borrowed_encoder(model: Model, path: Path) -> dict[str, Stored]:

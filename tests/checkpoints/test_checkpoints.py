@@ -47,6 +47,26 @@ def test_round_trip(tmp_path):
     assert same(model, TINY.model) and model.config == TINY.model.config and not model.training
 
 
+def test_whole_numbers_that_the_model_counts_with(tmp_path):
+    """The batch norms of a convolution stem count their batches."""
+    encoder = EncoderConfig(image_size=16, patch_size=4, width=16, n_layers=1, n_heads=2, mlp_width=32, select_layer=-1,
+                            class_token=False, stem_widths=(8,), stem_strides=(4,), stem_blocks=(1,))  # fmt: skip
+    made = Model(tiny_config(encoder=encoder)).eval()
+    made.initialise_(0)
+    counts = [key for key, tensor in made.state_dict().items() if not tensor.is_floating_point()]
+    assert counts and all(key.endswith("num_batches_tracked") for key in counts)
+    made.state_dict()[counts[0]].fill_(7)
+    folder = save_model(made, TINY.tokenizer, tmp_path / "a", dtype=torch.bfloat16)
+    assert load_model(folder).state_dict()[counts[0]] == 7
+
+    def count_in_words(tensors):
+        tensors[counts[0]] = tensors[counts[0]].float()
+
+    change(folder, count_in_words)
+    with pytest.raises(CheckpointError, match=r"1 not of whole numbers: .*num_batches_tracked torch\.float32"):
+        load_model(folder)
+
+
 def test_round_trip_in_shards(tmp_path):
     folder = save(tmp_path, shard_bytes=20_000)
     shards = sorted(path.name for path in folder.glob("*.safetensors"))

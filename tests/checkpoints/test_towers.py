@@ -83,9 +83,12 @@ def tower(open_clip, tmp_path_factory):
     """(open_clip's model, the name of the same weights)."""
     import logging
 
-    logging.getLogger().setLevel(logging.ERROR)  # it warns that the weights are random
     torch.manual_seed(0)
-    model = open_clip.create_model(ARCHITECTURE)
+    logging.disable(logging.WARNING)  # it warns that the weights are random
+    try:
+        model = open_clip.create_model(ARCHITECTURE)
+    finally:
+        logging.disable(logging.NOTSET)
     file = tmp_path_factory.mktemp("weights") / "weights.safetensors"
     save_file({key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}, file)
     return model.eval(), f"open_clip:{ARCHITECTURE}/{file}"
