@@ -1,0 +1,91 @@
+"""Elementwise work between linear layers in one pass over memory: norm and residual, SwiGLU, each with int8 output."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from longllava.errors import LongLLaVAError
+from longllava.ops.dispatch import Backend, choose
+from longllava.ops.fused import reference
+from longllava.ops.quantized import Quantized
+
+# best first; the last is the judge
+RMS_NORM_BACKENDS = tuple(
+    Backend(name, module.rms_norm, module.why_not_rms_norm) for name, module in (("reference", reference),)
+)
+SWIGLU_BACKENDS = tuple(
+    Backend(name, module.swiglu, module.why_not_swiglu) for name, module in (("reference", reference),)
+)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    *,
+    quantized: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor | Quantized, Tensor]:
+    """weight * total / sqrt(mean(total^2) + eps), where total = residual + x, or x without a residual.
+
+    Shapes:  x, residual (..., D), of one dtype; weight (D).
+    dtypes:  fp32, bf16 or fp16 (fp64 in plain torch). The sum is rounded to x's dtype, then normalised in fp32,
+             rounded, and scaled, as Jamba does.
+    Returns: (y, total). With `quantized` y is what `quantize_rows(y)` gives, and y itself is never written. total is x
+             itself without a residual.
+    Gradients go to x, weight and residual; with `quantized` there are none.
+    Source:  Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+    if x.ndim < 1 or weight.shape != x.shape[-1:]:
+        raise LongLLaVAError(f"rms_norm: weight must be ({x.shape[-1] if x.ndim else 'D'},), got {tuple(weight.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise LongLLaVAError(
+            f"rms_norm: residual must be {tuple(x.shape)} in {x.dtype}, got {tuple(residual.shape)} in {residual.dtype}"
+        )
+    args = (_rows(x), weight, eps, None if residual is None else _rows(residual), quantized)
+    y, scale, total = choose("rms_norm", RMS_NORM_BACKENDS, *args, forced=backend).run(*args)
+    return _wrapped(y, scale, x), x if total is None else total.view(x.shape)
+
+
+def swiglu(
+    gate: Tensor,
+    up: Tensor | None = None,
+    absmax: Tensor | None = None,
+    *,
+    quantized: bool = False,
+    backend: str | None = None,
+) -> Tensor | Quantized:
+    """silu(gate) * up, in fp32, rounded once. Also the gate of a scan: swiglu(z, y).
+
+    Shapes:  gate, up (..., F); without `up`, gate is (..., 2 F) and holds both, gate first. absmax (...) fp32: the
+             largest magnitude of each row of the result, where known; with `quantized` only.
+    dtypes:  fp32, bf16 or fp16 (fp64 in plain torch). Views are read in place as long as their last stride is 1.
+    Returns: (..., F); with `quantized` what `quantize_rows` of it gives, and the floats are never written.
+    Gradients go to gate and up; with `quantized` there are none.
+    Source:  Shazeer 2020, arXiv:2002.05202.
+    """
+    if up is None:
+        if gate.ndim < 1 or gate.shape[-1] % 2:
+            raise LongLLaVAError(f"swiglu: gate and up in one must be (..., 2 F), got {tuple(gate.shape)}")
+        gate, up = gate.chunk(2, -1)
+    if up.shape != gate.shape or up.dtype != gate.dtype:
+        raise LongLLaVAError(
+            f"swiglu: up must be {tuple(gate.shape)} in {gate.dtype}, got {tuple(up.shape)} in {up.dtype}"
+        )
+    if absmax is not None and (not quantized or absmax.shape != gate.shape[:-1]):
+        raise LongLLaVAError(
+            f"swiglu: absmax is for quantized=True and must be {tuple(gate.shape[:-1])}, got {tuple(absmax.shape)}"
+        )
+    args = (_rows(gate), _rows(up), None if absmax is None else absmax.reshape(-1), quantized)
+    y, scale = choose("swiglu", SWIGLU_BACKENDS, *args, forced=backend).run(*args)
+    return _wrapped(y, scale, gate)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
+
+
+def _wrapped(y: Tensor, scale: Tensor | None, like: Tensor) -> Tensor | Quantized:
+    y = y.view(like.shape)
+    return y if scale is None else Quantized(y, scale.view(like.shape[:-1]), like.dtype)

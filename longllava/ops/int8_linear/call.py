@@ -1,0 +1,96 @@
+"""The backends of the int8 products, and torch custom ops that call the chosen one: autograd and torch.compile see
+those, everything else goes straight to the backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longllava.ops.dispatch import Backend, choose
+from longllava.ops.int8_linear import reference
+
+# best first; the last is the judge
+BACKENDS = tuple(Backend(name, module.run, module.why_not) for name, module in (("reference", reference),))
+QUANTIZE_BACKENDS = tuple(
+    Backend(name, module.quantize_rows, module.why_not_quantize) for name, module in (("reference", reference),)
+)
+
+
+def multiply(
+    x_TK: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    x_scale_T: Tensor | None,
+    offsets: Tensor | None,
+    mode: str,
+    dtype: torch.dtype,
+    backend: str | None,
+) -> Tensor:
+    """The product by the first backend that can, or the one asked for. Gradients go to x alone."""
+    wants_grad = torch.is_grad_enabled() and x_TK.requires_grad
+    plain = type(x_TK) is Tensor and not wants_grad and not torch.compiler.is_compiling()
+    call: Any = _multiply if plain else int8_linear
+    y_TN: Tensor = call(x_TK, weight, scale, bias, x_scale_T, offsets, mode, dtype, backend)
+    return y_TN
+
+
+def _multiply(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    offsets: Tensor | None,
+    mode: str,
+    dtype: torch.dtype,
+    backend: str | None,
+) -> Tensor:
+    args = (x, weight, scale, bias, x_scale, offsets, mode, dtype)
+    with torch.no_grad():
+        y_TN: Tensor = choose("int8_linear", BACKENDS, *args, forced=backend).run(*args)
+    return y_TN
+
+
+def quantized(x_TK: Tensor, absmax_T: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
+    plain = type(x_TK) is Tensor and not torch.compiler.is_compiling()
+    call: Any = _quantized if plain else quantize_rows
+    values, scale = call(x_TK, absmax_T, backend)
+    return values, scale
+
+
+def _quantized(x: Tensor, absmax: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
+    values, scale = choose("quantize_rows", QUANTIZE_BACKENDS, x, absmax, forced=backend).run(x, absmax)
+    return values, scale
+
+
+int8_linear = torch.library.custom_op("longllava::int8_linear", _multiply, mutates_args=())
+quantize_rows = torch.library.custom_op("longllava::quantize_rows", _quantized, mutates_args=())
+
+
+@int8_linear.register_fake
+def _(x, weight, scale, bias, x_scale, offsets, mode, dtype, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], weight.shape[-2]), dtype=dtype)
+
+
+@quantize_rows.register_fake
+def _(x, absmax, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scale, _, _, offsets, *_ = inputs
+    ctx.wanted = x.requires_grad
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(weight, scale, offsets)
+
+
+def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    weight, scale, offsets = ctx.saved_tensors
+    grad_x = reference.grad_input(grad_y, weight, scale, offsets).to(ctx.dtype) if ctx.wanted else None
+    return grad_x, *(None,) * 8
+
+
+int8_linear.register_autograd(_differentiate, setup_context=_setup)
