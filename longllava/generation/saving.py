@@ -140,6 +140,7 @@ def state_from(tensors: dict[str, Tensor], reader: Reader, n_tokens: int) -> Sta
                 check_like(tensor, like, f"layer {number}", tuple(like.shape))
             state.append(MambaState(*(tensor.to(reader.device) for tensor in named)))
             continue
+        assert isinstance(layer, AttentionState)
         segments: list[Segment] = []
         while f"{number}.{len(segments)}.keys" in tensors:
             pair = [tensors.pop(f"{number}.{len(segments)}.{kind}") for kind in ("keys", "values")]

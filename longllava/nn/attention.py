@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longllava.config import BackboneConfig
-from longllava.nn.cache import AttentionState
+from longllava.nn.cache import AttentionState, Segment, StaticAttentionState
 from longllava.nn.context import Context
 from longllava.nn.norm import RMSNorm
 from longllava.ops.attention import attention
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         # 38,000 (the sum it competes with grows with their number). exp keeps it positive.
         self.log_length_H = nn.Parameter(torch.zeros(self.n_heads)) if config.log_length_scale else None
 
-    def forward(self, x_BLD: Tensor, ctx: Context, state: AttentionState | None = None):
+    def forward(self, x_BLD: Tensor, ctx: Context, state: AttentionState | StaticAttentionState | None = None):
         b, length, _ = x_BLD.shape
         q_BLHK = self.q_proj(x_BLD).view(b, length, self.n_heads, self.head_dim)
         k_BLGK = self.k_proj(x_BLD).view(b, length, self.n_kv_heads, self.head_dim)
@@ -67,31 +67,55 @@ class Attention(nn.Module):
             self.log_length_H.fill_(-2.0)  # exp(-2) = 0.14: a factor of 1.9 among 600 tokens, 2.4 among 38,000
 
 
-def attend_segments(q_BLHK: Tensor, state: AttentionState, seq_idx_BL: Tensor | None) -> Tensor:
+def attend_segments(
+    q_BLHK: Tensor, state: AttentionState | StaticAttentionState, seq_idx_BL: Tensor | None
+) -> Tensor:
     """Attention over shared segments and the own buffer, merged by their log-sum-exp."""
     *shared, own = state.segments()
-    padded = any(s.seq_idx_BS is not None for s in (*shared, own)) or seq_idx_BL is not None
-
-    def index(segment) -> dict:
-        if not padded:
-            return {}
-        seen = segment.seq_idx_BS
-        if seen is None:
-            seen = torch.zeros(segment.keys_BSGK.shape[:2], dtype=torch.int32, device=q_BLHK.device)
-        mine = seq_idx_BL
-        if mine is None:
-            mine = torch.zeros(q_BLHK.shape[:2], dtype=torch.int32, device=q_BLHK.device)
-        return {"seq_idx_q": mine, "seq_idx_k": seen}
-
     if not shared:
-        return attention(q_BLHK, own.keys_BSGK, own.values_BSGK, **index(own))
-    parts = [attention(q_BLHK, s.keys_BSGK, s.values_BSGK, causal=False, return_lse=True, **index(s)) for s in shared]
-    parts.append(attention(q_BLHK, own.keys_BSGK, own.values_BSGK, return_lse=True, **index(own)))
+        asked, keys = marks(q_BLHK, own, seq_idx_BL)
+        return attention(
+            q_BLHK, own.keys_BSGK, own.values_BSGK, causal=state.causal, seq_idx_q=asked, seq_idx_k=keys
+        )
+    parts = [attend(q_BLHK, segment, seq_idx_BL, causal=False) for segment in shared]
+    parts.append(attend(q_BLHK, own, seq_idx_BL, causal=state.causal))
     lse_PBLH = torch.stack([lse for _, lse in parts])
     # rows that see nothing anywhere (padding) have only -inf: their weights are set to zero, not NaN
     weights_PBLH = torch.softmax(lse_PBLH, dim=0).nan_to_num(0.0)
     merged = sum(y.float() * w[..., None] for (y, _), w in zip(parts, weights_PBLH, strict=True))
     return merged.to(q_BLHK.dtype)
+
+
+def attend(q_BLHK: Tensor, segment: Segment, seq_idx_BL: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+    """y (B, L, H, K) and lse (B, L, H) over one segment.
+
+    Keys that all rows of the batch share are read once: the rows' queries become queries of one row.
+    """
+    batch, length = q_BLHK.shape[:2]
+    shared = batch > 1 and not causal and segment.keys_BSGK.stride(0) == 0 and segment.seq_idx_BS is None
+    if shared:
+        q_BLHK = q_BLHK.reshape(1, batch * length, *q_BLHK.shape[2:])
+        seq_idx_BL = None if seq_idx_BL is None else seq_idx_BL.reshape(1, -1)
+        segment = Segment(segment.keys_BSGK[:1], segment.values_BSGK[:1], None)
+    asked, keys = marks(q_BLHK, segment, seq_idx_BL)
+    y, lse = attention(
+        q_BLHK, segment.keys_BSGK, segment.values_BSGK, causal=causal, seq_idx_q=asked, seq_idx_k=keys, return_lse=True
+    )
+    if shared:
+        y, lse = y.reshape(batch, length, *y.shape[2:]), lse.reshape(batch, length, -1)
+    return y, lse
+
+
+def marks(q_BLHK: Tensor, segment: Segment, seq_idx_BL: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """seq_idx of the queries and of a segment's keys: both, or neither where nothing is padded."""
+    seen = segment.seq_idx_BS
+    if seen is None and seq_idx_BL is None:
+        return None, None
+    if seen is None:
+        seen = torch.zeros(segment.keys_BSGK.shape[:2], dtype=torch.int32, device=q_BLHK.device)
+    if seq_idx_BL is None:
+        seq_idx_BL = torch.zeros(q_BLHK.shape[:2], dtype=torch.int32, device=q_BLHK.device)
+    return seq_idx_BL, seen
 
 
 def report_grounding(ctx: Context, q_BLHK: Tensor, k_BLGK: Tensor) -> None:

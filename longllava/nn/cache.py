@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ class MambaState(NamedTuple):
 
     conv_BKE: Tensor
     scan_BEN: Tensor
+
+
+class StaticMambaState(MambaState):
+    """A Mamba layer's state that each call replaces in place, so that a CUDA graph finds it at its address."""
 
 
 class Segment(NamedTuple):
@@ -76,6 +80,7 @@ class AttentionState:
     prefix: tuple[Segment, ...]
     buffer: Buffer
     length: int
+    causal: ClassVar[bool] = True  # the queries are the last tokens of the last segment
 
     @classmethod
     def empty(cls, batch: int, capacity: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype):
@@ -134,7 +139,32 @@ class AttentionState:
         return cls((), buffer, buffer.filled)
 
 
-LayerState = MambaState | AttentionState
+@dataclass(frozen=True)
+class StaticAttentionState:
+    """Keys and values whose shapes do not change, for decoding token by token, also in a CUDA graph.
+
+    prefix: what was read, never changed. keys_BCGK, values_BCGK: room for C more tokens, zero at first; the token of a
+    call goes to place at_1 (int64, on the device), which all layers share and the decoder moves on. seen_BC: int32, 0
+    where a token stands, else -1; the decoder marks the place before it calls the layers.
+    """
+
+    prefix: tuple[Segment, ...]
+    keys_BCGK: Tensor
+    values_BCGK: Tensor
+    seen_BC: Tensor
+    at_1: Tensor
+    causal: ClassVar[bool] = False  # seen_BC says what is visible
+
+    def append(self, keys_B1GK: Tensor, values_B1GK: Tensor, seq_idx_B1: Tensor | None) -> StaticAttentionState:
+        self.keys_BCGK.index_copy_(1, self.at_1, keys_B1GK)
+        self.values_BCGK.index_copy_(1, self.at_1, values_B1GK)
+        return self
+
+    def segments(self) -> tuple[Segment, ...]:
+        return (*self.prefix, Segment(self.keys_BCGK, self.values_BCGK, self.seen_BC))
+
+
+LayerState = MambaState | AttentionState | StaticAttentionState
 State = list[LayerState]
 
 
@@ -148,6 +178,7 @@ def fork_state(state: State, capacity: int = GROWTH, batch: int = 1) -> State:
         if isinstance(layer, MambaState):
             forked.append(MambaState(*(part.repeat(batch, 1, 1) for part in layer)))
         else:
+            assert isinstance(layer, AttentionState), "a state of static shapes belongs to its decoder"
             forked.append(layer.fork(capacity, batch if batch > 1 else None))
     return forked
 

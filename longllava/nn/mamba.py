@@ -7,16 +7,17 @@ Source: Gu & Dao 2023 (arXiv:2312.00752) Alg. 2; Lieber et al. 2024 (arXiv:2403.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longllava.config import BackboneConfig
-from longllava.nn.cache import MambaState
+from longllava.nn.cache import MambaState, StaticMambaState
 from longllava.nn.context import Context
 from longllava.nn.norm import RMSNorm
-from longllava.ops.causal_conv1d import causal_conv1d
-from longllava.ops.selective_scan import selective_scan
+from longllava.ops.causal_conv1d import causal_conv1d, causal_conv1d_
+from longllava.ops.selective_scan import selective_scan, selective_scan_
 
 
 class Mamba(nn.Module):
@@ -37,19 +38,45 @@ class Mamba(nn.Module):
         self.A_log_EN = nn.Parameter(torch.empty(inner, states))
         self.D_E = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, width, bias=config.proj_bias)
+        self.known_A: tuple[tuple[int, int, torch.device], Tensor] | None = None
 
     def forward(self, x_BLD: Tensor, ctx: Context, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         u_BLE, z_BLE = self.in_proj(x_BLD).chunk(2, dim=-1)
-        u_BLE, conv_BKE = causal_conv1d(
-            u_BLE, self.conv_weight_EK, self.conv_bias_E, state and state.conv_BKE, ctx.seq_idx_BL, "silu"
-        )
-        delta_BLR, B_BLN, C_BLN = self.x_proj(u_BLE).split(self.sizes, dim=-1)
+        taps = (self.conv_weight_EK, self.conv_bias_E)
+        if isinstance(state, StaticMambaState):
+            u_BLE = causal_conv1d_(u_BLE, *taps, state.conv_BKE, ctx.seq_idx_BL, "silu")
+            y_BLE = selective_scan_(**self.scanned(u_BLE, z_BLE), state=state.scan_BEN, seq_idx=ctx.seq_idx_BL)
+            return self.out_proj(y_BLE), state
+        u_BLE, conv_BKE = causal_conv1d(u_BLE, *taps, state and state.conv_BKE, ctx.seq_idx_BL, "silu")
         y_BLE, scan_BEN = selective_scan(
-            u_BLE, self.dt_proj(self.dt_norm(delta_BLR)), -self.A_log_EN.float().exp(),
-            self.B_norm(B_BLN), self.C_norm(C_BLN), self.D_E.float(), z_BLE, self.dt_bias_E.float(),
-            delta_softplus=True, state=state and state.scan_BEN, seq_idx=ctx.seq_idx_BL,
-        )  # fmt: skip
+            **self.scanned(u_BLE, z_BLE), state=state and state.scan_BEN, seq_idx=ctx.seq_idx_BL
+        )
         return self.out_proj(y_BLE), MambaState(conv_BKE, scan_BEN)
+
+    def scanned(self, u_BLE: Tensor, z_BLE: Tensor) -> dict[str, Any]:
+        """What the scan takes beside its state."""
+        delta_BLR, B_BLN, C_BLN = self.x_proj(u_BLE).split(self.sizes, dim=-1)
+        return {
+            "u": u_BLE,
+            "delta": self.dt_proj(self.dt_norm(delta_BLR)),
+            "A": self.A(),
+            "B": self.B_norm(B_BLN),
+            "C": self.C_norm(C_BLN),
+            "D": self.D_E.float(),
+            "z": z_BLE,
+            "delta_bias": self.dt_bias_E.float(),
+            "delta_softplus": True,
+        }
+
+    def A(self) -> Tensor:
+        """-exp(A_log), (E, N) fp32: kept between calls that want no gradient, as long as A_log is the same."""
+        log_EN = self.A_log_EN
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return -log_EN.float().exp()
+        key = (log_EN.data_ptr(), 0 if log_EN.is_inference() else log_EN._version, log_EN.device)
+        if self.known_A is None or self.known_A[0] != key:
+            self.known_A = (key, -log_EN.float().exp())
+        return self.known_A[1]
 
     def empty_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> MambaState:
         """State before the first token; `capacity` is attention's concern."""
