@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,17 +30,19 @@ class Case:
     def __str__(self) -> str:
         return f"{self.name}-{str(self.dtype).removeprefix('torch.')}"
 
-    def seq_idx(self) -> tuple[Tensor | None, Tensor | None]:
+    def seq_idx(self, device: str = "cpu") -> tuple[Tensor | None, Tensor | None]:
         """seq_idx of the queries (B, L) and of the keys (B, S)."""
         keys_BS = sample_seq_idx(self.packing, self.batch, self.n_keys, torch.Generator().manual_seed(0))
-        return None if keys_BS is None else keys_BS[:, self.n_keys - self.n_queries :], keys_BS
+        if keys_BS is None:
+            return None, None
+        return keys_BS[:, self.n_keys - self.n_queries :].to(device), keys_BS.to(device)
 
-    def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, standard normal."""
-        random = torch.Generator().manual_seed(seed)
+    def inputs(self, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, standard normal, made where they will be used."""
+        random = torch.Generator(device).manual_seed(seed)
         shapes = ((self.n_queries, self.n_heads), (self.n_keys, self.n_groups), (self.n_keys, self.n_groups))
         q, k, v = (
-            torch.randn(self.batch, length, heads, self.head_dim, generator=random).to(self.dtype)
+            torch.randn(self.batch, length, heads, self.head_dim, generator=random, device=device).to(self.dtype)
             for length, heads in shapes
         )
         return q, k, v
@@ -48,6 +50,11 @@ class Case:
     def multiplications(self) -> int:
         """Of the forward pass: one score and one weighted value a visible pair. Backward takes 2.5 times as many."""
         seq_idx_q, seq_idx_k = self.seq_idx()
+        if seq_idx_k is None:  # without a table of pairs, which a long prompt has no room for
+            pairs = self.n_queries * self.n_keys
+            if self.causal:
+                pairs -= self.n_queries * (self.n_queries - 1) // 2
+            return 2 * self.batch * self.n_heads * self.head_dim * pairs
         seen = visible(self.n_queries, self.n_keys, self.causal, seq_idx_q, seq_idx_k, torch.device("cpu"))
         return 2 * self.n_heads * self.head_dim * int(seen.sum()) * (self.batch if seen.shape[0] == 1 else 1)
 
@@ -126,4 +133,14 @@ BENCHMARKS = (
         dtype=torch.bfloat16,
         directions=(False,),
     ),
+)
+
+_9B = Case(name="9b", n_queries=8192, n_keys=36_000, n_heads=32, n_groups=8, head_dim=128, dtype=torch.bfloat16,
+           directions=(False,))  # fmt: skip
+GPU_BENCHMARKS = (
+    replace(_9B, name="8,192 of 8,192", n_keys=8192, directions=(False, True)),
+    replace(_9B, name="8,192 of 36,000"),
+    replace(_9B, name="8,192 of 144,000", n_keys=144_000),
+    replace(_9B, name="1 of 100,000", n_queries=1, n_keys=100_000),
+    replace(_9B, name="nano, 2,048 of 36,000", n_queries=2048, n_heads=4, n_groups=2, head_dim=64),
 )

@@ -32,18 +32,22 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
-    def inputs(self, seed: int = 0) -> tuple[Any, ...]:
-        """Arguments in NAMES' order. NaN stands at padding."""
-        random = torch.Generator().manual_seed(seed)
-        x = torch.randn(self.batch, self.length, 2 * self.channels, generator=random).to(self.dtype)
+    def inputs(self, seed: int = 0, device: str = "cpu") -> tuple[Any, ...]:
+        """Arguments in NAMES' order, made where they will be used. NaN stands at padding."""
+        random = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=random, device=device)
+
+        x = normal(self.batch, self.length, 2 * self.channels).to(self.dtype)
         x = x[..., : self.channels]
         if self.layout == "transposed":
             x = x.transpose(1, 2).contiguous().transpose(1, 2)
-        weight = torch.randn(self.channels, self.n_taps, generator=random)
-        bias = torch.randn(self.channels, generator=random)
-        state = torch.randn(self.batch, self.n_taps - 1, self.channels, generator=random).to(self.dtype)
-        seq_idx = sample_seq_idx(self.packing, self.batch, self.length, random)
+        weight, bias = normal(self.channels, self.n_taps), normal(self.channels)
+        state = normal(self.batch, self.n_taps - 1, self.channels).to(self.dtype)
+        seq_idx = sample_seq_idx(self.packing, self.batch, self.length, torch.Generator().manual_seed(seed))
         if seq_idx is not None:
+            seq_idx = seq_idx.to(device)
             poison_padding_(x, seq_idx)
         return (
             x,
@@ -85,4 +89,14 @@ BENCHMARKS = (
     Case("prefill-nano", length=2048, channels=512, dtype=torch.bfloat16, source="nano, one chunk of a prompt"),
     Case("packed-nano", length=2048, channels=512, dtype=torch.bfloat16, packing="packed", source="nano, training"),
     Case("decode-nano", length=1, channels=512, source="nano, one token"),
+)
+
+_9B = Case("9b", channels=8192, state=False, dtype=torch.bfloat16, source="LongLLaVA-9B")
+GPU_BENCHMARKS = (
+    replace(_9B, name="2,048", length=2048),
+    replace(_9B, name="36,000", length=36_000, source="LongLLaVA-9B, 1,000 pictures of 36 tokens"),
+    replace(_9B, name="36,000-state", length=36_000, state=True),
+    replace(_9B, name="36,864-packed", length=36_864, packing="packed", source="LongLLaVA-9B, training"),
+    replace(_9B, name="nano", length=36_000, channels=512, source="nano, 1,000 pictures"),
+    replace(_9B, name="one-token", length=1, state=True, source="LongLLaVA-9B, decoding"),
 )

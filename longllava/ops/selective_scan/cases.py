@@ -35,12 +35,12 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
-    def inputs(self, seed: int = 0) -> tuple[Any, ...]:
-        """Arguments in NAMES' order. NaN stands at padding."""
-        random = torch.Generator().manual_seed(seed)
+    def inputs(self, seed: int = 0, device: str = "cpu") -> tuple[Any, ...]:
+        """Arguments in NAMES' order, made where they will be used. NaN stands at padding."""
+        random = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.randn(*shape, generator=random).to(dtype)
+            return torch.randn(*shape, generator=random, device=device).to(dtype)
 
         shape = (self.batch, self.length, self.channels)
         if self.layout == "split":
@@ -51,15 +51,17 @@ class Case:
         if not self.softplus:
             delta = delta.abs()
         # as a trained model has them: from slow to fast states, some 1 to N
-        decay_EN = -torch.arange(1, self.n_states + 1) * (0.5 + torch.rand(self.channels, 1, generator=random))
+        spread_E1 = 0.5 + torch.rand(self.channels, 1, generator=random, device=device)
+        decay_EN = -torch.arange(1, self.n_states + 1, device=device) * spread_E1
         B, C = normal(*shape[:2], 2 * self.n_states, dtype=self.dtype).chunk(2, -1)
         D, bias = normal(self.channels), normal(self.channels) * 0.3
         state = normal(self.batch, self.channels, self.n_states)
         if self.layout == "transposed":
             u, delta, z, B = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (u, delta, z, B))
             decay_EN = decay_EN.t().contiguous().t()
-        seq_idx = sample_seq_idx(self.packing, self.batch, self.length, random)
+        seq_idx = sample_seq_idx(self.packing, self.batch, self.length, torch.Generator().manual_seed(seed))
         if seq_idx is not None:
+            seq_idx = seq_idx.to(device)
             for x in (u, delta, z, B, C):
                 poison_padding_(x, seq_idx)
         return (
@@ -110,4 +112,18 @@ BENCHMARKS = (
     Case("prefill-9b", length=256, channels=8192, dtype=torch.bfloat16, source="LongLLaVA-9B, 256 tokens"),
     Case("packed-nano", length=2048, channels=512, dtype=torch.bfloat16, packing="packed", source="nano, training"),
     Case("decode-nano", length=1, channels=512, source="nano, one token"),
+)
+
+_9B = Case("9b", channels=8192, state=False, dtype=torch.bfloat16, source="LongLLaVA-9B")
+GPU_BENCHMARKS = (
+    replace(_9B, name="2,048", length=2048),
+    replace(_9B, name="36,000", length=36_000, source="LongLLaVA-9B, 1,000 pictures of 36 tokens"),
+    replace(_9B, name="36,864", length=36_864, source="a multiple of 2,048: mamba-ssm's fast path"),
+    replace(_9B, name="147,000", length=147_000, source="LongLLaVA-9B, 1,000 pictures of 144 tokens and tags"),
+    replace(_9B, name="36,864-packed", length=36_864, packing="packed", source="LongLLaVA-9B, training"),
+    replace(_9B, name="8x4,096", batch=8, length=4096, source="LongLLaVA-9B, a batch"),
+    replace(_9B, name="1,536-wide", length=36_000, channels=1536, source="a small Mamba: time must be cut"),
+    replace(_9B, name="nano", length=36_000, channels=512, source="nano, 1,000 pictures"),
+    replace(_9B, name="one-token", length=1, state=True, source="LongLLaVA-9B, decoding"),
+    replace(_9B, name="one-token-of-64", batch=64, length=1, state=True, source="LongLLaVA-9B, decoding 64 rows"),
 )
