@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from longllava.errors import ConfigError
 from longllava.settings import divides, one_of, positive
 
+MODEL_TYPE = "longllava"
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
@@ -190,7 +192,7 @@ PUBLISHED_PROMPT = PromptConfig(last_frame_close="</img", whole_close="", tiles_
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A whole model, as config.json in its folder holds it."""
+    """A whole model, as config.json in its folder holds it. model_type: what transformers' Auto classes look at."""
 
     name: str = "longllava"
     encoder: EncoderConfig | None = field(default_factory=EncoderConfig)
@@ -200,8 +202,10 @@ class ModelConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     n_parameters: int | None = None  # stated; tests build the model on the meta device and compare
     format: str = "longllava-1"
+    model_type: str = MODEL_TYPE
 
     def __post_init__(self) -> None:
+        one_of(self, "model_type", (MODEL_TYPE,))
         if (self.encoder is None) != (self.bridge is None):
             raise ConfigError("model: encoder and bridge go together; give both or neither (a text-only model)")
         if self.encoder and self.bridge and self.bridge.pool == "2d":

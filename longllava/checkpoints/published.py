@@ -14,6 +14,7 @@ from typing import Any
 from longllava.checkpoints.folders import CONFIG
 from longllava.checkpoints.towers import tower_config, vision_fields, vision_values
 from longllava.config import (
+    MODEL_TYPE,
     PUBLISHED_PROMPT,
     BackboneConfig,
     BridgeConfig,
@@ -70,7 +71,7 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / CONFIG
     data = read_mapping(path)
     kind = data.get("model_type")
-    if kind is None:
+    if kind in (None, MODEL_TYPE):
         return load(ModelConfig, path)
     if kind not in READERS:
         raise CheckpointError(f"{path}: model_type {kind!r}; this library reads {', '.join(READERS)}, and its own")
