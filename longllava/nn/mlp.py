@@ -24,14 +24,32 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Experts(nn.ModuleList):
+    """The MLPs of a mixture."""
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__(SwiGLU(config.width, config.mlp_width) for _ in range(config.n_experts))
+
+    def forward(self, x_SD: Tensor, offsets: Tensor) -> Tensor:
+        """Rows sorted by expert, each through its own. offsets: (X + 1,) int32, where each expert's rows begin."""
+        ends = offsets.tolist()
+        parts = [expert(x_SD[a:b]) for expert, a, b in zip(self, ends, ends[1:]) if a < b]
+        return torch.cat(parts) if parts else x_SD
+
+
 class MixtureOfExperts(nn.Module):
-    """Softmax over all experts in fp32, the top few taken and not renormalised (modeling_jamba.py)."""
+    """Softmax over all experts in fp32, the top few taken and not renormalised (modeling_jamba.py).
+
+    Tokens are sorted by expert once, so that each expert is one product, and rows come back without atomics: a
+    token's results are added in the experts' order, as the published loop does, whatever the device.
+    J experts a token, S = T * J rows.
+    """
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.n_per_token = config.n_experts_per_token
         self.router = nn.Linear(config.width, config.n_experts, bias=False)
-        self.experts = nn.ModuleList(SwiGLU(config.width, config.mlp_width) for _ in range(config.n_experts))
+        self.experts = Experts(config)
 
     def forward(self, x_BLD: Tensor, ctx: Context | None = None) -> Tensor:
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
@@ -39,12 +57,19 @@ class MixtureOfExperts(nn.Module):
         weight_TJ, expert_TJ = weights_TX.topk(self.n_per_token, dim=-1)
         if ctx is not None and self.training:
             ctx.report("router", balance_loss(weights_TX, expert_TJ, ctx))
+        expert_TJ, rank_TJ = expert_TJ.sort(dim=-1)
+        weight_TJ = weight_TJ.gather(-1, rank_TJ).to(x_TD.dtype)
+        sorted_S, order_S = expert_TJ.flatten().sort(stable=True)
+        # not bincount: on a GPU it waits for the largest number
+        numbers = torch.arange(weights_TX.shape[-1] + 1, device=x_TD.device)
+        offsets = torch.searchsorted(sorted_S, numbers, out_int32=True)
+        y_SD = self.experts(x_TD[order_S // self.n_per_token], offsets)
+        place_TJ = torch.empty_like(order_S)
+        place_TJ[order_S] = torch.arange(len(order_S), device=x_TD.device)
+        place_TJ = place_TJ.view_as(expert_TJ)
         y_TD = torch.zeros_like(x_TD)
-        for number, expert in enumerate(self.experts):
-            token_I, rank_I = torch.where(expert_TJ == number)
-            if len(token_I):
-                scaled = expert(x_TD[token_I]) * weight_TJ[token_I, rank_I, None].to(x_TD.dtype)
-                y_TD = y_TD.index_add(0, token_I, scaled.to(y_TD.dtype))
+        for j in range(self.n_per_token):
+            y_TD = y_TD + (y_SD[place_TJ[:, j]] * weight_TJ[:, j, None]).to(x_TD.dtype)
         return y_TD.view_as(x_BLD)
 
 
