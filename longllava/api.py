@@ -213,31 +213,10 @@ class LongLLaVA:
 
     def pieces(self, prompt: Prompt, images: Any, video: Any, session: Session) -> tuple[list[Piece], list[Any]]:
         """A prompt up to where its answer begins, and its images in order."""
-        from longllava.inputs.chat import Message, messages_of_dicts, string_pieces
-        from longllava.inputs.media import listed
-        from longllava.inputs.tiles import expand
+        from longllava.inputs.prompts import prompt_turns
 
-        reader = session.reader
-        if isinstance(prompt, str):
-            sources, n_images, n_frames = reader.media(images, video)
-            pieces = string_pieces(prompt, n_images, n_frames, self.processor.prompt)
-            messages = [Message("user", tuple(pieces))]
-        elif isinstance(prompt, (list, tuple)):
-            if video is not None:
-                raise InputError('messages: give the video as a part {"type": "video", "video": path}')
-            messages, sources = messages_of_dicts(
-                list(prompt), listed(images), self.processor.prompt,
-                lambda source: reader.media([source], None)[0][0], lambda source: reader.media(None, source)[0],
-            )  # fmt: skip
-        else:
-            raise InputError(f"prompt: expected a string or a list of messages, got {type(prompt).__name__}")
-        turns: list[Piece] = []
-        opened: list[Any] = []
-        for message in messages:
-            inside, more = expand(message.pieces, sources, self.processor.prompt, first=len(opened))
-            turns += self.processor.turn(Message(message.role, tuple(inside)))
-            opened += more
-        return [*turns, self.processor.assistant_open()], opened
+        turns, sources = prompt_turns(prompt, images, video, self.processor, session.reader.media)
+        return [*turns, self.processor.assistant_open()], sources
 
 
 def checked_device(device: str | torch.device | None) -> torch.device:

@@ -6,6 +6,7 @@ Plain text is what a person wrote and is never read as anything else. Template t
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,12 +141,15 @@ def messages_of_dicts(
     prompt: PromptConfig,
     open_image: Callable[[Any], Any],
     open_video: Callable[[Any], Sequence[Any]],
+    *,
+    answered: bool = False,
 ) -> tuple[list[Message], list[Any]]:
     """Messages as dictionaries {"role", "content"} -> messages, and all images in order.
 
-    content is a string, or a list of parts: {"type": "text", "text"}, {"type": "image", "image" | "path"} and
-    {"type": "video", "video" | "path"}. An image part without a source takes the next one of `images`. Text
-    is never searched for marks. open_image: what to keep of a picture's source; open_video: a video's -> its frames.
+    content is a string, or a list of parts: {"type": "text", "text"}, {"type": "image", "image" | "path" | "url" |
+    "base64"} and {"type": "video", "video" | "path" | "url"}. An image part without a source takes the next one of
+    `images`. Text is never searched for marks. open_image: what to keep of a picture's source; open_video: a video's ->
+    its frames. answered: the last message may be the assistant's.
     """
     if isinstance(messages, Mapping) or not messages:
         raise InputError("messages: expected a list with at least one user message")
@@ -181,11 +185,14 @@ def messages_of_dicts(
             else:
                 raise InputError(f"{where}: part {part!r:.80}; allowed: text; image and video in a user's message")
         if message["role"] == "assistant":
-            pieces = [Answer("".join(piece.text for piece in pieces if isinstance(piece, Plain)))]
+            text = "".join(piece.text for piece in pieces if isinstance(piece, Plain))
+            pieces = [Answer(text, last=number == len(messages))]
         result.append(Message(message["role"], tuple(pieces)))
     if given:
         raise InputError(f"messages: {len(given)} of {len(images)} images have no image part; add parts or drop them")
     if result[-1].role != "user":
+        if answered:
+            return result, sources
         raise InputError("messages: the last one is the assistant's; end with a user's message")
     if not any(not isinstance(piece, Plain) or piece.text.strip() for piece in result[-1].pieces):
         raise InputError("prompt: the last message is empty; write a question")
@@ -193,4 +200,10 @@ def messages_of_dicts(
 
 
 def source_of(part: Mapping[str, Any], kind: str) -> Any:
-    return next((part[key] for key in (kind, "path") if part.get(key) is not None), None)
+    """What a part names: a picture or video, its path or address, or a file's bytes in base64."""
+    if part.get("base64") is None:
+        return next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
+    try:
+        return base64.b64decode(part["base64"], validate=True)
+    except (ValueError, TypeError):
+        raise InputError(f"base64: got {part['base64']!r:.80}, which is not the base64 text of a file") from None

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from longllava.config import BridgeConfig, PromptConfig
 from longllava.errors import InputError
-from longllava.inputs.chat import Mark, Markup, Plain, messages_of_dicts, string_pieces
+from longllava.inputs.chat import Answer, Mark, Markup, Plain, messages_of_dicts, string_pieces
 from longllava.inputs.processor import Processor, Span
 from tests.tiny import tiny_config, tiny_tokenizer
 
@@ -139,6 +139,19 @@ def test_messages_with_a_video_number_frames_after_images():
     assert [piece.image for piece in messages[0].pieces if isinstance(piece, Mark)] == [0, 1, 2]
 
 
+def test_sources_of_parts_by_any_of_their_names():
+    parts = [{"type": "image", "image": None, "url": "https://a.org/a.png"}, {"type": "image", "base64": "aGVhcnQ="},
+             {"type": "video", "url": "v.mp4"}]  # fmt: skip
+    _, sources = parse([{"role": "user", "content": parts}])
+    assert sources == ["https://a.org/a.png", b"heart", "v.mp4", "v.mp4"]
+
+
+def test_a_conversation_may_end_with_its_answer():
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    messages, _ = messages_of_dicts([*talk, *talk], [], PromptConfig(), str, list, answered=True)
+    assert [message.pieces for message in messages[1::2]] == [(Answer("b"),), (Answer("b", last=True),)]
+
+
 @pytest.mark.parametrize(
     ("messages", "sentence"),
     [
@@ -149,6 +162,7 @@ def test_messages_with_a_video_number_frames_after_images():
         ([{"role": "user", "content": 3}], "a string or a list of parts, got int"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "message 1: part"),
         ([{"role": "user", "content": [{"type": "image"}]}], "neither 'image' nor 'path'"),
+        ([{"role": "user", "content": [{"type": "image", "base64": "a b"}]}], "base64: got 'a b', which is not"),
         ([{"role": "user", "content": " "}], "the last message is empty"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "message 2: role 'user'"),
         (
