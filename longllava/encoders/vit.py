@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from longllava.config import EncoderConfig
 from longllava.errors import InputError
+from longllava.ops.vision import add_layer_norm, quick_gelu_
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -65,15 +68,61 @@ class VisionTransformer(nn.Module):
         dtype = self.position_embedding.dtype
         if pixels_N3SS.dtype == torch.uint8:
             pixels_N3SS = (pixels_N3SS.to(self.mean.dtype) - self.mean) / self.std
-        x_NCGG = self.patches(pixels_N3SS.to(dtype).contiguous(memory_format=torch.channels_last))
-        x_NTC = x_NCGG.flatten(2).transpose(1, 2)
+        x_NTC = self.patch_tokens(pixels_N3SS.to(dtype))
         if self.class_embedding is not None:
             first = self.class_embedding.to(x_NTC.dtype).expand(len(x_NTC), 1, -1)
             x_NTC = torch.cat([first, x_NTC], dim=1)
         x_NTC = self.pre_norm(x_NTC + self.position_embedding)
-        for layer in self.layers:
-            x_NTC = layer(x_NTC)
+        if torch.is_grad_enabled():
+            for layer in self.layers:
+                x_NTC = layer(x_NTC)
+        else:
+            x_NTC = self.without_gradients(x_NTC)
         return x_NTC[:, 1:] if self.class_embedding is not None else x_NTC
+
+    def patch_tokens(self, pixels_N3SS: Tensor) -> Tensor:
+        """(N, T, C)."""
+        patches = self.patches
+        # on a GPU, where convolutions of 3 channels are slow, CLIP's patches are rows of one product
+        if isinstance(patches, nn.Conv2d) and pixels_N3SS.device.type == "cuda":
+            rows_NTP = patch_rows(pixels_N3SS, self.config.patch_size)
+            return F.linear(rows_NTP, patches.weight.flatten(1), patches.bias)
+        return patches(pixels_N3SS.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)
+
+    def without_gradients(self, x_NTC: Tensor) -> Tensor:
+        """The layers, with each residual added in the pass that normalises it."""
+        blocks = cast(list[VisionBlock], list(self.layers))
+        y_NTC = blocks[0].attention_norm(x_NTC) if blocks else x_NTC
+        with fastest_attention(x_NTC.device):
+            for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+                norm = block.mlp_norm
+                attended_NTC = block.out(block.attend(y_NTC))
+                y_NTC, x_NTC = add_layer_norm(x_NTC, attended_NTC, norm.weight, norm.bias, norm.eps)
+                fed_NTC = block.feed(y_NTC)
+                if following is None:
+                    return x_NTC + fed_NTC
+                norm = following.attention_norm
+                y_NTC, x_NTC = add_layer_norm(x_NTC, fed_NTC, norm.weight, norm.bias, norm.eps)
+        return x_NTC
+
+
+def patch_rows(pixels_N3SS: Tensor, size: int) -> Tensor:
+    """(N, 3, S, S) -> (N, T, 3 size size): what a convolution of `size` pixels, as many apart, multiplies."""
+    n, grid = len(pixels_N3SS), pixels_N3SS.shape[-1] // size
+    tiles_N3GPGP = pixels_N3SS.reshape(n, 3, grid, size, grid, size)
+    return tiles_N3GPGP.permute(0, 2, 4, 1, 3, 5).reshape(n, grid * grid, 3 * size * size)
+
+
+def fastest_attention(device: torch.device) -> AbstractContextManager[Any]:
+    """On a GPU cuDNN's attention first: torch itself prefers FlashAttention-2, which does not use Hopper's units."""
+    if device.type != "cuda":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [
+        SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    ]  # fmt: skip
+    return sdpa_kernel(order, set_priority=True)
 
 
 class VisionBlock(nn.Module):
@@ -83,6 +132,7 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.n_heads = config.n_heads
         self.activation = ACTIVATIONS[config.activation]
+        self.quick = config.activation == "quick_gelu"
         self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
@@ -92,11 +142,19 @@ class VisionBlock(nn.Module):
 
     def forward(self, x_NTC: Tensor) -> Tensor:
         x_NTC = x_NTC + self.out(self.attend(self.attention_norm(x_NTC)))
-        return x_NTC + self.down(self.activation(self.up(self.mlp_norm(x_NTC))))
+        return x_NTC + self.feed(self.mlp_norm(x_NTC))
+
+    def feed(self, x_NTC: Tensor) -> Tensor:
+        hidden_NTF = self.up(x_NTC)
+        in_place = self.quick and not torch.is_grad_enabled()
+        return self.down(quick_gelu_(hidden_NTF) if in_place else self.activation(hidden_NTF))
 
     def attend(self, x_NTC: Tensor) -> Tensor:
         n, t, c = x_NTC.shape
         q, k, v = self.qkv(x_NTC).view(n, t, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        if x_NTC.device.type == "cuda":
+            y_NHTK = F.scaled_dot_product_attention(q, k, v)
+            return y_NHTK.transpose(1, 2).reshape(n, t, c)
         # two products and a softmax: torch's CPU SDPA takes 38 % of a training step in its backward
         weights_NHTT = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
         return (weights_NHTT @ v).transpose(1, 2).reshape(n, t, c)

@@ -44,7 +44,7 @@ def interpreted(*options: str) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("part", ["scan and not spans", "spans", "conv", "attention or choose or in_place"])
+@pytest.mark.parametrize("part", ["scan and not spans", "spans", "conv", "attention or choose or in_place or vision"])
 def test_kernels_in_the_interpreter(part: str) -> None:
     interpreted("-k", part)
 

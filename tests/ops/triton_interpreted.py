@@ -16,6 +16,7 @@ import torch
 from longllava.ops import attention as attention_op
 from longllava.ops import causal_conv1d as conv_op
 from longllava.ops import selective_scan as scan_op
+from longllava.ops import vision
 from longllava.ops.attention import cases as attention_cases
 from longllava.ops.attention import reference as attention_reference
 from longllava.ops.attention import triton as attention
@@ -242,6 +243,22 @@ def test_a_state_replaced_in_place_is_the_new_state(length, packing, several_spa
             address = given.data_ptr()
             assert torch.equal(getattr(op, f"{name}_")(*args, backend="triton"), y)
             assert torch.equal(given, state) and given.data_ptr() == address
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 24, 64])
+def test_vision_matches_the_reference(width, dtype) -> None:
+    x, delta = (torch.randn(2, 7, width).to(dtype) for _ in "xd")
+    weight, bias = torch.randn(width).to(dtype), torch.randn(width).to(dtype)
+    truth = vision.add_layer_norm(*(t.double() for t in (x, delta, weight, bias)), 1e-5, backend="reference")
+    found = vision.add_layer_norm(x, delta, weight, bias, 1e-5, backend="triton")
+    slack = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for got, expected in zip(found, truth):
+        assert got.dtype == dtype and error(got, expected) < slack
+    every_second = torch.randn(5, 2000).to(dtype)[:, ::2]
+    truth = vision.quick_gelu_(every_second.double(), backend="reference")
+    got = vision.quick_gelu_(every_second, backend="triton")
+    assert got is every_second and error(got, truth) < slack
 
 
 def far_apart(x: torch.Tensor) -> torch.Tensor:
