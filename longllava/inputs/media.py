@@ -65,6 +65,12 @@ class MediaReader:
                 result.append(self.image(source))
         return result
 
+    def media(self, images: Any, video: Any) -> tuple[list[Any], int, int]:
+        """Images and a video's frames as one list of sources, and how many there are of each."""
+        sources = self.images(listed(images))
+        frames = [] if video is None else self.video(video)
+        return [*sources, *frames], len(sources), len(frames)
+
     def video(self, source: Any) -> list[Any]:
         """Frames of a video."""
         sampling: dict[str, Any] = {"fps": self.options.fps, "max_frames": self.options.max_frames, "side": self.side}
