@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# One run on a GPU machine: builds the CUDA kernels and the peers, checks, times, writes the results. About 6 minutes on
+# an H100 with 16 cores; needs torch with CUDA, triton, nvcc, and no network where PEERS has the peers' sources.
+#
+#   benchmarks/gpu_run.sh RESULTS [STEP...]        steps: build check sanitize kernels cpu; default: all
+#
+#   PEERS=folder   sdists or wheels of mamba-ssm 2.3.2.post1 and causal-conv1d 1.7.0, built for this GPU alone
+#   (pip download --no-deps --no-binary :all: mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0); wheels go to RESULTS
+#   PYTHON=python3
+set -uo pipefail
+cd "$(dirname "$0")/.."
+results=$(mkdir -p "${1:?where the results go}" && cd "$1" && pwd)
+shift
+steps=${*:-build check sanitize kernels cpu}
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+start=$SECONDS
+wants() { [[ " $steps " == *" $1 "* ]]; }
+say() { echo "== $((SECONDS - start)) s: $*"; }
+
+# the peers' setup.py builds for nine GPUs; nvcc sees only the one that is here
+sm=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+wrapper=$(mktemp -d)/nvcc
+cat > "$wrapper" <<WRAPPER
+#!/usr/bin/env python3
+import os, sys
+real, keep = "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)", []
+arguments = iter(sys.argv[1:])
+for argument in arguments:
+    if argument == "-gencode":
+        target = next(arguments)
+        keep += [argument, target] if target.endswith("sm_$sm") else []
+    else:
+        keep.append(argument)
+os.execv(real, [real, *keep])
+WRAPPER
+chmod +x "$wrapper"
+
+build_peers() {
+  local folder=${PEERS:?a folder with the sources or wheels of the peers}
+  ls "$folder"/*.whl > /dev/null 2>&1 || {
+    export PYTORCH_NVCC=$wrapper MAX_JOBS=${JOBS:-12} MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE
+    mkdir -p "$results/wheels"
+    "$python" -m pip wheel -q --no-index --no-build-isolation --no-deps -w "$results/wheels" "$folder"/causal_conv1d*.tar.gz &
+    "$python" -m pip wheel -q --no-index --no-build-isolation --no-deps -w "$results/wheels" "$folder"/mamba_ssm*.tar.gz
+    wait
+    folder=$results/wheels
+  }
+  "$python" -m pip install -q --no-index --no-deps --target "$results/site" "$folder"/*.whl
+  say "peers: $(ls "$results/site" | tr '\n' ' ')"
+}
+
+if wants build; then
+  (LONGLLAVA_CUDA=1 "$python" csrc/build.py 2>&1 | tail -n 5; say "built csrc")
+  [ -z "${PEERS:-}" ] || build_peers > "$results/peers.log" 2>&1 &
+  peers=$!
+fi
+wants check && { "$python" benchmarks/kernel_checks.py --output "$results/kernel-checks.json"; say "checked"; }
+if wants sanitize; then
+  for tool in memcheck racecheck; do
+    timeout 90 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/kernel_checks.py --quick \
+      > "$results/sanitizer-$tool.log" 2>&1
+    say "compute-sanitizer $tool: exit code $?, $(tail -n 1 "$results/sanitizer-$tool.log")"
+  done
+fi
+[ -z "${peers:-}" ] || { wait "$peers"; cat "$results/peers.log" 2> /dev/null | tail -n 3; }
+export PYTHONPATH="$PYTHONPATH:$results/site"
+if wants cpu; then  # two cores of the machine, beside the GPU's benchmark
+  (OMP_NUM_THREADS=2 taskset -c 0,2 "$python" benchmarks/kernels.py --device cpu --output "$results/kernels-cpu.json" \
+    > "$results/kernels-cpu.log" 2>&1; say "timed two cores") &
+  cpu=$!
+fi
+wants kernels && { "$python" benchmarks/kernels.py --device cuda --output "$results/kernels.json"; say "timed the GPU"; }
+[ -z "${cpu:-}" ] || wait "$cpu"
+say "done"
