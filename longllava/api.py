@@ -202,7 +202,7 @@ class LongLLaVA:
 
         return saving.load_into_(self.fresh(**reading), path)
 
-    def fresh(self, chunk_tokens: int = 2048, **media: Any) -> Session:
+    def fresh(self, chunk_tokens: int | None = None, **media: Any) -> Session:
         from longllava.data.images import open_reference
         from longllava.generation import Session
         from longllava.generation.prefill import Reader

@@ -59,8 +59,8 @@ def answer_many(reader: Reader, prefix: State, start: int, rows: list[list[int]]
     ids_BL = torch.tensor([row + [tokenizer.pad_id] * (longest - len(row)) for row in rows], device=device)
     at_L = torch.arange(longest, device=device)
     last_BD = torch.zeros(n_rows, model.config.backbone.width, device=device, dtype=reader.dtype)
-    for begin in range(0, longest, reader.chunk_tokens):
-        place_L = at_L[begin : begin + reader.chunk_tokens]
+    for begin in range(0, longest, reader.chunk):
+        place_L = at_L[begin : begin + reader.chunk]
         seq_idx_BL = torch.where(place_L < length_B[:, None], 0, PADDING).int()
         ctx = Context(seq_idx_BL, (start + place_L).expand(n_rows, -1))
         hidden_BLD, state = model(model.embed(ids_BL[:, place_L]), ctx, state)

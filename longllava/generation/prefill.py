@@ -6,6 +6,7 @@ Shapes: L tokens of a chunk, M tokens an image, D width, S pixels a side.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from longllava.bridges import pool_features
 from longllava.errors import InputError
+from longllava.generation.lane import Lane, Throttle, uploaded
 from longllava.inputs.image import named, square_pixels
 from longllava.inputs.media import MediaOptions, MediaReader, listed
 from longllava.inputs.processor import Encoded, Processor, Span
@@ -29,7 +31,9 @@ from longllava.nn import Context, State
 
 PIXELS_PER_BATCH = 1 << 20  # encoder batch: 9 images of 336 x 336, or MAX_BATCH small ones
 MAX_BATCH = 32
-DECODERS = 4  # threads; Pillow frees the interpreter while it decodes
+GPU_BATCH = 64  # images: 36,928 rows of 336 x 336 ones, nine waves of a H100's tiles in CLIP's widest product
+DECODERS = 16  # threads at most, one a core; Pillow frees the interpreter while it decodes
+CHUNK_TOKENS, GPU_CHUNK_TOKENS = 2048, 8192
 BAR_AFTER = 2.0  # seconds
 
 
@@ -37,26 +41,32 @@ BAR_AFTER = 2.0  # seconds
 class Reader:
     """A model and what it takes to read a prompt into its state.
 
-    tokens_per_image: None for the config's. options: how media are read. open_scheme: turns "world:..." sources into
-    pictures.
+    tokens_per_image: None for the config's. chunk_tokens: prefilled at a time, None for 2,048, on a GPU 8,192.
+    options: how media are read. open_scheme: turns "world:..." sources into pictures.
     """
 
     model: Model
     processor: Processor
     tokens_per_image: int | None = None
-    chunk_tokens: int = 2048
+    chunk_tokens: int | None = None
     options: MediaOptions = field(default_factory=MediaOptions)
     open_scheme: Callable[[str], Any] | None = None
 
     def __post_init__(self) -> None:
         encoder = self.model.config.encoder
         self.media_reader = MediaReader(self.options, encoder.image_size if encoder else None, self.open_scheme)
-        if isinstance(self.chunk_tokens, bool) or not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1:
-            raise InputError(f"chunk_tokens: got {self.chunk_tokens!r}, expected a whole number above 0")
+        chunk = self.chunk_tokens
+        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+            raise InputError(f"chunk_tokens: got {chunk!r}, expected a whole number above 0")
 
     @property
     def device(self) -> torch.device:
         return self.model.backbone.embed_tokens.weight.device
+
+    @property
+    def chunk(self) -> int:
+        """Tokens prefilled at a time."""
+        return self.chunk_tokens or (GPU_CHUNK_TOKENS if self.device.type == "cuda" else CHUNK_TOKENS)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,9 +85,7 @@ class Reader:
         given = listed(images)
         if given or video is not None:
             self.processor.tokens_per_image(self.tokens_per_image)  # a model without eyes says so before it reads
-        sources = self.media_reader.images(given)
-        frames = [] if video is None else self.media_reader.video(video)
-        return [*sources, *frames], len(sources), len(frames)
+        return self.media_reader.media(given, video)
 
     @torch.inference_mode()
     def read(self, encoded: Encoded, sources: Sequence[Any], state: State, start: int) -> tuple[Tensor, State]:
@@ -91,32 +99,36 @@ class Reader:
         ids_1L = torch.tensor([encoded.ids], device=self.device)
         waiting = deque(encoded.spans)
         live: list[tuple[Span, Tensor]] = []  # images whose tokens are not all in the state yet
+        queued = Throttle(self.device, ahead=1)  # images of a chunk are encoded while the chunk before it is read
         with closing(self.image_tokens([sources[span.image] for span in encoded.spans])) as images:
-            for begin in range(0, ids_1L.shape[1], self.chunk_tokens):
-                end = min(begin + self.chunk_tokens, ids_1L.shape[1])
+            for begin in range(0, ids_1L.shape[1], self.chunk):
+                end = min(begin + self.chunk, ids_1L.shape[1])
+                queued.wait()
                 while waiting and waiting[0].start < end:
                     live.append((waiting.popleft(), next(images)))
                 x_1LD = self.embed(ids_1L[:, begin:end], live, begin)
                 hidden_1LD, state = self.model(x_1LD, Context(start=start + begin), state)
+                queued.mark()
                 live = [(span, tokens) for span, tokens in live if span.start + span.length > end]
         return hidden_1LD[:, -1], state
 
     def embed(self, ids_1L: Tensor, live: list[tuple[Span, Tensor]], begin: int) -> Tensor:
         """Text and image tokens of one chunk: (1, L, D). A chunk may begin or end inside an image.
 
-        Every image token is placed as an image of one token, so that parts of images need no other rule.
+        The part of an image that lies in the chunk is placed as an image with fewer tokens. Which token goes where is
+        worked out on the host, so that a GPU is not waited for.
         """
-        if not live:
-            return self.model.embed(ids_1L)
         end = begin + ids_1L.shape[1]
-        places: list[int] = []
-        parts: list[Tensor] = []
+        x_1LD = self.model.embed(ids_1L)
+        parts: dict[int, list[tuple[int, Tensor]]] = {}
         for span, tokens_MD in live:
             first, last = max(span.start, begin), min(span.start + span.length, end)
-            places += range(first - begin, last - begin)
-            parts.append(tokens_MD[first - span.start : last - span.start])
-        spans_S4 = torch.tensor([(0, place, 1, i) for i, place in enumerate(places)], device=self.device)
-        return self.model.embed(ids_1L, spans_S4, torch.cat(parts)[:, None])
+            part_MD = tokens_MD[first - span.start : last - span.start]
+            parts.setdefault(last - first, []).append((first - begin, part_MD))
+        for length, placed in parts.items():
+            spans_S4 = torch.tensor([(0, place, length, i) for i, (place, _) in enumerate(placed)])
+            x_1LD = self.model.fusion.embed(x_1LD, spans_S4, torch.stack([tokens_MD for _, tokens_MD in placed]))
+        return x_1LD
 
     def image_tokens(self, sources: Sequence[Any]) -> Generator[Tensor]:
         """Image tokens (M, D), image after image."""
@@ -125,9 +137,10 @@ class Reader:
                 yield from self.model.image_tokens(features_NMC, self.tokens_per_image)
 
     def features(self, sources: Sequence[Any]) -> Generator[Tensor]:
-        """Pooled features (N, M, C), a batch of images at a time. A source may be its own features (M, C).
+        """Pooled features (N, M, C), a batch of images at a time. A source may be its own features (M, C), or its
+        pixels, uint8 (3, S, S), as the encoder looks at them.
 
-        Decoding runs ahead in threads, by one batch at most.
+        Decoding runs ahead in threads, by one batch at most. On a GPU the encoder has a stream of its own.
         """
         if not sources:
             return
@@ -135,29 +148,40 @@ class Reader:
         config, bridge = self.model.config.encoder, self.model.config.bridge
         assert config is not None and bridge is not None  # or tokens_per_image would have raised
         side, mean = config.image_size, config.mean
-        batch = max(1, min(MAX_BATCH, PIXELS_PER_BATCH // side**2))
+        on_gpu = self.device.type == "cuda"
+        batch = GPU_BATCH if on_gpu else max(1, min(MAX_BATCH, PIXELS_PER_BATCH // side**2))
 
         def decode(index: int) -> Tensor:
-            if isinstance(sources[index], Tensor):
-                return checked_features(sources[index], index, (n_tokens, config.width))
             with named(index, len(sources), sources[index]):
                 return square_pixels(sources[index], side, mean, self.media_reader.open_reference)
 
+        def given(index: int) -> Tensor:
+            tensor = sources[index]
+            if tensor.dtype == torch.uint8 and tensor.shape == (3, side, side):
+                return tensor
+            return checked_features(tensor, index, (n_tokens, config.width))
+
+        def encoded(images_N: Sequence[Tensor]) -> Tensor:
+            images = uploaded(images_N, self.device)
+            if images.is_floating_point():  # features already
+                return images
+            return pool_features(self.model.encode(images), n_tokens, bridge.pool)
+
+        lane = Lane(self.device)
         bar = progress_bar(len(sources))
         pool = ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1, len(sources)), "longllava-decode")
-        ahead: deque[Future[Tensor]] = deque()
+        ahead: deque[Future[Tensor] | Tensor] = deque()
         submitted = 0
         try:
             for first in range(0, len(sources), batch):
                 last = min(first + batch, len(sources))
                 while submitted < min(last + batch, len(sources)):
-                    ahead.append(pool.submit(decode, submitted))
+                    is_tensor = isinstance(sources[submitted], Tensor)
+                    ahead.append(given(submitted) if is_tensor else pool.submit(decode, submitted))
                     submitted += 1
-                batch_N = [ahead.popleft().result() for _ in range(first, last)]
-                for given, group in itertools.groupby(batch_N, torch.is_floating_point):
-                    features_NMC = torch.stack(list(group)).to(self.device)
-                    if not given:
-                        features_NMC = pool_features(self.model.encode(features_NMC), n_tokens, bridge.pool)
+                batch_N = [x.result() if isinstance(x := ahead.popleft(), Future) else x for _ in range(first, last)]
+                for _, group in itertools.groupby(batch_N, lambda x: (x.dtype, x.device)):
+                    features_NMC = lane.run(functools.partial(encoded, list(group)))
                     yield features_NMC
                     if bar is not None:
                         bar.update(len(features_NMC))

@@ -56,13 +56,14 @@ class Settings(TypedDict, total=False):
 
 
 class Reading(TypedDict, total=False):
-    """How a prompt is read; see MediaOptions. chunk_tokens: tokens prefilled at a time."""
+    """How a prompt is read; see MediaOptions. chunk_tokens: tokens prefilled at a time, None for the
+    device's own number."""
 
     fps: float
     max_frames: int
     tiles: str | None
     allow_hosts: Sequence[str]
-    chunk_tokens: int
+    chunk_tokens: int | None
 
 
 class Options(Settings, Reading, total=False):

@@ -104,3 +104,28 @@ def test_results_carry_no_gradient_history():
     album = MODEL.session(images=tiny_pictures(2))
     assert not any(t.requires_grad for layer in album.state if not isinstance(layer, AttentionState) for t in layer)
     assert torch.is_grad_enabled()
+
+
+def test_pixels_that_are_ready_stand_for_their_pictures(monkeypatch):
+    """uint8 tensors of the encoder's size, one by one, mixed with files, or all in one."""
+    pictures = tiny_pictures(3)
+    pixels = [prefill.square_pixels(p, 16, MODEL.model.config.encoder.mean) for p in pictures]
+    expected = MODEL.session(images=pictures)
+    for images in (pixels, torch.stack(pixels), [pictures[0], pixels[1], pictures[2]]):
+        found = MODEL.session(images=images)
+        for layer, truth in zip(found.state, expected.state):
+            if not isinstance(layer, AttentionState):
+                assert torch.allclose(layer.scan_BEN, truth.scan_BEN, atol=1e-5)
+    with pytest.raises(InputError, match=r"image 2: got a tensor of torch.uint8 \(3, 15, 16\)"):
+        MODEL.session(images=[pixels[0], pixels[0][:, :15]])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_encoder_runs_beside_and_reads_the_same():
+    gpu = tiny_model()
+    gpu.model.to("cuda")
+    pictures = tiny_pictures(5) * 40
+    truth, found = MODEL.session(images=pictures), gpu.session(images=pictures, chunk_tokens=64)
+    for layer, expected in zip(found.state, truth.state):
+        if not isinstance(layer, AttentionState):
+            assert torch.allclose(layer.scan_BEN.cpu(), expected.scan_BEN, atol=1e-3)
