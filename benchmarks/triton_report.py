@@ -38,7 +38,7 @@ from longllava.version import __version__
 PROCESSORS = 132  # of an H100: decides how many spans a short width is cut into
 FAMILIES = {
     "exponentials and other special": ("MUFU",),
-    "tensor core": ("HMMA", "HGMMA", "WGMMA"),
+    "tensor core": ("HMMA", "HGMMA", "WGMMA", "IMMA", "IGMMA"),
     "products and sums": ("FFMA", "FMUL", "FADD"),
     "shuffles": ("SHFL",),
     "global loads and stores": ("LDG", "STG"),
@@ -134,15 +134,18 @@ def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "i8", "int32": "i32"}
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = arguments.pop(parameter.name)
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "i8", "int32": "i32"}
             signature[parameter.name] = "*" + short[str(value.dtype).removeprefix("torch.")]
             attributes[(place,)] = [["tt.divisibility", 16]]
+        elif hasattr(value, "block_shape"):  # a TensorDescriptor
+            element = short[str(value.base.dtype).removeprefix("torch.")]
+            signature[parameter.name] = f"tensordesc<{element}{list(value.block_shape)}>"
         else:
             signature[parameter.name] = "fp32" if type(value) is float else "i64" if abs(value) >= 2**31 else "i32"
             if type(value) is int and value % 16 == 0:
@@ -191,7 +194,7 @@ def row(call: str, kernel: Any, arguments: dict[str, Any], arch: int) -> dict[st
     out |= {"spilled_bytes": facts["STACK"] + facts["LOCAL"], "shared_bytes": binary.metadata.shared}
     # the loop that most is done in; of a loop and its copy for a remainder, the shorter
     inner = loops(sass) or [Counter(name for _, name, _ in instructions(sass))]
-    busiest = max(inner, key=lambda n: (n["HMMA"] + n["HGMMA"], n["MUFU"], -n.total()))
+    busiest = max(inner, key=lambda n: (sum(n[name] for name in FAMILIES["tensor core"]), n["MUFU"], -n.total()))
     total, special = busiest.total(), busiest["MUFU"]
     counts = {family: sum(busiest[name] for name in names) for family, names in FAMILIES.items()}
     out |= {"code": "loop" if loops(sass) else "whole", "instructions": total, **counts}

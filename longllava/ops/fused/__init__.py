@@ -5,17 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from longllava.errors import LongLLaVAError
-from longllava.ops.dispatch import Backend, choose
-from longllava.ops.fused import reference
+from longllava.ops.fused.call import RMS_NORM_BACKENDS, SWIGLU_BACKENDS, normed, swish_gated
 from longllava.ops.quantized import Quantized
 
-# best first; the last is the judge
-RMS_NORM_BACKENDS = tuple(
-    Backend(name, module.rms_norm, module.why_not_rms_norm) for name, module in (("reference", reference),)
-)
-SWIGLU_BACKENDS = tuple(
-    Backend(name, module.swiglu, module.why_not_swiglu) for name, module in (("reference", reference),)
-)
+__all__ = ["RMS_NORM_BACKENDS", "SWIGLU_BACKENDS", "Quantized", "rms_norm", "swiglu"]
 
 
 def rms_norm(
@@ -44,7 +37,7 @@ def rms_norm(
             f"rms_norm: residual must be {tuple(x.shape)} in {x.dtype}, got {tuple(residual.shape)} in {residual.dtype}"
         )
     args = (_rows(x), weight, eps, None if residual is None else _rows(residual), quantized)
-    y, scale, total = choose("rms_norm", RMS_NORM_BACKENDS, *args, forced=backend).run(*args)
+    y, scale, total = normed(*args, backend)
     return _wrapped(y, scale, x), x if total is None else total.view(x.shape)
 
 
@@ -78,7 +71,7 @@ def swiglu(
             f"swiglu: absmax is for quantized=True and must be {tuple(gate.shape[:-1])}, got {tuple(absmax.shape)}"
         )
     args = (_rows(gate), _rows(up), None if absmax is None else absmax.reshape(-1), quantized)
-    y, scale = choose("swiglu", SWIGLU_BACKENDS, *args, forced=backend).run(*args)
+    y, scale = swish_gated(*args, backend)
     return _wrapped(y, scale, gate)
 
 

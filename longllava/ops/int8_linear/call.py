@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from longllava.ops.dispatch import Backend, choose
-from longllava.ops.int8_linear import reference
+from longllava.ops.int8_linear import reference, triton
 
 # best first; the last is the judge
-BACKENDS = tuple(Backend(name, module.run, module.why_not) for name, module in (("reference", reference),))
-QUANTIZE_BACKENDS = tuple(
-    Backend(name, module.quantize_rows, module.why_not_quantize) for name, module in (("reference", reference),)
-)
+MODULES = (("triton", triton), ("reference", reference))
+BACKENDS = tuple(Backend(name, module.run, module.why_not) for name, module in MODULES)
+QUANTIZE_BACKENDS = tuple(Backend(name, module.quantize_rows, module.why_not_quantize) for name, module in MODULES)
 
 
 def multiply(

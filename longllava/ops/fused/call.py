@@ -1,0 +1,128 @@
+"""The backends of the fused ops, and torch custom ops that call the chosen one.
+
+Plain torch differentiates and compiles the reference by itself. A kernel is called directly where nothing watches;
+under autograd and torch.compile it stands in a custom op, whose gradients are the reference's, computed again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longllava.ops.dispatch import Backend, choose
+from longllava.ops.fused import reference, triton
+
+MODULES = (("triton", triton), ("reference", reference))
+# best first; the last is the judge
+RMS_NORM_BACKENDS = tuple(Backend(name, module.rms_norm, module.why_not_rms_norm) for name, module in MODULES)
+SWIGLU_BACKENDS = tuple(Backend(name, module.swiglu, module.why_not_swiglu) for name, module in MODULES)
+
+
+def normed(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, quantized: bool, backend: str | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y or its int8 values, the scale of these, the new residual."""
+    args = (x, weight, eps, residual, quantized)
+    chosen = choose("rms_norm", RMS_NORM_BACKENDS, *args, forced=backend)
+    if chosen.run is reference.rms_norm or not _watched(x, weight, residual):
+        y, scale, total = chosen.run(*args)
+        return y, scale, total
+    found = list(rms_norm(*args, chosen.name))
+    return found[0], found[1] if quantized else None, None if residual is None else found[-1]
+
+
+def swish_gated(
+    gate: Tensor, up: Tensor, absmax: Tensor | None, quantized: bool, backend: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """y, or its int8 values and their scale."""
+    args = (gate, up, absmax, quantized)
+    chosen = choose("swiglu", SWIGLU_BACKENDS, *args, forced=backend)
+    if chosen.run is reference.swiglu or not _watched(gate, up, absmax):
+        y, scale = chosen.run(*args)
+        return y, scale
+    found = swiglu(*args, chosen.name)
+    return found[0], found[1] if quantized else None
+
+
+def _watched(*tensors: Tensor | None) -> bool:
+    given = [x for x in tensors if x is not None]
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return wants_grad or torch.compiler.is_compiling() or any(type(x) is not Tensor for x in given[:1])
+
+
+def _rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, quantized: bool, backend: str
+) -> list[Tensor]:
+    args = (x, weight, eps, residual, quantized)
+    found = choose("rms_norm", RMS_NORM_BACKENDS, *args, forced=backend).run(*args)
+    return [x for x in found if x is not None]
+
+
+def _swiglu(gate: Tensor, up: Tensor, absmax: Tensor | None, quantized: bool, backend: str) -> list[Tensor]:
+    args = (gate, up, absmax, quantized)
+    found = choose("swiglu", SWIGLU_BACKENDS, *args, forced=backend).run(*args)
+    return [x for x in found if x is not None]
+
+
+rms_norm = torch.library.custom_op("longllava::rms_norm", _rms_norm, mutates_args=())
+swiglu = torch.library.custom_op("longllava::swiglu", _swiglu, mutates_args=())
+
+
+def _outputs(x: Tensor, quantized: bool) -> list[Tensor]:
+    if not quantized:
+        return [x.new_empty(x.shape)]
+    return [x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)]
+
+
+@rms_norm.register_fake
+def _(x, weight, eps, residual, quantized, backend):  # type: ignore[no-untyped-def]
+    return _outputs(x, quantized) + ([] if residual is None else [x.new_empty(x.shape)])
+
+
+@swiglu.register_fake
+def _(gate, up, absmax, quantized, backend):  # type: ignore[no-untyped-def]
+    return _outputs(gate, quantized)
+
+
+def _setup_norm(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weight, ctx.eps, residual, ctx.quantized, _ = inputs
+    ctx.save_for_backward(x, weight, residual)
+
+
+def _differentiate_norm(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    x, weight, residual = ctx.saved_tensors
+    wanted = [None if ctx.quantized else grads[0], None, None if residual is None else grads[-1]]
+    found = _again(lambda x, weight, residual: reference.rms_norm(x, weight, ctx.eps, residual, False),
+                   (x, weight, residual), wanted)  # fmt: skip
+    return found[0], found[1], None, found[2], None, None
+
+
+def _setup_swiglu(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    gate, up, _, ctx.quantized, _ = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _differentiate_swiglu(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    wanted = [None if ctx.quantized else grads[0], None]
+    found = _again(lambda gate, up: reference.swiglu(gate, up, None, False), ctx.saved_tensors, wanted)
+    return found[0], found[1], None, None, None
+
+
+def _again(run: Any, inputs: tuple[Tensor | None, ...], grads: list[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of run's inputs, by running it again; None where an input is missing or reached by no gradient."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        outputs = run(*leaves)
+    pairs = [(y, grad) for y, grad in zip(outputs, grads) if y is not None and grad is not None]
+    if not pairs:
+        return [None] * len(leaves)
+    given = [x for x in leaves if x is not None]
+    ys, wanted = zip(*pairs)
+    found = iter(torch.autograd.grad(ys, given, wanted, allow_unused=True))
+    return [None if x is None else next(found) for x in leaves]
+
+
+rms_norm.register_autograd(_differentiate_norm, setup_context=_setup_norm)
+swiglu.register_autograd(_differentiate_swiglu, setup_context=_setup_swiglu)

@@ -1,0 +1,78 @@
+"""Norm and SwiGLU on an NVIDIA GPU by Triton kernels. Each element is read once and written once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longllava.ops import triton_support
+from longllava.ops.triton_support import OPTIONS, rowed
+
+# Numbers of a row that a program holds in registers; 16,384 of fp32 are 32 a thread of 16 warps.
+MAX_WIDTH = 32768
+SPLIT = 2048  # of a row without int8 output, which several programs share
+UNFUSED = {**OPTIONS, "enable_fp_fusion": False}
+
+
+def why_not_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, *rest: Any) -> str | None:
+    if x.shape[1] > MAX_WIDTH:
+        return f"takes rows of at most {MAX_WIDTH}, got {x.shape[1]}"
+    return triton_support.why_not(x=x, weight=weight, residual=residual)
+
+
+def why_not_swiglu(gate: Tensor, up: Tensor, absmax: Tensor | None = None, quantized: bool = False) -> str | None:
+    if quantized and gate.shape[1] > MAX_WIDTH:
+        return f"takes rows of at most {MAX_WIDTH} with int8 output, got {gate.shape[1]}"
+    return triton_support.why_not(gate=gate, up=up, absmax=absmax)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, quantized: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    from longllava.ops.fused.triton_kernels import rms_norm as kernel
+
+    y, scale = _outputs(x, quantized)
+    total = None if residual is None else x.new_empty(x.shape)
+    if x.numel():
+        x, residual = rowed(x), None if residual is None else rowed(residual)
+        block, rows, warps = _shape(x.shape[1])
+        with torch.cuda.device_of(x):
+            kernel[(-(-x.shape[0] // rows),)](
+                x, weight.contiguous(), residual, y, scale, total, x.shape[0], x.stride(0),
+                0 if residual is None else residual.stride(0), float(eps), D=x.shape[1], ROWS=rows, BLOCK=block,
+                num_warps=warps, **UNFUSED,
+            )  # fmt: skip
+    return y, scale, total
+
+
+def swiglu(gate: Tensor, up: Tensor, absmax: Tensor | None, quantized: bool) -> tuple[Tensor, Tensor | None]:
+    from longllava.ops.fused.triton_kernels import swiglu as kernel
+
+    y, scale = _outputs(gate, quantized)
+    if gate.numel():
+        gate, up = rowed(gate), rowed(up)
+        n_rows, width = gate.shape
+        held = quantized or width <= SPLIT
+        block, rows, warps = _shape(width if held else SPLIT)
+        absmax = None if absmax is None else absmax.contiguous()
+        with torch.cuda.device_of(gate):
+            kernel[(-(-n_rows // rows), 1 if held else -(-width // block))](
+                gate, up, absmax, y, scale, n_rows, gate.stride(0), up.stride(0), F=width, ROWS=rows, BLOCK=block,
+                HELD=held, num_warps=warps, **UNFUSED,
+            )  # fmt: skip
+    return y, scale
+
+
+def _outputs(x: Tensor, quantized: bool) -> tuple[Tensor, Tensor | None]:
+    if not quantized:
+        return x.new_empty(x.shape), None
+    scale = x.new_empty(x.shape[:1], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), scale if x.shape[1] else scale.fill_(1)
+
+
+def _shape(width: int) -> tuple[int, int, int]:
+    """(numbers, rows, warps) of a program: 1,024 numbers at least, 32 a thread at most for wide rows."""
+    block = 1 << max(0, width - 1).bit_length()
+    return block, max(1, 1024 // block), max(4, min(16, block // 1024))
