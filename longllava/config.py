@@ -191,6 +191,31 @@ PUBLISHED_PROMPT = PromptConfig(last_frame_close="</img", whole_close="", tiles_
 
 
 @dataclass(frozen=True, kw_only=True)
+class Int8Config:
+    """Which linear layers hold int8 weights, and when their inputs are int8 too. See longllava.quant.
+
+    parts: of "backbone", "bridge", "encoder". What a recurrence or a choice hangs on (x_proj, dt_proj, router) is never
+    quantised; lm_head: the output layer too, its weights only.
+    keep: layers that stay floats. weight_only: layers whose inputs stay floats. Both by a part of the dotted name
+    ("down_proj") or a pattern over all of it ("backbone.layers.[01].*").
+    dynamic_from: tokens a sequence in one call from which inputs are int8, each row by its own scale: prefill. Below it
+    (decoding) floats meet dequantised weights, which is exact but for the weights, and waits for nothing but them.
+    """
+
+    parts: tuple[str, ...] = ("backbone",)
+    keep: tuple[str, ...] = ()
+    weight_only: tuple[str, ...] = ()
+    lm_head: bool = False
+    dynamic_from: int = 2
+
+    def __post_init__(self) -> None:
+        allowed = ("backbone", "bridge", "encoder")
+        if not self.parts or not set(self.parts) <= set(allowed):
+            raise ConfigError(f"parts: got {list(self.parts)}, allowed: some of {', '.join(allowed)}")
+        positive(self, "dynamic_from")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A whole model, as config.json in its folder holds it. model_type: what transformers' Auto classes look at."""
 
@@ -200,6 +225,7 @@ class ModelConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
+    int8: Int8Config | None = None  # weights are stored in int8
     n_parameters: int | None = None  # stated; tests build the model on the meta device and compare
     format: str = "longllava-1"
     model_type: str = MODEL_TYPE

@@ -30,8 +30,9 @@ class Attention(nn.Module):
         self.log_length_H = nn.Parameter(torch.zeros(self.n_heads)) if config.log_length_scale else None
 
     def forward(self, x_BLD: Tensor, ctx: Context, state: AttentionState | StaticAttentionState | None = None):
-        b, length, _ = x_BLD.shape
-        q_BLHK = self.q_proj(x_BLD).view(b, length, self.n_heads, self.head_dim)
+        q_BLC = self.q_proj(x_BLD)  # x_BLD may be int8 rows, which have no shape of their own
+        b, length, _ = q_BLC.shape
+        q_BLHK = q_BLC.view(b, length, self.n_heads, self.head_dim)
         k_BLGK = self.k_proj(x_BLD).view(b, length, self.n_kv_heads, self.head_dim)
         v_BLGK = self.v_proj(x_BLD).view(b, length, self.n_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:

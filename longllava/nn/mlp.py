@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from longllava.config import BackboneConfig
 from longllava.nn.context import Context
+from longllava.ops.fused import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -21,7 +22,10 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, ctx: Context | None = None) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if gate.device.type == "cpu" or torch.is_grad_enabled():
+            return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(gate, up))
 
 
 class Experts(nn.ModuleList):
@@ -30,8 +34,10 @@ class Experts(nn.ModuleList):
     def __init__(self, config: BackboneConfig):
         super().__init__(SwiGLU(config.width, config.mlp_width) for _ in range(config.n_experts))
 
-    def forward(self, x_SD: Tensor, offsets: Tensor) -> Tensor:
-        """Rows sorted by expert, each through its own. offsets: (X + 1,) int32, where each expert's rows begin."""
+    def forward(self, x_BLD: Tensor, token_S: Tensor, offsets: Tensor) -> Tensor:
+        """(S, D): row s is token token_S[s] (of B * L) through its expert. Rows are sorted by expert; offsets: (X + 1,)
+        int32, where each expert's rows begin."""
+        x_SD = x_BLD.reshape(-1, x_BLD.shape[-1])[token_S]
         ends = offsets.tolist()
         parts = [expert(x_SD[a:b]) for expert, a, b in zip(self, ends, ends[1:]) if a < b]
         return torch.cat(parts) if parts else x_SD
@@ -63,7 +69,7 @@ class MixtureOfExperts(nn.Module):
         # not bincount: on a GPU it waits for the largest number
         numbers = torch.arange(weights_TX.shape[-1] + 1, device=x_TD.device)
         offsets = torch.searchsorted(sorted_S, numbers, out_int32=True)
-        y_SD = self.experts(x_TD[order_S // self.n_per_token], offsets)
+        y_SD = self.experts(x_BLD, order_S // self.n_per_token, offsets)
         place_TJ = torch.empty_like(order_S)
         place_TJ[order_S] = torch.arange(len(order_S), device=x_TD.device)
         place_TJ = place_TJ.view_as(expert_TJ)

@@ -1,0 +1,20 @@
+"""Int8 from outside: a built model's linear layers are replaced by ones with int8 weights. The model never knows."""
+
+from longllava.config import Int8Config
+from longllava.quant.apply import Place, build_model, float_places, quantize_
+from longllava.quant.layers import Int8Experts, Int8Linear, Int8Module, Int8SwiGLU, QuantizedNorm
+from longllava.quant.weights import fill_
+
+__all__ = [
+    "Int8Config",
+    "Int8Experts",
+    "Int8Linear",
+    "Int8Module",
+    "Int8SwiGLU",
+    "Place",
+    "QuantizedNorm",
+    "build_model",
+    "fill_",
+    "float_places",
+    "quantize_",
+]

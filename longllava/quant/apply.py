@@ -1,0 +1,176 @@
+"""Which layers become int8, and how they take their places in a built model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from typing import NamedTuple, cast
+
+import torch
+from torch import nn
+
+from longllava.config import Int8Config, ModelConfig
+from longllava.errors import ConfigError, LongLLaVAError
+from longllava.model import Model
+from longllava.nn import Block
+from longllava.nn.mlp import Experts, SwiGLU
+from longllava.nn.norm import RMSNorm
+from longllava.quant.layers import NEVER, Int8Experts, Int8Linear, Int8SwiGLU, QuantizedNorm
+from longllava.quant.weights import all_finite, fill_
+
+# a recurrence of ten thousand steps hangs on the first two, which expert is asked on the third; together they are a
+# hundredth of the products
+FLOATS = ("x_proj", "dt_proj", "router")
+HEAD = "lm_head"
+Holder = Int8Linear | Int8SwiGLU | Int8Experts
+
+
+class Place(NamedTuple):
+    """Where a weight of the float model lies in the int8 model: rows of one of its tensors, and their scales."""
+
+    weight: str
+    scale: str
+    start: int
+    shape: tuple[int, int]
+
+
+@torch.no_grad()
+def quantize_(model: Model, config: Int8Config | None = None, *, keep: Iterable[str] = ()) -> Model:
+    """Replace the linear layers of a built model by int8 ones, one after the other, and say so in its config.
+
+    keep: more layers that stay floats, beside config.keep. A mixture's experts of one layer, and a gate and its up
+    projection, go together or not at all. Returns the model.
+    Raises: LongLLaVAError when it is quantised already or a weight is not finite, ConfigError for a name that no
+    layer has.
+    """
+    if model.config.int8 is not None:
+        raise LongLLaVAError("quantize_: the weights are int8 already; quantise the model of floats they came from")
+    config = config or Int8Config()
+    config = dataclasses.replace(config, keep=(*config.keep, *keep))
+    for name, old, new in replacements(model, config, on=torch.device("meta")):
+        for key in new.slots():
+            if not all_finite(old.get_parameter(key)):
+                raise LongLLaVAError(f"quantize_: NaN or infinite weights in {name}.{key}; int8 has neither")
+    for name, old, new in replacements(model, config):
+        for key, slot in new.slots().items():
+            fill_(new.get_buffer(slot.weight), new.get_buffer(slot.scale), slot.start, old.get_parameter(key))
+        put_(model, name, new)
+    fuse_norms_(model)
+    model.config = dataclasses.replace(model.config, int8=config)
+    return model
+
+
+def build_model(config: ModelConfig) -> Model:
+    """A model with the layers its config asks for, without values where it is built on the meta device."""
+    model = Model(dataclasses.replace(config, int8=None))
+    if config.int8 is not None:
+        for name, _, new in replacements(model, config.int8):
+            put_(model, name, new)
+        fuse_norms_(model)
+        model.config = config
+    return model
+
+
+def float_places(model: Model) -> dict[str, Place]:
+    """For each weight that the model would have in floats, where it lies now."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Int8SwiGLU | Int8Experts | Int8Linear) and not holds(model, name):
+            for key, slot in module.slots().items():
+                found[f"{name}.{key}"] = Place(
+                    f"{name}.{slot.weight}", f"{name}.{slot.scale}", slot.start, (slot.n_rows, slot.width)
+                )
+    return found
+
+
+def holds(model: Model, name: str) -> bool:
+    """Whether the module belongs to another one that knows its slots."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), Int8SwiGLU)
+
+
+def put_(model: Model, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def replacements(
+    model: Model, config: Int8Config, on: torch.device | None = None
+) -> Iterator[tuple[str, nn.Module, Holder]]:
+    """(name, layer of floats, int8 layer without values) of all that is quantised. on: device of the new ones."""
+    check_names(model, config)
+    for part in config.parts:
+        root = getattr(model, part)
+        if root is None:
+            raise ConfigError(f"int8.parts: {part}, but this model has none; name other parts")
+        done: tuple[str, ...] = ()
+        for name in [name for name, _ in root.named_modules(prefix=part)]:  # names: modules would stay in memory
+            if name.startswith(done):
+                continue
+            module = model.get_submodule(name)
+            new = counterpart(name, module, config, on)
+            if new is not None:
+                done += (f"{name}.",)
+                yield name, module, new
+
+
+def counterpart(name: str, module: nn.Module, config: Int8Config, on: torch.device | None) -> Holder | None:
+    linears = {key: linear for key, linear in module.named_modules(prefix=name) if isinstance(linear, nn.Linear)}
+    # a mixture goes as a whole: rows of one expert are no sequence, whose length could say how to multiply them
+    if ".experts." in name or not linears or any(not quantised(key, config) for key in linears):
+        return None
+    device = on or next(iter(linears.values())).weight.device
+    least = {key: NEVER if matches(key, config.weight_only) else config.dynamic_from for key in linears}
+    if isinstance(module, SwiGLU | Experts):
+        downs = {least[key] for key in linears if key.endswith("down_proj")}
+        ups = {least[key] for key in linears if not key.endswith("down_proj")}
+        if len(downs) > 1 or len(ups) > 1:
+            return None
+        first = module if isinstance(module, SwiGLU) else cast(SwiGLU, module[0])
+        sizes = (first.gate_proj.in_features, first.gate_proj.out_features, device, ups.pop(), downs.pop())
+        return Int8SwiGLU(*sizes) if isinstance(module, SwiGLU) else Int8Experts(len(module), *sizes)
+    if isinstance(module, nn.Linear):
+        return Int8Linear(
+            module.in_features, module.out_features, module.bias, device,
+            NEVER if name.endswith(HEAD) else least[name],
+        )  # fmt: skip
+    return None
+
+
+def quantised(name: str, config: Int8Config) -> bool:
+    last = name.rpartition(".")[2]
+    return last not in FLOATS and (last != HEAD or config.lm_head) and not matches(name, config.keep)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) or pattern in name.split(".") for pattern in patterns)
+
+
+def check_names(model: Model, config: Int8Config) -> None:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for field in ("keep", "weight_only"):
+        for pattern in getattr(config, field):
+            if not any(matches(name, (pattern,)) for name in names):
+                lasts = sorted({name.rpartition(".")[2] for name in names})
+                raise ConfigError(
+                    f"int8.{field}: {pattern!r} is no linear layer of this model; its layers end in {', '.join(lasts)}"
+                )
+
+
+def fuse_norms_(model: Model) -> None:
+    """Norms that int8 layers alone read quantise their rows as they make them."""
+    for block in model.backbone.modules():
+        if not isinstance(block, Block):
+            continue
+        mixer = block.mixer
+        readers = [getattr(mixer, name, None) for name in ("in_proj", "q_proj", "k_proj", "v_proj")]
+        block.mixer_norm = fused(block.mixer_norm, [reader for reader in readers if reader is not None])
+        ffn = block.ffn
+        block.ffn_norm = fused(block.ffn_norm, [ffn.gate_up_proj] if isinstance(ffn, Int8SwiGLU) else [])
+
+
+def fused(norm: RMSNorm, readers: list[nn.Module]) -> RMSNorm:
+    least = {reader.dynamic_from if isinstance(reader, Int8Linear) else NEVER for reader in readers}
+    if len(least) != 1 or NEVER in least or not isinstance(norm, RMSNorm):
+        return norm
+    return cast(RMSNorm, QuantizedNorm(norm, least.pop()))
