@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from longllava.bridges.pool import pool_features
-from longllava.data.images import open_reference
+from longllava.data.cache import cache_folder
+from longllava.data.embedded import file_of
+from longllava.data.images import open_picture, under
 from longllava.data.worlds.pictures import PREFIX
 from longllava.errors import InputError
 from longllava.inputs.processor import Processor
@@ -29,18 +31,14 @@ from longllava.model import Model
 BATCH = 64
 
 
-def cache_folder() -> Path:
-    """$LONGLLAVA_CACHE, or runs/cache below the working folder."""
-    return Path(os.environ.get("LONGLLAVA_CACHE") or "runs/cache")
-
-
 def picture_key(reference: str) -> str:
     """What a record is known by, in one line: world references describe themselves; files by path, size and time."""
     key = reference
     if not reference.startswith(PREFIX):
         with contextlib.suppress(OSError):  # opening it will say what is wrong
-            status = os.stat(reference)
-            key = f"{os.path.abspath(reference)} {status.st_size} {status.st_mtime_ns}"
+            path = file_of(under(reference))
+            status = os.stat(path)
+            key = f"{reference[: -len(path)]}{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
     return key.replace("\\", "\\\\").replace("\n", "\\n")
 
 
@@ -173,7 +171,7 @@ def encode_references(
 ) -> Tensor:
     """Open, encode and pool pictures: (N, M, C)."""
     assert model.config.bridge is not None
-    pixels_N3SS = processor.pixels([open_reference(reference) for reference in references])
+    pixels_N3SS = processor.pixels([open_picture(reference) for reference in references])
     with torch.no_grad(), torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
         return pool_features(model.encode(pixels_N3SS.to(device)), tokens, model.config.bridge.pool)
 

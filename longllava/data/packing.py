@@ -16,8 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from longllava.data.media import laid_out
+from longllava.data.records import Unusable
 from longllava.data.samples import Sample
 from longllava.errors import DataError, InputError
+from longllava.inputs.chat import messages_of_turns
 from longllava.inputs.processor import Processor, Span, TurnTokens
 
 IGNORED = -100
@@ -107,7 +110,10 @@ def encode_sample(
     sample: Sample, processor: Processor, tokens_per_image: int | None, source: str = "", number: int = 0
 ) -> Item:
     """Count and place a sample's tokens; evidence becomes token positions. Raises: InputError."""
-    encoded = processor.encode_chat(sample.turns, len(sample.images), tokens_per_image=tokens_per_image)
+    messages = messages_of_turns(sample.turns, len(sample.media or sample.images))
+    if sample.media:
+        messages = laid_out(messages, sample.media, processor.prompt)
+    encoded = processor.encode_messages(messages, tokens_per_image)
     pairs = []
     for evidence in sample.evidence:
         query = token_range(encoded.turn_tokens, evidence.turn, evidence.start, evidence.end)[1] - 1
@@ -154,7 +160,13 @@ def plan_window(
             number = waiting.pop(0)
         else:
             number, following = following, following + 1
-        sample, source = draw(number)
+        try:
+            sample, source = draw(number)
+        except Unusable as error:
+            misfits.append(Misfit(error.where, error.source, str(error)))
+            missed += 1
+            give_up(missed, misfits)
+            continue
         try:
             item = encode_sample(sample, processor, tokens_per_image, source, number)
             why = f"{len(item)} tokens, a row holds {row_length}" if len(item) > row_length else None
@@ -167,8 +179,7 @@ def plan_window(
             continue
         misfits.append(Misfit(sample.id, source, why))
         missed += 1
-        if missed >= MISFITS_IN_A_ROW:
-            raise DataError(f"{missed} samples in a row cannot be used; the last, {sample.id}: {why}")
+        give_up(missed, misfits)
     rows, left = best_fit(items, n_steps * n_rows, row_length)
     rng = random.Random(f"rows {seed} {begin.next}")
     rng.shuffle(rows)
@@ -177,6 +188,12 @@ def plan_window(
     steps = [rows[step * n_rows : (step + 1) * n_rows] for step in range(n_steps)]
     held = sorted([*waiting, *(item.number for item in left)])
     return Plan(steps, row_length, Cursor(following, tuple(held)), misfits)
+
+
+def give_up(missed: int, misfits: list[Misfit]) -> None:
+    """Raises: DataError when samples are searched for in vain."""
+    if missed >= MISFITS_IN_A_ROW:
+        raise DataError(f"{missed} samples in a row cannot be used; the last, {misfits[-1].id}: {misfits[-1].why}")
 
 
 def best_fit(items: Sequence[Item], n_rows: int, row_length: int) -> tuple[list[list[Item]], list[Item]]:

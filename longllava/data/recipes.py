@@ -7,8 +7,8 @@
       - {name: single, kind: world, task: single, weight: 9, licence: Apache-2.0, origin: the picture world}
       - {name: cats, kind: llava, path: cats.json, image_root: cats, weight: 1, licence: CC0, origin: ...}
 
-Paths are relative to the recipe. Shares follow the weights, or, where no source has one, the numbers of
-samples. The n-th sample of a run is a pure function of (recipe, seed, n): nothing needs saving to resume.
+Paths are relative to the recipe, or to its `root`. Shares follow the weights, or, where no source has one, the
+numbers of samples. The n-th sample of a run is a pure function of (recipe, seed, n): nothing needs saving to resume.
 """
 
 from __future__ import annotations
@@ -20,67 +20,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from longllava.data.llava_json import Shape
+from longllava.data.records import Columns, Unusable
 from longllava.data.samples import Sample
-from longllava.data.sources import MAX_BAD, LlavaSource, Source
+from longllava.data.source_config import SourceConfig, data_root
+from longllava.data.sources import RecordSource, Source
+from longllava.data.stores import Store, open_store, paths_of
+from longllava.data.stores.hub import HubName, hub_store
+from longllava.data.stream import StreamSource
 from longllava.data.worlds.pictures import PicturePool, PoolSettings
 from longllava.data.worlds.tasks import WorldTask
 from longllava.errors import ConfigError, DataError
 from longllava.files import write_text
-from longllava.settings import build, one_of, read_mapping
+from longllava.settings import build, read_mapping
 
 BLOCK = 1000  # shares are exact in every block of so many samples, to a thousandth
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """One source. kind "world": task, split, seed, settings. kind "llava": path, image_root, seed, max_bad.
-
-    weight: its share, relative to the others'; 0 leaves it out. count: use so many different samples,
-    again and again (a world task has no end otherwise). licence, origin: of the data, for people and for
-    model cards.
-    """
-
-    name: str
-    kind: str
-    licence: str
-    origin: str
-    weight: float | None = None
-    count: int | None = None
-    task: str | None = None
-    split: str = "train"
-    seed: int = 0
-    settings: dict[str, Any] = field(default_factory=dict)
-    path: str | None = None
-    image_root: str | None = None
-    max_bad: float = MAX_BAD
-
-    def __post_init__(self) -> None:
-        one_of(self, "kind", ("world", "llava"))
-        needed, foreign = (
-            ("task", ("path", "image_root")) if self.kind == "world" else ("path", ("task", "settings"))
-        )
-        if getattr(self, needed) is None:
-            raise ConfigError(f"source {self.name!r}: {needed} is missing; kind {self.kind!r} needs it")
-        for name in foreign:
-            if getattr(self, name):
-                raise ConfigError(
-                    f"source {self.name!r}: {name} does not go with kind {self.kind!r}; leave it out"
-                )
-        if self.weight is not None and self.weight < 0:
-            raise ConfigError(f"source {self.name!r}: weight is {self.weight}, must be 0 or above")
-        if self.count is not None and self.count < 1:
-            raise ConfigError(f"source {self.name!r}: count is {self.count}, must be above 0")
-        if not 0 <= self.max_bad <= 1:
-            raise ConfigError(f"source {self.name!r}: max_bad is {self.max_bad}, a share between 0 and 1")
-
-
-@dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
-    """A recipe's file."""
+    """A recipe's file. root: where paths begin, see data_root."""
 
     name: str
     sources: list[SourceConfig]
     about: str = ""
+    root: str | None = None
     pictures: PoolSettings = field(default_factory=PoolSettings)
 
     def __post_init__(self) -> None:
@@ -108,6 +72,7 @@ class WorldSource:
 
     def __init__(self, config: SourceConfig, pool: PicturePool) -> None:
         self.name, self.n_samples = config.name, config.count
+        self.window: int | None = None
         self.task = WorldTask(
             config.task or "", split=config.split, seed=config.seed, settings=config.settings, pool=pool
         )
@@ -146,7 +111,7 @@ class Recipe:
                 raise ConfigError(f"recipe {self.config.name!r}: no source {name!r}; have {', '.join(known)}")
         if not tasks:
             return self
-        rows, sources = [], []
+        rows, sources = [], list[Source]()
         pools = {s.task.split: s.task.pool for s in self.sources if isinstance(s, WorldSource)}
         for row, source in zip(self.config.sources, self.sources):
             changes = dict(tasks.get(row.name, {}))
@@ -166,7 +131,13 @@ class Recipe:
         if source.n_samples is None:
             return chosen, first_index(seed, source.name) + nth_use
         epoch, place = divmod(nth_use, source.n_samples)
-        return chosen, permutation(source.n_samples, f"{seed}/{source.name}/{epoch}")[place]
+        key = f"{seed}/{source.name}/{epoch}"
+        if source.window is None:
+            return chosen, permutation(source.n_samples, key)[place]
+        window, inside = divmod(place, source.window)
+        first = window * source.window
+        n_inside = min(source.window, source.n_samples - first)
+        return chosen, first + permutation(n_inside, f"{key}/{window}")[inside]
 
     def draw(self, seed: int, n: int, first: int = 0) -> list[tuple[Source, int]]:
         """The plan of samples first .. first + n: which source, which of its samples."""
@@ -174,18 +145,18 @@ class Recipe:
         return [(self.sources[source], index) for source, index in places]
 
     def sample(self, seed: int, number: int) -> tuple[Sample, str]:
-        """A run's sample `number`, and its source's name."""
-        source, index = self.at(seed, number)
-        return self.sources[source].sample(index), self.sources[source].name
+        """A run's sample `number`, and its source's name. Raises: Unusable, where it is to be left out."""
+        chosen, index = self.at(seed, number)
+        source = self.sources[chosen]
+        try:
+            return source.sample(index), source.name
+        except Unusable as error:
+            error.source = source.name
+            raise
 
     def rejected(self) -> list[str]:
         """file:line: reason of every record that was left out."""
-        return [
-            str(item)
-            for source in self.sources
-            if isinstance(source, LlavaSource)
-            for item in source.rejected
-        ]
+        return [str(item) for source in self.sources for item in getattr(source, "rejected", ())]
 
     def write_rejected(self, path: str | Path) -> int:
         """Write `rejected` to a file, one a line, if there are any. Returns how many."""
@@ -197,23 +168,45 @@ class Recipe:
 
 def open_sources(config: RecipeConfig, folder: Path, where: str) -> list[Source]:
     pools: dict[str, PicturePool] = {}
-    sources: list[Source] = []
-    for row in config.sources:
-        try:
-            if row.kind == "world" and row.split not in pools:
+    return [open_source(row, config, folder, where, pools) for row in config.sources]
+
+
+def open_source(
+    row: SourceConfig, config: RecipeConfig, folder: Path, where: str, pools: dict[str, PicturePool]
+) -> Source:
+    """Raises: ConfigError, DataError, naming recipe and source."""
+    try:
+        if row.kind == "world":
+            if row.split not in pools:
                 pools[row.split] = PicturePool(row.split, settings=config.pictures)
-            sources.append(WorldSource(row, pools[row.split]) if row.kind == "world" else llava(row, folder))
-        except ConfigError as error:
-            raise ConfigError(f"{where}: source {row.name!r}: {error}") from None
-        except DataError as error:
-            raise DataError(f"{where}: source {row.name!r}: {error}") from None
-    return sources
+            return WorldSource(row, pools[row.split])
+        return record_source(row, data_root(config.root, folder))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: source {row.name!r}: {error}") from None
+    except DataError as error:
+        raise DataError(f"{where}: source {row.name!r}: {error}") from None
 
 
-def llava(row: SourceConfig, folder: Path) -> LlavaSource:
-    root = folder / row.image_root if row.image_root else None
-    path = folder / str(row.path)
-    return LlavaSource(row.name, path, root, count=row.count, seed=row.seed, max_bad=row.max_bad)
+def record_source(row: SourceConfig, folder: Path) -> Source:
+    columns = Columns.of(row.columns)
+    shape = Shape(columns, row.marks, row.question)
+    files = row.image_root is not None
+    root = folder / row.image_root if row.image_root else folder
+    if row.format == "datasets":
+        beside = folder / str(row.path)
+        hub = HubName(str(beside if beside.exists() else row.path), row.subset, row.split, row.revision)
+        if row.streaming:
+            assert row.count is not None, "the config was checked"
+            return StreamSource(row.name, hub, row.count, root=root, files=files, shape=shape, media=row.media,
+                                seed=row.seed, max_bad=row.max_bad)  # fmt: skip
+        store: Store = hub_store(hub, columns, files)
+        label = str(hub)
+    else:
+        paths = paths_of(row.path or "", folder)
+        store, label = open_store(row.format, paths, columns, files), str(paths[0])
+        root = root if files else paths[0].parent
+    return RecordSource(row.name, store, label, root, shape=shape, media=row.media, count=row.count, seed=row.seed,
+                        max_bad=row.max_bad, duplicates=row.duplicates)  # fmt: skip
 
 
 def block_counts(shares: Sequence[float]) -> list[int]:

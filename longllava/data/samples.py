@@ -10,7 +10,7 @@ IMAGE_MARK = "<image>"
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. A user's text holds one `<image>` mark per picture, where the picture stands."""
+    """One message. A user's text holds one `<image>` mark per medium, where it stands."""
 
     role: Literal["user", "assistant"]
     text: str
@@ -32,13 +32,27 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class Medium:
+    """What one mark stands for: a picture; the n_images frames of a video; a picture, then its rows x columns tiles."""
+
+    n_images: int = 1
+    video: bool = False
+    rows: int = 0
+    columns: int = 0
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One conversation. images: references in the order of their marks: a path, or "world:..."."""
+    """One conversation. images: references in the order of their marks: a path, "world:...", "tar:..." and so on.
+
+    media: what each mark stands for, where some stand for several images; else empty.
+    """
 
     id: str
     turns: tuple[Turn, ...]
     images: tuple[str, ...] = ()
     evidence: tuple[Evidence, ...] = ()
+    media: tuple[Medium, ...] = ()
 
 
 def problem(sample: Sample) -> str | None:
@@ -54,8 +68,9 @@ def problem(sample: Sample) -> str | None:
     if len(sample.turns) % 2:
         return "the last question has no answer"
     marks = sum(turn.text.count(IMAGE_MARK) for turn in sample.turns if turn.role == "user")
-    if marks != len(sample.images):
-        return f"{marks} {IMAGE_MARK} marks, {len(sample.images)} images"
+    n_media = len(sample.media or sample.images)
+    if marks != n_media:
+        return f"{marks} {IMAGE_MARK} marks, {n_media} images"
     if any(IMAGE_MARK in turn.text for turn in sample.turns if turn.role == "assistant"):
         return f"an answer holds {IMAGE_MARK}"
     return None

@@ -2,157 +2,139 @@
 
 from __future__ import annotations
 
-import json
 import random
 from array import array
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from longllava.data.llava_json import Unusable, sample_of_record
+from longllava.data.llava_json import Shape, sample_of_record
+from longllava.data.media import MediaConfig, opened
+from longllava.data.records import Unusable
 from longllava.data.samples import Sample
+from longllava.data.stores import Place, Store
+from longllava.data.stores.json_lines import JsonStore
+from longllava.data.tally import MAX_BAD, Rejected, Tally
 from longllava.errors import DataError
 
-MAX_BAD = 0.01  # a source of which more cannot be used is wrong as a whole
-CHECK_AFTER = 1000
+DUPLICATES = ("refuse", "drop", "keep")
 
 
 class Source(Protocol):
+    """window: samples are shuffled inside windows of so many, in order of their index; None: all of them are."""
+
     name: str
     n_samples: int | None
+    window: int | None
 
-    def sample(self, index: int) -> Sample: ...
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A record that was left out."""
-
-    where: str  # file:line
-    kind: str
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.why}"
+    def sample(self, index: int) -> Sample:
+        """Raises: Unusable, where the sample is to be left out; DataError, where nothing can go on."""
+        ...
 
 
-class LlavaSource:
-    """Records of a JSON list or a file of one JSON object a line. Read and checked when it is made.
+class RecordSource:
+    """The records of a store, read through and checked when it is made; media are opened when a sample is asked for.
 
     root: the folder image paths are relative to and may not leave. count: keep so many, drawn by seed (all if
-    None). max_bad: share of records that may be unusable. What was left out is in `rejected`.
-    Raises: DataError when the file cannot be read, holds no usable record, fewer than `count`, or too many
+    None). max_bad: share of records that may be unusable. duplicates: of ids: refuse them, drop all but the first,
+    or keep them. What was left out is in `rejected`.
+    Raises: DataError when a file cannot be read, holds no usable record, fewer than `count`, or too many
     unusable ones.
     """
 
     def __init__(
-        self, name: str, path: str | Path, root: str | Path | None = None, *, count: int | None = None,
-        seed: int = 0, max_bad: float = MAX_BAD,
+        self, name: str, store: Store, label: str, root: Path, *, shape: Shape | None = None,
+        media: MediaConfig | None = None, count: int | None = None, seed: int = 0, max_bad: float = MAX_BAD,
+        duplicates: str = "refuse",
     ) -> None:  # fmt: skip
-        self.name, self.path = name, Path(path)
-        self.root = Path(root) if root is not None else self.path.parent
-        self.rejected: list[Rejected] = []
-        self.max_bad = max_bad
-        self.places = array("q")  # (start, length, line) of each usable record, in bytes
-        seen = 0
-        for start, length, line, raw in records(self.path):
-            seen += 1
+        self.name, self.store, self.label, self.root = name, store, label, root
+        self.shape, self.media = shape or Shape(), media or MediaConfig()
+        self.places = array("q")  # of each usable record
+        scanned = Tally(label, max_bad)
+        identities: set[int] = set()
+        for number, (place, where, record) in enumerate(self.store.scan()):
             try:
-                sample_of_record(parsed(raw), str(line), self.root)
-                self.places.extend((start, length, line))
+                if isinstance(record, Unusable):
+                    raise record
+                sample = sample_of_record(record, "", self.root, self.shape)
+                if duplicates != "keep" and sample.id and not self.is_new(sample.id, identities, where, duplicates):
+                    continue
+                self.places.extend(place)
+                scanned.good(number)
             except Unusable as error:
-                self.rejected.append(Rejected(f"{self.path}:{line}", error.kind, str(error)))
-                if seen >= CHECK_AFTER:
-                    self.refuse_if_bad(seen)
-        self.refuse_if_bad(seen)
-        usable = len(self.places) // 3
+                scanned.bad(number, where, error)
+        scanned.refuse_if_bad()
+        self.scanned = list(scanned.rejected.values())
+        usable = len(self.places) // 4
         if not usable:
-            raise DataError(f"{self.path}: holds no records; expected a JSON list, or one JSON object a line")
+            raise DataError(f"{label}: holds no records; expected a JSON list, or one JSON object a line")
         if count is not None and count > usable:
-            raise DataError(f"count is {count}, but {self.path} holds {usable} usable records")
+            raise DataError(f"count is {count}, but {label} holds {usable} usable records")
         self.order = list(range(usable))
         if count is not None:
             random.Random(f"{name}/{seed}").shuffle(self.order)
             self.order = sorted(self.order[:count])
         self.n_samples: int | None = len(self.order)
+        self.window: int | None = None
+        self.tally = Tally(label, max_bad)
 
-    def refuse_if_bad(self, seen: int) -> None:
-        if len(self.rejected) <= self.max_bad * seen:
-            return
-        reasons = Counter(item.kind for item in self.rejected).most_common(3)
-        listed = ", ".join(f"{kind} ({n})" for kind, n in reasons)
+    def is_new(self, identity: str, seen: set[int], where: str, duplicates: str) -> bool:
+        """Remembers ids by their hashes: 8 bytes instead of a string for each of a million."""
+        if hash(identity) not in seen:
+            seen.add(hash(identity))
+            return True
+        if duplicates == "drop":
+            return False
         raise DataError(
-            f"{self.path}: {len(self.rejected)} of {seen} records cannot be used, more than"
-            f" {self.max_bad:.1%}: {listed}; the first is {self.rejected[0]}"
+            f"{where}: the id {identity!r} stands twice in {self.label}; set duplicates: drop to use the first alone,"
+            " or duplicates: keep where ids are not names of records"
         )
 
+    @property
+    def rejected(self) -> list[Rejected]:
+        """Records that cannot be used, and those whose media could not be opened since."""
+        return [*self.scanned, *self.tally.rejected.values()]
+
+    def place(self, index: int) -> Place:
+        start = 4 * self.order[index]
+        return tuple(self.places[start : start + 4])  # type: ignore[return-value]
+
+    def record(self, index: int) -> Any:
+        return self.store.read(self.place(index))
+
+    def where(self, index: int) -> str:
+        return self.store.where(self.place(index))
+
     def sample(self, index: int) -> Sample:
-        start, length, line = self.places[3 * self.order[index] : 3 * self.order[index] + 3]
-        with self.path.open("rb") as file:
-            file.seek(start)
-            raw = file.read(length)
+        where = self.where(index)
         try:
-            return sample_of_record(parsed(raw), str(line), self.root)
+            sample = sample_of_record(self.record(index), where.rpartition(":")[2], self.root, self.shape)
+        except (Unusable, OSError) as error:
+            raise DataError(f"{where}: {error}; it was usable when training began") from None
+        try:
+            sample = opened(sample, self.media)
         except Unusable as error:
-            raise DataError(f"{self.path}:{line}: {error}; it was usable when training began") from None
+            error.where = where
+            self.tally.bad(index, where, error)
+            self.refuse_at_the_end()
+            raise
+        self.tally.good(index)
+        self.refuse_at_the_end()
+        return sample
+
+    def refuse_at_the_end(self) -> None:
+        """Once all of a source was seen, few records too are a share that can be judged."""
+        if self.tally.rejected and len(self.tally.seen) == self.n_samples:
+            self.tally.refuse_if_bad()
 
 
-def parsed(raw: bytes) -> Any:
-    try:
-        return json.loads(raw)
-    except UnicodeDecodeError:
-        raise Unusable("not UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise Unusable("malformed JSON", " ".join(str(error).split())) from None
+class LlavaSource(RecordSource):
+    """Records of one JSON file, or of several."""
 
-
-def records(path: Path) -> Iterator[tuple[int, int, int, bytes]]:
-    """(start, length, line number, bytes) of each record. Raises: DataError."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        with path.open("rb") as file:
-            start = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
-            file.seek(start)
-            head = file.read(4096).lstrip()
-            file.seek(start)
-            if head.startswith(b"["):
-                yield from records_of_list(path, start, file.read())
-                return
-            for line, raw in enumerate(file, 1):
-                if raw.strip():
-                    yield start, len(raw), line, raw
-                start += len(raw)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-
-
-def records_of_list(path: Path, offset: int, raw: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Elements of a JSON list by place, one parsed at a time; the whole is never held as objects."""
-    try:
-        # One character a byte: JSON's own characters are ASCII, and places count bytes.
-        text = raw.decode("latin-1")
-        decoder = json.JSONDecoder(strict=False)
-        at, line, counted = skip_space(text, text.index("[") + 1), 1, 0
-        while text[at : at + 1] != "]":
-            _, end = decoder.raw_decode(text, at)
-            line += text.count("\n", counted, at)
-            counted = at
-            yield offset + at, end - at, line, raw[at:end]
-            at = skip_space(text, end)
-            if text[at : at + 1] == ",":
-                at = skip_space(text, at + 1)
-            elif text[at : at + 1] != "]":
-                raise json.JSONDecodeError("expected ',' or ']' after a record", text, at)
-        if text[at + 1 :].strip():
-            raise json.JSONDecodeError("text after the list", text, at + 1)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: malformed JSON: {' '.join(str(error).split())}") from None
-
-
-def skip_space(text: str, at: int) -> int:
-    while text[at : at + 1] in (" ", "\n", "\r", "\t"):
-        at += 1
-    return at
+    def __init__(
+        self, name: str, path: str | Path | Sequence[Path], root: str | Path | None = None, **options: Any
+    ) -> None:
+        paths = [Path(path)] if isinstance(path, (str, Path)) else list(path)
+        super().__init__(
+            name, JsonStore(paths), str(paths[0]), Path(root) if root is not None else paths[0].parent, **options
+        )

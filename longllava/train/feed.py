@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longllava.data.features import FeatureCache, encode_references, encoder_cache
-from longllava.data.images import open_reference
+from longllava.data.images import open_picture
 from longllava.data.packing import Batch, Cursor, Item, Misfit, Plan, build_batch, plan_window
 from longllava.data.recipes import Recipe
 from longllava.inputs.processor import Processor
@@ -113,7 +113,7 @@ class Pictures:
         if self.cache is not None:
             return self.cache.get(references).to(self.device)
         if self.trains:
-            pixels_N3SS = self.processor.pixels([open_reference(reference) for reference in references])
+            pixels_N3SS = self.processor.pixels([open_picture(reference) for reference in references])
             return pixels_N3SS.to(self.device)
         return encode_references(
             references, self.model, self.processor, tokens=self.tokens, device=self.device, dtype=self.dtype

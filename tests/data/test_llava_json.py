@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from longllava.data.llava_json import Unusable, sample_of_record
 from longllava.data.samples import Evidence, Sample, Turn
@@ -24,7 +25,7 @@ TURNS = (Turn("user", "<image>\nWhat is this?"), Turn("assistant", "a cat"))
 def root(tmp_path: Path) -> Path:
     for name in ("a.png", "b.png", "sub/é c.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+        Image.new("RGB", (3, 2), "red").save(tmp_path / name)
     return tmp_path
 
 
@@ -184,7 +185,7 @@ def test_bad_lines_are_listed_with_their_place(root: Path) -> None:
 
 def test_a_line_that_is_not_utf8_is_one_bad_line(root: Path) -> None:
     path = write_lines(root, numbered(150))
-    path.write_bytes(path.read_bytes() + b'\n{"id": "\xff"}\n' + json.dumps(GOOD).encode())
+    path.write_bytes(path.read_bytes() + b'\n{"id": "\xff"}\n' + json.dumps({**GOOD, "id": "last"}).encode())
     source = LlavaSource("data", path)
     assert source.n_samples == 151 and str(source.rejected[0]) == f"{path}:151: not UTF-8"
 

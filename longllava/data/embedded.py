@@ -1,0 +1,131 @@
+"""Pictures and videos that lie inside a tar or a table, by references that need nothing but themselves.
+
+    tar:OFFSET+SIZE:PATH            bytes of a member of an uncompressed tar
+    table:ROW/ITEM/COLUMN:PATH      item ITEM of a cell of a parquet or arrow file; COLUMN is percent-quoted
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from longllava.errors import InputError
+
+TAR = re.compile(r"tar:(\d+)\+(\d+):(.+)", re.DOTALL)
+TABLE = re.compile(r"table:(\d+)/(\d+)/([^:/]+):(.+)", re.DOTALL)
+ARROW_IMPORT = "reading parquet and arrow files needs pyarrow: pip install 'longllava[train]'"
+
+
+def in_tar(path: Path, offset: int, size: int) -> str:
+    return f"tar:{offset}+{size}:{path}"
+
+
+def in_table(path: Path, row: int, item: int, column: str) -> str:
+    return f"table:{row}/{item}/{quote(column, safe='')}:{path}"
+
+
+def is_embedded(reference: str) -> bool:
+    return TAR.fullmatch(reference) is not None or TABLE.fullmatch(reference) is not None
+
+
+def file_of(reference: str) -> str:
+    """The file that a reference, also a plain path, leads to."""
+    found = TAR.fullmatch(reference) or TABLE.fullmatch(reference)
+    return found[found.re.groups] if found else reference
+
+
+def read_embedded(reference: str) -> bytes:
+    """Raises: InputError naming the reference."""
+    found = TAR.fullmatch(reference)
+    try:
+        if found:
+            offset, size, path = int(found[1]), int(found[2]), found[3]
+            with open(path, "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+            if len(data) < size:
+                raise InputError(f"{reference}: the tar ends after {offset + len(data)} bytes")
+            return data
+        found = TABLE.fullmatch(reference)
+        if found is None:
+            raise InputError(f"{reference}: no reference into a tar or a table")
+        item = item_of(cells_of(found[4], unquote(found[3])).cell(int(found[1])), int(found[2]))
+    except OSError as error:
+        raise InputError(f"{reference}: cannot be read: {error.strerror or error}") from None
+    if item is None:
+        raise InputError(f"{reference}: the cell is empty")
+    return item
+
+
+def item_of(value: Any, item: int) -> bytes | None:
+    """The bytes of a cell: binary, {"bytes", "path"}, or a list of those."""
+    if isinstance(value, list):
+        value = value[item] if item < len(value) else None
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    return value if isinstance(value, bytes) else None
+
+
+class Cells:
+    """One column of a table file. A parquet file's row group is kept for the next cells of it."""
+
+    def __init__(self, path: str, column: str):
+        self.path, self.column = path, column
+        self.group: tuple[int, Any] = (-1, None)
+        self.table: Any = None
+        if path.endswith(".arrow"):
+            self.table = arrow_table(path)[column]
+            return
+        metadata = parquet_file(path).metadata
+        self.starts = [0]
+        for number in range(metadata.num_row_groups):
+            self.starts.append(self.starts[-1] + metadata.row_group(number).num_rows)
+
+    def cell(self, row: int) -> Any:
+        if self.table is not None:
+            return self.table[row].as_py()
+        number = bisect.bisect_right(self.starts, row) - 1
+        if self.group[0] != number:
+            values = parquet_file(self.path).read_row_group(number, columns=[self.column])[self.column]
+            self.group = (number, values)
+        return self.group[1][row - self.starts[number]].as_py()
+
+
+@functools.lru_cache(maxsize=16)
+def cells_of(path: str, column: str) -> Cells:
+    return Cells(path, column)
+
+
+@functools.lru_cache(maxsize=16)
+def parquet_file(path: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(ARROW_IMPORT) from None
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: no parquet file: {' '.join(str(error).split())}") from None
+
+
+@functools.lru_cache(maxsize=16)
+def arrow_table(path: str) -> Any:
+    """A file of `datasets` (a stream) or of Arrow itself, mapped, not read."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise InputError(ARROW_IMPORT) from None
+    try:
+        source = pyarrow.memory_map(path)
+        try:
+            return pyarrow.ipc.open_file(source).read_all()
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            return pyarrow.ipc.open_stream(source).read_all()
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: no arrow file: {' '.join(str(error).split())}") from None

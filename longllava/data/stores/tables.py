@@ -1,0 +1,124 @@
+"""Parquet and arrow files. Pictures inside a table are left there: a scan reads their places only, not their bytes.
+
+Columns of pictures: bytes, {"bytes", "path"}, paths, or lists of these, as `datasets` writes them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from longllava.data.embedded import arrow_table, in_table, parquet_file
+from longllava.data.records import IMAGES, VIDEOS, Columns, Embedded, Unusable
+from longllava.errors import DataError, InputError
+
+ROWS = 1000  # of an arrow file that are turned into objects at a time
+
+
+class TableStore:
+    """Places are (file, row group, row in it, row in the file).
+
+    files: pictures are files that the table names, below the source's image_root; else they lie in the table.
+    """
+
+    def __init__(self, paths: Sequence[Path], columns: Columns, files: bool):
+        self.paths, self.files = list(paths), files
+        self.wanted = set(columns.needed())
+        self.media = {name for name in (columns.image, columns.video, *IMAGES, *VIDEOS) if name}
+
+    def scan(self) -> Iterator[tuple[tuple[int, int, int, int], str, Any]]:
+        for number, path in enumerate(self.paths):
+            row = 0
+            try:
+                n_groups = self.n_groups(number)
+                for group in range(n_groups):
+                    for inside, record in enumerate(self.group(number, group)):
+                        yield (number, group, inside, row), f"{path}:{row + 1}", record
+                        row += 1
+            except (InputError, OSError) as error:
+                raise DataError(str(error)) from None
+
+    def read(self, place: tuple[int, int, int, int]) -> Any:
+        number, group, inside, _ = place
+        try:
+            return self.group(number, group)[inside]
+        except (InputError, IndexError) as error:
+            raise Unusable("the table changed", str(error)) from None
+
+    def where(self, place: tuple[int, int, int, int]) -> str:
+        return f"{self.paths[place[0]]}:{place[3] + 1}"
+
+    def is_arrow(self, number: int) -> bool:
+        return self.paths[number].suffix == ".arrow"
+
+    def n_groups(self, number: int) -> int:
+        if self.is_arrow(number):
+            return -(-len(arrow_table(str(self.paths[number]))) // ROWS)
+        return parquet_file(str(self.paths[number])).metadata.num_row_groups
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019  a store lives as long as its run
+    def group(self, number: int, group: int) -> list[dict[str, Any]]:
+        """The records of a row group, or of ROWS rows of an arrow file."""
+        path = self.paths[number]
+        if self.is_arrow(number):
+            whole = arrow_table(str(path))
+            first = group * ROWS
+            table = whole.slice(first, ROWS).select([name for name in whole.column_names if name in self.wanted])
+        else:
+            file = parquet_file(str(path))
+            first = sum(file.metadata.row_group(before).num_rows for before in range(group))
+            table = file.read_row_group(group, columns=self.leaves(file))
+        columns = {}
+        for name in table.column_names:
+            column = table[name]
+            in_table_itself = name in self.media and not self.files and not names_files(column.type)
+            columns[name] = places(column, path, first, name) if in_table_itself else values(column, name in self.media)
+        return [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
+
+    def leaves(self, file: Any) -> list[str]:
+        """The parquet columns to read: of pictures everything but the bytes, where something else is there."""
+        found: dict[str, list[str]] = {}
+        for index in range(len(file.schema.names)):
+            leaf = file.schema.column(index).path
+            found.setdefault(leaf.split(".")[0], []).append(leaf)
+        chosen = []
+        for name, paths in found.items():
+            if name in self.wanted:
+                light = [path for path in paths if path.split(".")[-1] != "bytes"] if name in self.media else paths
+                chosen += light or paths
+        return chosen
+
+
+def names_files(kind: Any) -> bool:
+    """Whether a column holds strings, or lists of them: paths."""
+    import pyarrow as pa
+
+    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    return pa.types.is_string(inner) or pa.types.is_large_string(inner)
+
+
+def places(column: Any, path: Path, first: int, name: str) -> list[Any]:
+    """References in the place of a column's pictures."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    counts = (pc.list_value_length(column) if is_list else pc.is_valid(column)).to_pylist()
+    return [
+        [Embedded(in_table(path, first + row, item, name)) for item in range(int(count or 0))]
+        for row, count in enumerate(counts)
+    ]
+
+
+def values(column: Any, is_media: bool) -> list[Any]:
+    """A column as objects; of pictures their paths alone."""
+    rows = column.to_pylist()
+    return [path_of(row) for row in rows] if is_media else rows
+
+
+def path_of(value: Any) -> Any:
+    if isinstance(value, list):
+        return [path_of(item) for item in value]
+    return value.get("path") if isinstance(value, dict) else value

@@ -1,0 +1,136 @@
+"""Data sets by `datasets`, downloaded or streamed: the same records, and a stream that goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longllava.data import stream as stream_module
+from longllava.data.images import open_picture
+from longllava.data.packing import Cursor
+from longllava.data.recipes import Recipe, record_source
+from longllava.data.records import Unusable
+from longllava.data.source_config import SourceConfig
+from longllava.errors import ConfigError, DataError
+from tests.data.test_stores import png, record
+
+pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+N_SHARDS, PER_SHARD = 4, 15
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setenv("LONGLLAVA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hub"))
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import datasets
+
+    folder = tmp_path_factory.mktemp("set")
+    text = datasets.Value("string")
+    features = datasets.Features({"id": text, "image": datasets.Image(), "conversations": [{"from": text, "value": text}]})
+    for shard in range(N_SHARDS):
+        numbers = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
+        rows = [{**record(1), "id": str(n), "image": {"bytes": png(n), "path": None}} for n in numbers]
+        table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
+        pq.write_table(table, folder / f"train-{shard:05d}.parquet", row_group_size=4)
+    return folder
+
+
+def row(folder: Path, **keys) -> SourceConfig:
+    return SourceConfig(**{"name": "s", "kind": "llava", "licence": "CC0", "origin": "here", "format": "datasets",
+                           "path": str(folder), **keys})  # fmt: skip
+
+
+def streamed(folder: Path, monkeypatch: pytest.MonkeyPatch, **keys):
+    monkeypatch.setattr(stream_module, "WINDOW", 8)
+    return record_source(row(folder, streaming=True, count=50, **keys), folder)
+
+
+def test_a_downloaded_set_has_its_records_and_pictures(folder: Path) -> None:
+    source = record_source(row(folder), folder)
+    assert source.n_samples == N_SHARDS * PER_SHARD
+    sample = source.sample(37)
+    assert sample.id == "37" and open_picture(sample.images[0]).getpixel((0, 0)) == (37, 100, 200)
+
+
+def test_a_stream_gives_every_record_once_and_the_same_ones_again(folder: Path, monkeypatch) -> None:
+    source = streamed(folder, monkeypatch, seed=2)
+    ids = [source.sample(i).id for i in range(50)]
+    assert len(set(ids)) == 50
+    shards = [int(name) // PER_SHARD for name in ids]
+    assert shards == sorted(shards, key=shards.index) and shards[0] != 0  # whole shards, in the seed's order
+    again = streamed(folder, monkeypatch, seed=2)
+    assert [again.sample(i).id for i in (49, 3, 20, 48)] == [ids[i] for i in (49, 3, 20, 48)]
+    assert open_picture(source.sample(7).images[0]).getpixel((0, 0)) == (int(ids[7]), 100, 200)
+    other = streamed(folder, monkeypatch, seed=5)
+    assert [other.sample(i).id for i in range(50)] != ids
+
+
+def test_a_stream_goes_on_from_its_notes(folder: Path, monkeypatch) -> None:
+    ids = [streamed(folder, monkeypatch).sample(i).id for i in range(41)]  # notes up to window 5
+    first = streamed(folder, monkeypatch)
+    for i in range(41):
+        first.sample(i)
+    read = []
+    real = stream_module.Stream.read
+
+    def counting(self, cursor=None):
+        for item in real(self, cursor):
+            read.append(item[0]["id"])
+            yield item
+
+    monkeypatch.setattr(stream_module.Stream, "read", counting)
+    second = streamed(folder, monkeypatch)
+    assert second.sample(40).id == ids[40] and len(read) <= 8  # its own window, and nothing before
+    read.clear()
+    first.notes.write_text("torn")
+    third = streamed(folder, monkeypatch)
+    assert third.sample(40).id == ids[40] and len(read) > 40
+    assert json.loads(third.notes.read_text()).keys() >= {"1", "5"}
+
+
+def test_a_recipe_shuffles_a_stream_inside_its_windows(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(stream_module, "WINDOW", 8)
+    (tmp_path / "r.yaml").write_text(
+        f"name: r\nsources:\n  - {{name: s, kind: llava, licence: CC0, origin: here, format: datasets, path: {folder},"
+        " streaming: true, count: 50}\n"
+    )
+    recipe = Recipe.load(tmp_path / "r.yaml")
+    places = [recipe.at(1, n)[1] for n in range(100)]
+    assert sorted(places[:50]) == sorted(places[50:]) == list(range(50)) and places[:50] != places[50:]
+    windows = [place // 8 for place in places[:50]]
+    assert windows == sorted(windows) and places[:8] != sorted(places[:8])
+    assert recipe.sample(1, 30) == Recipe.load(tmp_path / "r.yaml").sample(1, 30)
+    assert Cursor() == Cursor(0, ())
+
+
+def test_what_a_stream_cannot_give(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    source = streamed(folder, monkeypatch)
+    short = record_source(row(folder, streaming=True, count=100), folder)
+    with pytest.raises(DataError, match="count is 100, but the stream ends after 60 records"):
+        short.sample(60)
+    monkeypatch.setattr(stream_module, "sample_of_record", broken)
+    with pytest.raises(Unusable) as raised:
+        source.sample(3)
+    assert raised.value.where.endswith(":4") and str(source.rejected[0]).endswith(":4: no conversations")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        record_source(row(folder, path=str(tmp_path / "none"), streaming=True, count=5), folder)
+    with pytest.raises(ConfigError, match="streaming needs a count"):
+        row(folder, streaming=True)
+    with pytest.raises(ConfigError, match="subset goes with format: datasets"):
+        SourceConfig(name="s", kind="llava", licence="x", origin="x", path="a.json", subset="b")
+
+
+def broken(*arguments):
+    raise Unusable("no conversations")
