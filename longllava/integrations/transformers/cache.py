@@ -1,0 +1,92 @@
+"""The state of our layers as a Cache of transformers: generate hands it back at every step and asks its length.
+
+B rows. A Mamba layer's state is replaced at every call, so nothing can be taken back: no crop, no assisted decoding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from longllava.errors import InputError
+from longllava.nn import AttentionState, MambaState, State
+from longllava.nn.cache import LayerState
+
+
+class LongLLaVACache(Cache):
+    """capacity: tokens that the attention layers make room for at the first call; more make room later, by a copy."""
+
+    def __init__(self, capacity: int = 0):
+        super().__init__(layers=[])
+        self.capacity = capacity
+        self.state: State | None = None
+        self.n_tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.n_tokens
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before 5.10
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.n_tokens + query_length, 0
+
+    def __len__(self) -> int:
+        return len(self.state or ())
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.state is not None
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def batch_size(self) -> int:
+        if self.state is None:
+            return -1
+        first = self.state[0]
+        return len(first.scan_BEN if isinstance(first, MambaState) else first.segments()[-1].keys_BSGK)
+
+    def reset(self) -> None:
+        self.state, self.n_tokens = None, 0
+
+    def crop(self, *arguments: object, **named: object) -> None:
+        raise InputError("cache: tokens cannot be taken back out of a Mamba layer's state; decode without an assistant")
+
+    activate_past_recording = crop
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.state is not None:
+            self.state = [select_rows(layer, indices) for layer in self.state]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+
+def select_rows(layer: LayerState, rows_B: Tensor) -> LayerState:
+    """The state of some rows, in memory of its own; a row may be taken several times."""
+    if isinstance(layer, MambaState):
+        rows_B = rows_B.to(layer.scan_BEN.device)
+        return MambaState(*(part.index_select(0, rows_B) for part in layer))
+    assert isinstance(layer, AttentionState), "the state of a CUDA graph stays in its graph"
+    keys_BSGK = layer.buffer.keys_BSGK
+    _, room, heads, head_dim = keys_BSGK.shape
+    rows_B = rows_B.to(keys_BSGK.device)
+    room = max(room, layer.n_tokens())
+    new = AttentionState.empty(len(rows_B), room, heads, head_dim, keys_BSGK.device, keys_BSGK.dtype)
+    for segment in layer.segments():
+        new = new.append(*(None if part is None else part.index_select(0, rows_B) for part in segment))
+    return new

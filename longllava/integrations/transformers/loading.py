@@ -1,0 +1,46 @@
+"""Arguments of transformers' from_pretrained as this library understands them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longllava import api
+from longllava.checkpoints import find_folder
+from longllava.errors import InputError
+
+# given by the Auto classes and pipelines themselves, or of no effect here: a folder is always read as safetensors,
+# straight to its place, and its code is never run
+WITHOUT_EFFECT = {
+    "_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "cache_dir", "code_revision", "force_download",
+    "local_files_only", "low_cpu_mem_usage", "proxies", "revision", "token", "trust_remote_code", "use_safetensors",
+    "weights_only",
+}  # fmt: skip
+ATTENTION = (None, "eager", "sdpa")  # our attention chooses its backend itself
+
+
+def folder_of(name: Any, arguments: dict[str, Any]) -> Path:
+    """A model's folder. Raises: InputError for arguments that ask for what is not done here."""
+    if arguments.pop("attn_implementation", None) not in ATTENTION:
+        raise InputError("attn_implementation: attention chooses its backend itself; LONGLLAVA_ATTENTION forces one")
+    asked = [key for key, value in arguments.items() if key not in WITHOUT_EFFECT and value not in (None, False, "")]
+    if asked:
+        raise InputError(f"from_pretrained: {', '.join(asked)} cannot be used with this model; leave it out")
+    return find_folder(name)
+
+
+def checked_dtype(dtype: Any) -> torch.dtype | None:
+    return None if dtype in (None, "auto") else api.checked_dtype(dtype, None)
+
+
+def checked_device_map(device_map: Any) -> torch.device:
+    """One device. None: the CPU; "auto": a GPU if there is one."""
+    if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) == 1:
+        device_map = next(iter(device_map.values()))
+    if isinstance(device_map, dict):
+        raise InputError(f"device_map: got {len(device_map)} places, allowed: one device for the whole model")
+    if isinstance(device_map, int):
+        device_map = f"cuda:{device_map}"
+    return api.checked_device(None if device_map == "auto" else device_map or "cpu")

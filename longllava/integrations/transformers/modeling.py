@@ -1,0 +1,269 @@
+"""A Model as transformers' generate, pipelines and Trainer know models.
+
+Its parts are the library's own, under their own names, so that a state dict is that of our folders. B rows, L tokens of
+this call, S tokens with those of the cache, N pictures, M tokens a picture, P pixels a side, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from longllava.bridges import pool_features
+from longllava.checkpoints import load_model
+from longllava.errors import InputError
+from longllava.inputs.tokenizer import Tokenizer
+from longllava.integrations.transformers.cache import LongLLaVACache
+from longllava.integrations.transformers.configuration import LongLLaVAConfig, token_ids
+from longllava.integrations.transformers.loading import checked_device_map, checked_dtype, folder_of
+from longllava.model import Model
+from longllava.nn import Context
+from longllava.train.loss import answer_loss
+
+CHUNK_TOKENS = 2048  # of all rows, prefilled at a time: 144,000 tokens of a 9B at once are 4.7 GB in each Mamba layer
+PIXELS_PER_BATCH = 1 << 20  # encoder batch: 9 pictures of 336 x 336
+MAX_BATCH = 32
+
+
+class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Text, and pictures where the attention mask is 1 and the id is config.image_token_id, to the next token.
+
+    Without an encoder it reads text only: AutoModelForCausalLM makes it too. An encoder is frozen unless its parameters
+    are told to require gradients.
+    """
+
+    config_class = LongLLaVAConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
+    _no_split_modules = ["Block", "VisionBlock"]
+    _is_stateful = True  # no assisted decoding
+    config: LongLLaVAConfig
+
+    def __init__(self, config: LongLLaVAConfig, model: Model | None = None):
+        super().__init__(config)
+        if model is None:
+            model = Model(config.model_config())
+            if not model.backbone.embed_tokens.weight.is_meta:
+                model.initialise_(int(torch.randint(2**31, ())))
+        self.encoder, self.bridge, self.backbone, self.fusion = (
+            model.encoder,
+            model.bridge,
+            model.backbone,
+            model.fusion,
+        )
+        if self.encoder is not None:
+            self.encoder.requires_grad_(False)
+        self.post_init()
+        if config.eos_token_id is not None:  # rows that are done go on with eos: pad is what pictures stand on
+            self.generation_config.eos_token_id = self.generation_config.pad_token_id = config.eos_token_id
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights are there: loaded, or drawn as Model draws them."""
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: LongLLaVAConfig | None = None,
+        dtype: Any = None, torch_dtype: Any = None, device_map: Any = None, **kwargs: Any,
+    ) -> LongLLaVAForConditionalGeneration:  # fmt: skip
+        """Read a folder of ours or of LongLLaVA's layout, checked and streamed as LongLLaVA.from_pretrained reads it.
+
+        dtype: None or "auto" as stored. device_map: None for the CPU, a device, {"": device}, or "auto".
+        Raises: CheckpointError, ConfigError, InputError for an argument that has no meaning here.
+        """
+        folder = folder_of(pretrained_model_name_or_path, kwargs)
+        device = checked_device_map(device_map)
+        model = load_model(folder, device=device, dtype=checked_dtype(dtype if torch_dtype is None else torch_dtype))
+        config = config or LongLLaVAConfig.from_pretrained(folder)
+        for name, number in token_ids(folder, model.config).items():  # a name of the hub had none of its files yet
+            setattr(config, name, number)
+        made = cls(config, model)
+        made.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
+        made.tell_generation_(folder)
+        return made.eval()
+
+    def tell_generation_(self, folder: Path) -> None:
+        """The folder's generation_config.json, and ids that its tokenizer does not know: they are never generated."""
+        defaults = self.generation_config
+        if (folder / "generation_config.json").is_file():
+            found = GenerationConfig.from_pretrained(folder)
+            if defaults.eos_token_id is not None:
+                found.eos_token_id, found.pad_token_id = defaults.eos_token_id, defaults.pad_token_id
+            self.generation_config = found
+        if self.config.eos_token_id is not None and self.generation_config.suppress_tokens is None:
+            known = Tokenizer.from_folder(folder, self.config.model_config().prompt).vocab_size
+            self.generation_config.suppress_tokens = list(range(known, self.config.vocab_size)) or None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: LongLLaVACache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        tokens_per_image: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """attention_mask (B, S): 0 is padding, on either side. pixel_values (N, 3, P, P): of all rows in
+        order, uint8 as the processor gives them. labels (B, L): the ids themselves where they are learned, -100
+        elsewhere; the loss is the mean over them, or their sum over num_items_in_batch. While training, labels are
+        answered without logits: all of 40,960 tokens would be 10.7 GB.
+        Raises: InputError when pictures and their places disagree.
+        """
+        if output_attentions or output_hidden_states:
+            raise InputError("output_attentions, output_hidden_states: this model gives logits and its cache only")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("forward: give input_ids or inputs_embeds, one of them")
+        if input_ids is not None:
+            past = past_key_values.n_tokens if isinstance(past_key_values, LongLLaVACache) else 0
+            inputs_embeds = self.embedded(input_ids, attention_mask, past, pixel_values, tokens_per_image)
+        assert inputs_embeds is not None
+        cache = self.cache(past_key_values, use_cache, labels)
+        keep = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
+        hidden_BLD = self.hidden(inputs_embeds, attention_mask, cache, keep)
+        if isinstance(logits_to_keep, Tensor):
+            kept_BLD = hidden_BLD[:, logits_to_keep]
+        else:
+            kept_BLD = hidden_BLD[:, -logits_to_keep:] if logits_to_keep else hidden_BLD
+        loss = None
+        if labels is not None:
+            answers = answer_loss(self.backbone.logits, hidden_BLD[:, :-1], labels[:, 1:])
+            loss = answers.total / (max(1, answers.n_labels) if num_items_in_batch is None else num_items_in_batch)
+        logits = None if labels is not None and self.training else self.backbone.logits(kept_BLD)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+        return output if return_dict or return_dict is None else output.to_tuple()
+
+    def cache(self, given: Any, use_cache: bool | None, labels: Tensor | None) -> LongLLaVACache | None:
+        """The cache to read from and to fill; none where gradients flow, unless it is asked for."""
+        if given is None:
+            wanted = labels is None and not torch.is_grad_enabled() if use_cache is None else use_cache
+            return LongLLaVACache() if wanted else None
+        if not isinstance(given, LongLLaVACache):
+            raise InputError(f"past_key_values: got a {type(given).__name__}; this model's layers keep a LongLLaVACache"
+                             " (leave it out, or take the one that an earlier call returned)")  # fmt: skip
+        return given
+
+    def hidden(self, x_BLD: Tensor, mask_BS: Tensor | None, cache: LongLLaVACache | None, keep: int) -> Tensor:
+        """Hidden states (B, L, D), or of at least the last `keep` tokens. With a cache and no gradients in chunks."""
+        batch, length, _ = x_BLD.shape
+        start = cache.n_tokens if cache else 0
+        ctx = context(mask_BS, start, batch, length)
+        if cache is None:
+            return self.backbone(x_BLD, ctx)[0]
+        state = cache.state
+        if state is None:
+            room = max(cache.capacity, length)
+            state = self.backbone.empty_state(batch, room, x_BLD.device, self.backbone.embed_tokens.weight.dtype)
+        step = length if torch.is_grad_enabled() else max(1, CHUNK_TOKENS // batch)
+        parts = []
+        for begin in range(0, length, step):
+            end = min(begin + step, length)
+            seq_idx_BL = None if ctx.seq_idx_BL is None else ctx.seq_idx_BL[:, begin:end]
+            positions_BL = None if ctx.positions_BL is None else ctx.positions_BL[:, begin:end]
+            part = Context(seq_idx_BL, positions_BL, start + begin)
+            hidden_BLD, state = self.backbone(x_BLD[:, begin:end], part, state)
+            if not keep or end > length - keep:
+                parts.append(hidden_BLD)
+        cache.state, cache.n_tokens = state, start + length
+        return torch.cat(parts, dim=1)
+
+    def embedded(
+        self, ids_BL: Tensor, mask_BS: Tensor | None, past: int, pixels_N3PP: Tensor | None, n_tokens: int | None
+    ) -> Tensor:
+        """Word embeddings with the pictures' tokens in their places, row by row: (B, L, D)."""
+        text_BLD = self.backbone.embed_tokens(ids_BL)
+        if pixels_N3PP is None or len(pixels_N3PP) == 0:
+            return text_BLD
+        if self.bridge is None or self.config.pad_token_id is None:
+            raise InputError("pixel_values: " + ("this model reads text only" if self.bridge is None else
+                             "config.pad_token_id says where pictures stand, and is not set"))  # fmt: skip
+        slots_BL = ids_BL == self.config.pad_token_id
+        if mask_BS is not None:
+            slots_BL = slots_BL & (mask_BS[:, past : past + ids_BL.shape[1]] != 0)
+        tokens_NMD = self.image_tokens(pixels_N3PP, n_tokens)
+        n_images, n_each = tokens_NMD.shape[:2]
+        n_slots_B = slots_BL.sum(1)
+        if int(n_slots_B.sum()) != n_images * n_each or bool((n_slots_B % n_each).any()):
+            raise InputError(
+                f"pixel_values: {n_images} pictures are {n_images} x {n_each} tokens, but the rows of input_ids have"
+                f" room for {n_slots_B.tolist()}; give input_ids, attention_mask and pixel_values of one processor call"
+            )
+        place_T2 = slots_BL.nonzero()
+        ones_T = torch.ones_like(place_T2[:, 0])
+        # every token of a picture is placed as a picture of one token
+        spans_T4 = torch.stack([place_T2[:, 0], place_T2[:, 1], ones_T, ones_T.cumsum(0) - 1], dim=1)
+        return self.fusion.embed(text_BLD, spans_T4, tokens_NMD.flatten(0, 1)[:, None])
+
+    def image_tokens(self, pixels_N3PP: Tensor, n_tokens: int | None) -> Tensor:
+        """(N, M, D), a batch of pictures at a time."""
+        assert self.encoder is not None and self.bridge is not None
+        described = self.config.bridge
+        n_each = n_tokens or described["tokens_per_image"]
+        batch = max(1, min(MAX_BATCH, PIXELS_PER_BATCH // pixels_N3PP.shape[-1] ** 2))
+        tokens = []
+        for pixels in pixels_N3PP.split(batch):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_trains()):
+                features_NMC = pool_features(self.encoder(pixels), n_each, described["pool"])
+            tokens.append(self.bridge(features_NMC.to(self.backbone.embed_tokens.weight.dtype), n_each))
+        return torch.cat(tokens)
+
+    def encoder_trains(self) -> bool:
+        return self.encoder is not None and any(part.requires_grad for part in self.encoder.parameters())
+
+    def train(self, mode: bool = True) -> LongLLaVAForConditionalGeneration:
+        """A frozen encoder stays as it is: its batch norms would learn."""
+        super().train(mode)
+        if self.encoder is not None and not self.encoder_trains():
+            self.encoder.eval()
+        return self
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict, *rest: Any
+    ) -> None:
+        """Room for the prompt and all that is to come, at once."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = LongLLaVACache(generation_config.max_length)
+
+    def prepare_inputs_for_generation(self, *arguments: Any, pixel_values: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Pictures are read with the prompt, once."""
+        inputs = super().prepare_inputs_for_generation(*arguments, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
+            inputs["pixel_values"] = pixel_values
+        inputs.pop("position_ids", None)
+        return inputs
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.backbone.lm_head
+
+    def resize_token_embeddings(self, *arguments: Any, **named: Any) -> Any:
+        raise InputError("resize_token_embeddings: vocab_size is in the model's config; make a model with another one")
+
+
+def context(mask_BS: Tensor | None, start: int, batch: int, length: int) -> Context:
+    """What a mask over cached and new tokens says about the new ones; nothing where no token is padding."""
+    if mask_BS is not None and (mask_BS.ndim != 2 or mask_BS.shape != (batch, start + length)):
+        raise InputError(
+            f"attention_mask: got {tuple(mask_BS.shape)}, expected ({batch}, {start + length}): all tokens, those of"
+            " the cache too"
+        )
+    if mask_BS is None or bool((mask_BS != 0).all()):
+        return Context(start=start)
+    real_BS = mask_BS != 0
+    positions_BL = (real_BS.cumsum(1) - 1).clamp(min=0)[:, start:]
+    return Context(real_BS[:, start:].int() - 1, positions_BL, start=start)

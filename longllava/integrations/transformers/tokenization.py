@@ -1,0 +1,37 @@
+"""Our tokenizer as transformers' fast one.
+
+In a string that it encodes, special tokens are what they are called, as everywhere in transformers: give a stranger's
+text to the processor, which takes it as plain text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from longllava.checkpoints import find_folder
+from longllava.checkpoints.published import read_config
+from longllava.inputs.template import chat_template
+from longllava.inputs.tokenizer import Tokenizer
+
+
+class LongLLaVATokenizer(PreTrainedTokenizerFast):
+    """A folder's tokenizer.json, or tokenizer.model; its prompt layout is the chat template. Pads on the left."""
+
+    model_input_names = ["input_ids", "attention_mask"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any) -> LongLLaVATokenizer:
+        folder = find_folder(pretrained_model_name_or_path)
+        prompt = read_config(folder).prompt
+        backend = Tokenizer.from_folder(folder, prompt).backend
+        backend.encode_special_tokens = False
+        own: dict[str, Any] = {
+            name: kwargs[name] for name in ("padding_side", "model_max_length", "chat_template") if name in kwargs
+        }
+        settings: dict[str, Any] = {
+            "bos_token": prompt.bos_token, "eos_token": prompt.eos_token, "pad_token": prompt.pad_token,
+            "padding_side": "left", "chat_template": chat_template(prompt), **own,
+        }  # fmt: skip
+        return cls(tokenizer_object=backend, name_or_path=str(pretrained_model_name_or_path), **settings)

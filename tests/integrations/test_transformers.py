@@ -1,0 +1,332 @@
+"""Our folders through transformers' own doors: Auto classes, generate, pipelines, saving. Answers are LongLLaVA's."""
+
+import io
+import json
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    DynamicCache,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+import longllava.integrations.transformers as ours
+from longllava.api import LongLLaVA
+from longllava.checkpoints import load_model
+from longllava.errors import CheckpointError, ConfigError, InputError
+from longllava.integrations.transformers import modeling
+from longllava.model import Model
+from tests.checkpoints import published
+from tests.tiny import tiny_config, tiny_model, tiny_pictures, tiny_tokenizer
+
+PICTURES = tiny_pictures(3)
+N_NEW = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Experts, qk_norm and log_length_scale: what positions and padding could go wrong with."""
+    return tiny_model(3, seed=1).save_pretrained(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def library(folder):
+    return LongLLaVA.from_pretrained(folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture
+def model(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder)
+
+
+def user(*parts):
+    return {"role": "user", "content": [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
+    ]}  # fmt: skip
+
+
+TALKS = [
+    [user("what is this?")],
+    [user(PICTURES[0], "what is this?")],
+    [user("a ", PICTURES[1], " red", PICTURES[2], "?"), {"role": "assistant", "content": "a red heart"},
+     user("\n", PICTURES[0], "is this the heart of what?")],
+]  # fmt: skip
+
+
+def prepared(processor, talk, **options):
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return processor.apply_chat_template(talk, **how, **options)
+
+
+def answers(model, processor, inputs, **options):
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=N_NEW, **{"do_sample": False, **options})
+    return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_auto_classes_know_a_folder(folder, model, processor):
+    config = AutoConfig.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert [type(x) for x in (config, model, processor, tokenizer)] == [
+        ours.LongLLaVAConfig, ours.LongLLaVAForConditionalGeneration, ours.LongLLaVAProcessor, ours.LongLLaVATokenizer,
+    ]  # fmt: skip
+    assert config.model_config() == tiny_config(3)
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id, config.image_token_id) == (0, 1, 2, 0)
+    sizes = (config.vocab_size, config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
+    assert sizes == (tiny_tokenizer().vocab_size, 32, 5, 4)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32} and not model.training
+    assert tokenizer.padding_side == "left" and tokenizer.eos_token == "<|endoftext|>"
+    assert model.state_dict().keys() == load_model(folder).state_dict().keys()
+
+
+@pytest.mark.parametrize("talk", TALKS)
+def test_greedy_answers_are_the_librarys(library, model, processor, talk):
+    expected = library.generate(talk, max_new_tokens=N_NEW)
+    assert expected.strip()
+    inputs = prepared(processor, talk)
+    assert answers(model, processor, inputs) == [expected]
+    assert answers(model, processor, inputs, use_cache=False) == [expected]
+
+
+def test_a_padded_batch_answers_as_each_row_alone(library, model, processor):
+    inputs = prepared(processor, TALKS)
+    assert inputs["attention_mask"].sum(1).unique().numel() == 3 and bool((inputs["attention_mask"][:, -1] == 1).all())
+    assert answers(model, processor, inputs) == [library.generate(talk, max_new_tokens=N_NEW) for talk in TALKS]
+
+
+def test_a_prompt_is_read_in_chunks(monkeypatch, library, model, processor):
+    expected = [library.generate(talk, max_new_tokens=N_NEW) for talk in TALKS]
+    inputs = prepared(processor, TALKS)
+    with torch.no_grad():
+        whole = model(**inputs, use_cache=False).logits
+        monkeypatch.setattr(modeling, "CHUNK_TOKENS", 15)  # five of each row: cut inside pictures and padding
+        parts = model(**inputs, use_cache=True)
+    real = inputs["attention_mask"] == 1
+    torch.testing.assert_close(parts.logits[real], whole[real], rtol=0, atol=1e-5)
+    assert parts.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+    assert answers(model, processor, inputs) == expected
+
+
+def test_sampling(model, processor):
+    inputs = prepared(processor, TALKS[1])
+    assert answers(model, processor, inputs, do_sample=True, top_k=1) == answers(model, processor, inputs)
+    drawn = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        drawn += answers(model, processor, inputs, do_sample=True, temperature=3.0, num_return_sequences=2)
+    assert drawn[:2] == drawn[4:] and len(set(drawn[:4])) == 4
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_beam_search_follows_its_rows(model, processor, use_cache):
+    """With four beams the rows of the cache change places at every step; the likeliest found is no less likely."""
+    inputs = prepared(processor, [TALKS[0], [user("is a heart what?")]])
+    how = {"max_new_tokens": N_NEW, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    with torch.no_grad():
+        beams = model.generate(**inputs, num_beams=4, use_cache=use_cache, **how)
+        # what the beams say of their own likelihood, against a plain forward over the sequences they found
+        ids, start = beams.sequences, inputs["input_ids"].shape[1]
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, start:])], dim=1)
+        logp = torch.log_softmax(model(input_ids=ids, attention_mask=mask).logits[:, start - 1 : -1], -1)
+    picked = logp.gather(-1, ids[:, start:, None])[..., 0]
+    ends = [(row == 2).nonzero()[0, 0].item() + 1 if (row == 2).any() else len(row) for row in ids[:, start:]]
+    expected = torch.stack([picked[row, :end].sum() / end for row, end in enumerate(ends)])
+    torch.testing.assert_close(beams.sequences_scores, expected, rtol=0, atol=1e-4)
+
+
+def test_a_cache_goes_on_where_it_was(library, model, processor):
+    """The conversation so far stays in the cache; the next turn brings its own pictures only."""
+    first, rest = [user(PICTURES[0], "what is this?")], TALKS[2]
+    talk = [*first, {"role": "assistant", "content": "a red heart"}, *rest[2:]]
+    begun, whole = prepared(processor, first), prepared(processor, talk)
+    cut = begun["input_ids"].shape[1]
+    assert torch.equal(whole["input_ids"][:, :cut], begun["input_ids"])
+    with torch.no_grad():
+        cache = model(**begun).past_key_values
+        onward = {**whole, "pixel_values": whole["pixel_values"][1:], "past_key_values": cache}
+        ids = model.generate(**onward, max_new_tokens=N_NEW, do_sample=False)
+    found = processor.decode(ids[0, whole["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert found == library.generate(talk, max_new_tokens=N_NEW)
+    with pytest.raises(InputError, match="2 pictures are 2 x 4 tokens, but the rows of input_ids have room for .4."):
+        model.generate(**{**onward, "pixel_values": whole["pixel_values"], "past_key_values": model(
+            **begun, use_cache=True).past_key_values}, max_new_tokens=1)  # fmt: skip
+
+
+def test_streamed_text_is_the_answer(library, model, processor):
+    inputs = prepared(processor, TALKS[1])
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answers(model, processor, inputs, streamer=streamer)
+    assert "".join(streamer) == library.generate(TALKS[1], max_new_tokens=N_NEW)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return pipeline("image-text-to-text", model=str(folder), device="cpu")
+
+
+def test_pipeline_of_messages_and_of_pictures(library, pipe):
+    said = pipe(text=TALKS[2], max_new_tokens=N_NEW, return_full_text=False)[0]["generated_text"]
+    assert said == library.generate(TALKS[2], max_new_tokens=N_NEW)
+    asked = pipe(images=PICTURES[1], text="what is <image> ?", max_new_tokens=N_NEW, return_full_text=False)
+    assert asked[0]["generated_text"] == library.generate("what is <image> ?", PICTURES[1], max_new_tokens=N_NEW)
+    both = pipe(text=TALKS[1:], max_new_tokens=N_NEW)  # one by one: transformers' own batching has no place for pixels
+    assert [row[0]["generated_text"][-1]["content"] for row in both] == [
+        library.generate(talk, max_new_tokens=N_NEW) for talk in TALKS[1:]
+    ]
+
+
+def test_pipeline_of_text_for_a_model_without_eyes(tmp_path):
+    tiny_model(encoder=None, bridge=None).save_pretrained(tmp_path)
+    library = LongLLaVA.from_pretrained(tmp_path, device="cpu", dtype="float32")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is ours.LongLLaVAForConditionalGeneration
+    pipe = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    talk = [{"role": "user", "content": "what is this?"}]
+    said = pipe(talk, max_new_tokens=N_NEW, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert said == library.generate(talk, max_new_tokens=N_NEW)
+    with pytest.raises(InputError, match="pixel_values: this model reads text only"):
+        pipe.model(input_ids=torch.zeros(1, 4, dtype=torch.long), pixel_values=torch.zeros(1, 3, 16, 16))
+
+
+def test_a_folder_is_the_same_whoever_wrote_it(folder, tmp_path, model, processor, library):
+    model.save_pretrained(tmp_path / "theirs")
+    processor.save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs/config.json").read_text() == (folder / "config.json").read_text()
+    expected = library.generate(TALKS[2], max_new_tokens=N_NEW)
+    back = LongLLaVA.from_pretrained(tmp_path / "theirs", device="cpu")
+    assert back.generate(TALKS[2], max_new_tokens=N_NEW) == expected
+    back.save_pretrained(tmp_path / "ours")
+    for place in ("theirs", "ours"):
+        again = AutoModelForImageTextToText.from_pretrained(tmp_path / place)
+        assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+        its_processor = AutoProcessor.from_pretrained(tmp_path / place)
+        assert type(its_processor) is ours.LongLLaVAProcessor
+        assert type(AutoTokenizer.from_pretrained(tmp_path / place)) is ours.LongLLaVATokenizer
+        assert answers(again, its_processor, prepared(its_processor, TALKS[2])) == [expected]
+
+
+def test_dtypes_and_devices(folder):
+    exact = ("A_log_EN", "D_E", "dt_bias_E", "log_length_H")
+    half = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": "cpu"})
+    for key, tensor in half.state_dict().items():
+        assert tensor.dtype == (torch.float32 if key.endswith(exact) else torch.bfloat16), key
+    for arguments, words in (
+        ({"device_map": {"encoder": "cpu", "backbone": "meta"}}, "device_map: got 2 places"),
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation: attention chooses its backend"),
+        ({"quantization_config": {"load_in_8bit": True}}, "from_pretrained: quantization_config cannot be used"),
+    ):
+        with pytest.raises(InputError, match=words):
+            ours.LongLLaVAForConditionalGeneration.from_pretrained(folder, **arguments)
+
+
+def test_the_published_layout(tmp_path):
+    published.longllava(tmp_path, 4)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is ours.LongLLaVAConfig and config.prompt["between_turns"] == "\n"
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    expected = load_model(tmp_path).state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+    model.save_pretrained(tmp_path / "native")
+    assert load_model(tmp_path / "native").config == config.model_config()
+
+
+def test_other_folders_stay_transformers_own(tmp_path):
+    published.jamba(tmp_path, 1)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)).__name__ == "JambaForCausalLM"
+
+
+def test_no_code_of_a_folder_is_run(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "theirs.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass A: pass\n")
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "theirs.A", "AutoModelForImageTextToText": "theirs.A"}
+    (copy / "config.json").write_text(json.dumps(config))
+    for trust in (False, True):
+        with pytest.raises(ConfigError, match="unknown key 'auto_map'"):
+            AutoModelForImageTextToText.from_pretrained(copy, trust_remote_code=trust)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_model_from_its_config(folder):
+    config = AutoConfig.from_pretrained(folder)
+    models = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        models.append(AutoModelForImageTextToText.from_config(config).state_dict())
+    key = "backbone.layers.0.mixer.in_proj.weight"
+    assert torch.equal(models[0][key], models[2][key]) and not torch.equal(models[0][key], models[1][key])
+    assert models[0].keys() == Model(tiny_config(3)).state_dict().keys()
+
+
+def test_pictures_and_places_must_agree(model, processor):
+    inputs = prepared(processor, TALKS)
+    pixels = inputs["pixel_values"]
+    for wrong in (pixels[:3], torch.cat([pixels, pixels[:1]])):
+        with pytest.raises(InputError, match=rf"{len(wrong)} pictures .* have room for \[0, 4, 12\]"):
+            model(**{**inputs, "pixel_values": wrong})
+    ids = inputs["input_ids"].clone()
+    ids[1, (ids[1] == 0) & (inputs["attention_mask"][1] == 1)] = 9  # the row's picture has no room, the next has more
+    ids[2, -4:] = 0
+    with pytest.raises(InputError, match=r"have room for \[0, 0, 16\]|4 pictures"):
+        model(**{**inputs, "input_ids": ids, "pixel_values": pixels[:3]})
+    unmasked = {"input_ids": prepared(processor, TALKS[1])["input_ids"], "pixel_values": pixels[:1]}
+    assert answers(model, processor, unmasked) == answers(model, processor, prepared(processor, TALKS[1]))
+
+
+def test_what_has_no_meaning_here_is_refused(model, processor):
+    inputs = prepared(processor, TALKS[0])
+    for change, words in (
+        ({"past_key_values": DynamicCache()}, "got a DynamicCache; this model's layers keep a LongLLaVACache"),
+        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask: got \(1, 3\), expected \(1, \d+\)"),
+        ({"output_hidden_states": True}, "output_hidden_states: this model gives logits"),
+        ({"inputs_embeds": torch.zeros(1, 2, 32)}, "give input_ids or inputs_embeds"),
+    ):
+        with pytest.raises(InputError, match=words):
+            model(**{**inputs, **change})
+    cache = model(**inputs, use_cache=True).past_key_values
+    for call in (cache.crop, cache.activate_past_recording):
+        with pytest.raises(InputError, match="cannot be taken back out"):
+            call()
+    cache.reset()
+    assert cache.get_seq_length() == 0 and not cache.is_initialized
+    with pytest.raises(InputError, match="resize_token_embeddings"):
+        model.resize_token_embeddings(100)
+
+
+def test_generation_settings_of_the_folder(folder, tmp_path, library):
+    """The folder's own, with its eos; ids that no tokenizer knows are never said."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": true, "eos_token_id": 7}')
+    settings = AutoModelForImageTextToText.from_pretrained(copy).generation_config
+    assert (settings.temperature, settings.do_sample, settings.eos_token_id, settings.pad_token_id) == (0.3, True, 2, 2)
+    more = tiny_config(backbone=type(library.model.config.backbone)(**{
+        **asdict(library.model.config.backbone), "vocab_size": library.tokenizer.vocab_size + 2}))  # fmt: skip
+    spare = LongLLaVA(Model(more), library.tokenizer)
+    spare.model.initialise_()
+    spare.save_pretrained(tmp_path / "spare")
+    settings = AutoModelForImageTextToText.from_pretrained(tmp_path / "spare").generation_config
+    assert settings.suppress_tokens == [library.tokenizer.vocab_size, library.tokenizer.vocab_size + 1]
+
+
+def test_a_damaged_folder_is_told(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no model.safetensors"):
+        AutoModelForImageTextToText.from_pretrained(copy)
+    buffer = io.BytesIO()
+    PICTURES[0].save(buffer, "PNG")
+    (copy / "tokenizer.json").write_bytes(buffer.getvalue())
+    with pytest.raises(CheckpointError, match="tokenizer.json: cannot be read"):
+        AutoProcessor.from_pretrained(copy)
