@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longllava.errors import InputError
+from longllava.generation.decoding import is_static, static_tokens
 from longllava.generation.prefill import Reader
 from longllava.generation.sampling import Sampling, next_tokens
 from longllava.generation.streaming import TextStream
@@ -77,13 +78,23 @@ def decode_many(reader: Reader, last_BD: Tensor, state: State, next_B: Tensor, s
     generators = [sampling.generator() for _ in range(n_rows)]
     answers = [""] * n_rows
     going = [True] * n_rows
-    for number in range(sampling.max_new_tokens):
-        tokens = next_tokens(reader.logits(last_BD), sampling, generators).tolist()
+
+    def take(tokens: list[int]) -> bool:
+        """Add each row's token to its answer; whether any row goes on."""
         for row, token in enumerate(tokens):
             if going[row] and token != tokenizer.eos_id:
                 answers[row] += texts[row].push(token)
             going[row] = going[row] and token != tokenizer.eos_id and not texts[row].done
-        if not any(going) or number + 1 == sampling.max_new_tokens:
+        return any(going)
+
+    if is_static(reader):
+        for tokens in static_tokens(reader, last_BD, state, next_B, sampling, generators):
+            if not take(tokens):
+                break
+        return [answer + text.finish() for answer, text in zip(answers, texts)]
+    for number in range(sampling.max_new_tokens):
+        tokens = next_tokens(reader.logits(last_BD), sampling, generators).tolist()
+        if not take(tokens) or number + 1 == sampling.max_new_tokens:
             break
         seq_idx_B1 = torch.tensor([[0 if row else PADDING] for row in going], dtype=torch.int32, device=device)
         ctx = Context(seq_idx_B1, (next_B + number)[:, None])

@@ -15,6 +15,7 @@ from torch import Tensor
 from longllava.errors import InputError, LongLLaVAError
 
 MAX_SEED = 2**63 - 1
+NOT_FINITE = -1  # in the place of a token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,24 +70,42 @@ def next_tokens(logits_BV: Tensor, sampling: Sampling, generators: list[torch.Ge
 
     Raises: LongLLaVAError when a row's largest logit is NaN or infinite, which a damaged model or an overflow makes.
     """
-    logits_BV = logits_BV.float().cpu()
+    uniform_B = None
+    if sampling.temperature:
+        uniform_B = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    tokens_B = drawn(logits_BV.float().cpu(), sampling, uniform_B)
+    check_finite(tokens_B.tolist())
+    return tokens_B
+
+
+def drawn(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> Tensor:
+    """(B,) token ids on the logits' device, without waiting for it; NOT_FINITE where the largest logit is not finite.
+
+    uniform_B: a number from 0 to 1 (fp64) for each row, with which it draws; None at temperature 0.
+    """
+    logits_BV = logits_BV.float()
     largest_B1 = logits_BV.amax(-1, keepdim=True)  # NaN where any is
-    if not torch.isfinite(largest_B1).all():
+    finite_B = torch.isfinite(largest_B1)[:, 0]
+    if uniform_B is None:
+        return torch.where(finite_B, logits_BV.argmax(-1), NOT_FINITE)
+    # the largest becomes 0 first: divided by a tiny temperature, of which fp32 makes 0, it would be infinite
+    probabilities_BV = kept(torch.softmax((logits_BV - largest_B1) / max(sampling.temperature, 1e-30), -1), sampling)
+    sums_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)  # a token is drawn where they pass the row's number
+    tokens_B = torch.searchsorted(sums_BV, uniform_B[:, None] * sums_BV[:, -1:], right=True)[:, 0]
+    return torch.where(finite_B, tokens_B.clamp(max=logits_BV.shape[-1] - 1), NOT_FINITE)
+
+
+def check_finite(tokens: list[int]) -> list[int]:
+    """Raises: LongLLaVAError when a token could not be drawn."""
+    if NOT_FINITE in tokens:
         raise LongLLaVAError(
             "the model's logits are NaN or infinite; its weights are damaged or its dtype overflows (try float32)"
         )
-    if sampling.temperature == 0:
-        return logits_BV.argmax(-1)
-    # the largest becomes 0 first: divided by a tiny temperature, of which fp32 makes 0, it would be infinite
-    probabilities_BV = kept(torch.softmax((logits_BV - largest_B1) / max(sampling.temperature, 1e-30), -1), sampling)
-    return torch.stack([
-        torch.multinomial(row_V, 1, generator=generator)[0]
-        for row_V, generator in zip(probabilities_BV, generators)
-    ])  # fmt: skip
+    return tokens
 
 
 def kept(probabilities_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities with those outside top-k and top-p set to 0 (not rescaled: multinomial does that).
+    """Probabilities with those outside top-k and top-p set to 0, not rescaled.
 
     top_p keeps the smallest set of likeliest tokens whose mass reaches top_p, at least one
     (Holtzman et al. 2020, arXiv:1904.09751, section 3.1).
@@ -98,5 +117,5 @@ def kept(probabilities_BV: Tensor, sampling: Sampling) -> Tensor:
         sorted_BV[:, sampling.top_k :] = 0
     if sampling.top_p < 1:  # else rounding would drop the last ones
         mass_before_BV = (sorted_BV.cumsum(-1) - sorted_BV) / sorted_BV.sum(-1, keepdim=True)
-        sorted_BV[mass_before_BV >= sampling.top_p] = 0
+        sorted_BV = sorted_BV.masked_fill(mass_before_BV >= sampling.top_p, 0)
     return torch.zeros_like(probabilities_BV).scatter(-1, order_BV, sorted_BV)

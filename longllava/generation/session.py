@@ -18,6 +18,7 @@ from torch import Tensor
 from longllava.errors import InputError
 from longllava.generation import saving
 from longllava.generation.batch import answer_many
+from longllava.generation.decoding import is_static, static_tokens
 from longllava.generation.prefill import Reader
 from longllava.generation.sampling import Sampling, next_tokens
 from longllava.generation.streaming import TextStream
@@ -208,7 +209,8 @@ class Session:
         return self.answer(self.encode(pieces), sources, sampling)
 
     def answer(self, encoded: Encoded, sources: Sequence[Any], sampling: Sampling) -> Iterator[str]:
-        room = self.room(len(encoded.ids) + sampling.max_new_tokens)
+        # a static decoder has room of its own
+        room = self.room(len(encoded.ids) + (0 if is_static(self.reader) else sampling.max_new_tokens))
         hidden_1D, state = self.reader.read(encoded, sources, room, self.n_tokens)
         text = TextStream(self.reader.processor.tokenizer, sampling.stop_strings())
         for token in self.tokens(hidden_1D, state, self.n_tokens + len(encoded.ids), sampling):
@@ -224,6 +226,12 @@ class Session:
         model = self.reader.model
         generators = [sampling.generator()]
         token = -1
+        if is_static(self.reader):
+            for (token,) in static_tokens(self.reader, hidden_1D, state, torch.tensor([start]), sampling, generators):
+                if token == self.reader.processor.tokenizer.eos_id:
+                    return
+                yield token
+            return
         for number in range(sampling.max_new_tokens):
             with torch.inference_mode():  # inside the loop: between two tokens the caller's code runs
                 if number:

@@ -1,0 +1,87 @@
+"""Decoding in place gives what decoding with growing states gives: on a CPU step by step, on a GPU from a graph."""
+
+import pytest
+import torch
+
+from longllava.errors import LongLLaVAError
+from longllava.generation import Sampling, batch, decoding, session
+from longllava.nn import AttentionState
+from tests.generation.test_batch import IMAGES, PROMPTS
+from tests.generation.test_session import MODELS, PICTURES, SHORT
+from tests.tiny import tiny_model
+
+DRAWN = ({}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.7, "seed": 5, "top_k": 20, "top_p": 0.9})
+QUESTIONS = ["what is this?", "a", "is it the red heart of this? " * 3]
+
+
+@pytest.fixture(params=[2, 512])
+def static(request, monkeypatch):
+    """Decoding as on a GPU, with room for two tokens at first, or for all."""
+    monkeypatch.setattr(decoding, "PLACES", request.param)
+
+    def turn(on: bool) -> None:
+        for module in (batch, session):
+            monkeypatch.setattr(module, "is_static", lambda reader: on)
+
+    return turn
+
+
+@pytest.mark.parametrize("n_experts", [1, 3])
+@pytest.mark.parametrize("drawn", DRAWN, ids=str)
+def test_an_answer_is_the_same(n_experts, drawn, static):
+    model = MODELS[n_experts]
+    answers = []
+    for on in (False, True):
+        static(on)
+        album = model.session(images=PICTURES[:3])
+        before = [layer.n_tokens() for layer in album.state if isinstance(layer, AttentionState)]
+        asked = [album.ask(question, **drawn, **SHORT) for question in QUESTIONS]
+        assert [layer.n_tokens() for layer in album.state if isinstance(layer, AttentionState)] == before
+        answers.append([model.generate("a", PICTURES[:2], **drawn, **SHORT), *asked])
+    assert answers[0] == answers[1] and len(set(answers[0])) == 4
+
+
+@pytest.mark.parametrize("n_experts", [1, 3])
+@pytest.mark.parametrize("drawn", DRAWN[::2], ids=str)
+def test_a_batch_is_the_same(n_experts, drawn, static):
+    model = MODELS[n_experts]
+    answers = []
+    for on in (False, True):
+        static(on)
+        album = model.session(images=PICTURES[:3])
+        many = album.ask_many(QUESTIONS, **drawn, **SHORT)
+        answers.append(many + model.generate_batch(PROMPTS, IMAGES, **drawn, **SHORT))
+    assert answers[0] == answers[1] and len(set(answers[0])) > 5
+
+
+def test_logits_that_are_not_finite_are_an_error(static):
+    static(True)
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.backbone.final_norm.weight.fill_(torch.nan)
+    with pytest.raises(LongLLaVAError, match="logits are NaN or infinite"):
+        model.generate("a", max_new_tokens=3)
+
+
+def test_a_row_draws_as_it_would_token_by_token():
+    at_once = torch.rand(40, generator=Sampling(seed=7).generator(), dtype=torch.float64)
+    generator = Sampling(seed=7).generator()
+    one_by_one = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for _ in range(40)])
+    assert torch.equal(at_once, one_by_one)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("drawn", DRAWN, ids=str)
+def test_a_graph_gives_what_steps_give(drawn, monkeypatch):
+    monkeypatch.setattr(decoding, "PLACES", 16)
+    model = tiny_model()
+    model.model.to("cuda")
+    assert decoding.is_static(model.session().reader)
+    answers = []
+    for on in (False, True):
+        for module in (batch, session):
+            monkeypatch.setattr(module, "is_static", lambda reader, on=on: on)
+        album = model.session(images=PICTURES[:3])
+        options = {**drawn, "max_new_tokens": 50}
+        answers.append([*album.ask_many(QUESTIONS, **options), *(album.ask(q, **options) for q in QUESTIONS)])
+    assert answers[0] == answers[1]
