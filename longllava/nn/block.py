@@ -31,3 +31,18 @@ class Block(nn.Module):
         mixed_BLD, state = self.mixer(self.mixer_norm(x_BLD), ctx, state)
         x_BLD = x_BLD + mixed_BLD
         return x_BLD + self.ffn(self.ffn_norm(x_BLD), ctx), state
+
+    def onward(
+        self, x_BLD: Tensor, fed_BLD: Tensor | None, ctx: Context, state: LayerState | None
+    ) -> tuple[Tensor, Tensor, LayerState]:
+        """`forward` of x + fed, whose own last sum is left to the next layer: each sum is made where it is normalised.
+
+        Without gradients. Returns: x and what is to be added to it, and the state.
+        """
+        if fed_BLD is None:
+            normed_BLD = self.mixer_norm(x_BLD)
+        else:
+            normed_BLD, x_BLD = self.mixer_norm.added(fed_BLD, x_BLD)
+        mixed_BLD, state = self.mixer(normed_BLD, ctx, state)
+        normed_BLD, x_BLD = self.ffn_norm.added(mixed_BLD, x_BLD)
+        return x_BLD, self.ffn(normed_BLD, ctx), state

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longllava.ops.fused import rms_norm
+
 
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
@@ -14,7 +16,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # the published order: normalise in fp32, round, then scale in the weights' dtype
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        if x.device.type == "cpu":  # one call less for each token
+            if x.dtype == torch.float32:
+                return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            # the published order: normalise in fp32, round, then scale in the weights' dtype
+            return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        y, _ = rms_norm(x, self.weight, self.eps)
+        assert isinstance(y, Tensor)
+        return y
+
+    def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of total = residual + x, and total, in one pass where there is a kernel."""
+        y, total = rms_norm(x, self.weight, self.eps, residual)
+        assert isinstance(y, Tensor)
+        return y, total

@@ -165,13 +165,14 @@ class QuantizedNorm(nn.Module):
         self.weight, self.eps, self.dynamic_from = norm.weight, norm.eps, dynamic_from
 
     def forward(self, x_BLD: Tensor) -> Tensor | Quantized:
-        dynamic = x_BLD.shape[-2] >= self.dynamic_from and not differentiated(x_BLD, self.weight)
-        return rms_norm(x_BLD, self.weight, self.eps, quantized=dynamic)[0]
+        return rms_norm(x_BLD, self.weight, self.eps, quantized=self.quantizes(x_BLD))[0]
 
     def added(self, x_BLD: Tensor, residual_BLD: Tensor) -> tuple[Tensor | Quantized, Tensor]:
-        """As RMSNorm.added."""
-        dynamic = x_BLD.shape[-2] >= self.dynamic_from and not differentiated(x_BLD, residual_BLD, self.weight)
-        return rms_norm(x_BLD, self.weight, self.eps, residual_BLD, quantized=dynamic)
+        """The norm of total = residual + x, and total."""
+        return rms_norm(x_BLD, self.weight, self.eps, residual_BLD, quantized=self.quantizes(x_BLD))
+
+    def quantizes(self, x_BLD: Tensor) -> bool:
+        return x_BLD.shape[-2] >= self.dynamic_from and not differentiated(x_BLD, self.weight)
 
 
 def differentiated(*tensors: Tensor) -> bool:

@@ -198,3 +198,16 @@ def test_equals_transformers_jamba(n_experts):
         hidden, _ = ours(ours.embed_tokens(ids), Context(seq_idx))
         got = ours.logits(hidden)
     torch.testing.assert_close(got[mask == 1], expected[mask == 1], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sums_made_in_the_norms_are_the_same_sums(variant):
+    """What a GPU runs without gradients."""
+    backbone = tiny(variant)
+    x_BLD = torch.randn(2, 9, 32)
+    states = [backbone.empty_state(2, 9, "cpu", torch.float32) for _ in range(2)]
+    truth, truth_state = backbone(x_BLD, Context(), states[0])
+    found, found_state = backbone.without_gradients(x_BLD, Context(), states[1])
+    assert torch.allclose(found, truth, atol=1e-5)
+    assert torch.allclose(found_state[0].scan_BEN, truth_state[0].scan_BEN, atol=1e-5)
