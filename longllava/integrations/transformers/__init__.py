@@ -9,7 +9,8 @@
     processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_special_tokens=True)
 
 A folder is one that save_pretrained wrote, ours or transformers', or LongLLaVA's published layout (model_type
-llava_jamba). Plain Jamba and stock Llava folders stay transformers' own. No code of a folder is ever run.
+llava_jamba). Plain Jamba and stock Llava folders stay transformers' own. No code of a folder is run (transformers 5.0,
+if it is told trust_remote_code=True, runs it before it asks this library).
 """
 
 from __future__ import annotations

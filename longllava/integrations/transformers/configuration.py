@@ -79,8 +79,9 @@ class LongLLaVAConfig(PreTrainedConfig):
         """A config.json's values. name_or_path: where it lies; then it is read strictly, with its tokenizer's ids."""
         if (name := kwargs.get("name_or_path")) is not None:
             folder = Path(name)
-            config = build(ModelConfig, config_dict, str(folder / CONFIG))
-            config_dict = dataclasses.asdict(config)
+            written = {key: value for key, value in config_dict.items() if not key.startswith("_")}  # not transformers'
+            config = build(ModelConfig, written, str(folder / CONFIG))
+            config_dict = config_dict | dataclasses.asdict(config)
             with contextlib.suppress(CheckpointError):  # AutoProcessor would hide it; who needs the tokenizer says so
                 config_dict |= token_ids(folder, config)
         return super().from_dict(config_dict, **kwargs)

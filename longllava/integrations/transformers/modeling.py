@@ -242,7 +242,8 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(*arguments, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
-        inputs.pop("position_ids", None)
+        for name in ("position_ids", "cache_position"):  # the mask and the cache know; the second one is of 5.0
+            inputs.pop(name, None)
         return inputs
 
     def get_input_embeddings(self) -> nn.Module:
