@@ -1,8 +1,9 @@
 """Packaging. Lower bounds are here, the tested set is in constraints.txt, tool settings in pyproject.toml.
 
 A wheel carries the package, its assets, configs/ and data_recipes/ (so that an installed package needs no
-clone) and, where a C++ compiler is found, the compiled CPU kernels. Without one the wheel is pure Python:
-everything works, slower. torch is not needed to build.
+clone) and, where a C++ compiler is found, the compiled CPU kernels; where nvcc and a GPU are found, or
+LONGLLAVA_CUDA=1 is set, the CUDA kernels too. Without them the wheel is pure Python: everything works, slower. torch is
+not needed to build.
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
-LIBRARY = "lib/liblongllava_cpu.so"
+LIBRARIES = "lib/liblongllava_*.so"
 SHIPPED = ("configs", "data_recipes")
 
 CORE = [
@@ -52,16 +53,20 @@ def version() -> str:
     return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)[1]
 
 
-def compile_library(folder: Path) -> None:
-    """Build the CPU kernels into `folder`; where that cannot be done, say so in one sentence and go on."""
+def compile_libraries(folder: Path) -> None:
+    """Build the kernels into `folder`; where that cannot be done, say so in one sentence and go on."""
     spec = importlib.util.spec_from_file_location("longllava_csrc_build", HERE / "csrc/build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    try:
-        module.build(folder)
-    except (OSError, RuntimeError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"longllava: the C++ kernels were not built ({first_line}); plain torch stands in, slower.")
+    builds = [("C++", module.build, "plain torch stands in, slower")]
+    if module.wants_cuda():
+        builds.append(("CUDA", module.build_cuda, "Triton's stand in"))
+    for kind, build, instead in builds:
+        try:
+            build(folder)
+        except (OSError, RuntimeError) as error:
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"longllava: the {kind} kernels were not built ({first_line}); {instead}.")
 
 
 class BuildPy(build_py):
@@ -73,7 +78,7 @@ class BuildPy(build_py):
         if not self.editable_mode:
             for kind in SHIPPED:
                 shutil.copytree(HERE / kind, package / kind)
-        compile_library(package / "lib")
+        compile_libraries(package / "lib")
 
 
 class BdistWheel(bdist_wheel):
@@ -82,7 +87,7 @@ class BdistWheel(bdist_wheel):
     def run(self) -> None:
         self.run_command("build")
         package = Path(self.get_finalized_command("build_py").build_lib) / "longllava"
-        self.root_is_pure = not (package / LIBRARY).is_file()
+        self.root_is_pure = not any(package.glob(LIBRARIES))
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:

@@ -1,9 +1,14 @@
-"""Builds the CPU kernels into one shared library. Needs a C++17 compiler (GCC >= 9, Clang >= 11).
+"""Builds the CPU kernels into one shared library, and the CUDA kernels into another where they can be used.
 
     python csrc/build.py [output_dir]          default: longllava/lib
 
-Every csrc/*_kernels.cpp is compiled once per form (portable; on x86-64 also AVX2 and AVX-512), every other
-csrc/*.cpp once; see isa.h. Takes seconds. CXX names the compiler, CXXFLAGS adds flags.
+The first needs a C++17 compiler (GCC >= 9, Clang >= 11). Every csrc/*_kernels.cpp is compiled once per form (portable;
+on x86-64 also AVX2 and AVX-512), every other csrc/*.cpp once; see isa.h. Takes seconds. CXX names the compiler,
+CXXFLAGS adds flags.
+
+The second needs nvcc (CUDA 12 or newer) on PATH and is built where a GPU is seen, or LONGLLAVA_CUDA=1 asks for it;
+LONGLLAVA_CUDA=0 forbids it. It takes minutes. LONGLLAVA_CUDA_ARCHS names the GPUs, "80 90" if it is not set; the last
+is also put in as PTX, which the driver of a newer GPU compiles.
 """
 
 from __future__ import annotations
@@ -30,8 +35,13 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vecto
 X86_FORMS: dict[str, list[str]] = {"portable": [], "avx2": AVX2, "avx512": AVX2 + AVX512}
 
 
+CUDA_NAME = "liblongllava_cuda.so"
+CUDA_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_ARCHS = "80 90"
+
+
 class NoCompiler(RuntimeError):
-    """No usable C++ compiler. The library works without the kernels, more slowly."""
+    """No usable C++ compiler, or no nvcc. The library works without the kernels, more slowly."""
 
 
 def compiler() -> list[str]:
@@ -48,15 +58,9 @@ def compiler() -> list[str]:
 
 
 def build(output_dir: str | Path) -> Path:
-    """Compile and link into `output_dir`; return the library's path. Raises NoCompiler or RuntimeError.
-
-    The finished file replaces the old one in one step, so a running process keeps the one it has loaded.
-    """
+    """Compile and link into `output_dir`; return the library's path. Raises NoCompiler or RuntimeError."""
     command = [*compiler(), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     forms = X86_FORMS if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    finished, unfinished = output_dir / NAME, output_dir / f".{NAME}.{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix="longllava-build-") as scratch:
         jobs: list[list[str]] = []
         for source in sorted(SOURCES.glob("*.cpp")):
@@ -68,7 +72,37 @@ def build(output_dir: str | Path) -> Path:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(_run, jobs))
         objects = [job[-1] for job in jobs]
-        _run([*command, "-shared", "-pthread", *objects, "-o", str(unfinished)])
+        return _link([*command, "-shared", "-pthread", *objects], Path(output_dir), NAME)
+
+
+def wants_cuda() -> bool:
+    """Whether the CUDA kernels are to be built: as LONGLLAVA_CUDA says, else where there are nvcc and a GPU."""
+    if chosen := os.environ.get("LONGLLAVA_CUDA"):
+        return chosen != "0"
+    return shutil.which("nvcc") is not None and (Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists())
+
+
+def build_cuda(output_dir: str | Path) -> Path:
+    """Compile and link the CUDA kernels into `output_dir`; return the library's path. Raises as `build` does."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise NoCompiler("nvcc is not on PATH; install the CUDA toolkit, or unset LONGLLAVA_CUDA")
+    archs = os.environ.get("LONGLLAVA_CUDA_ARCHS", CUDA_ARCHS).split()
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    command = [nvcc, *CUDA_FLAGS, f"-I{SOURCES}", *codes]
+    with tempfile.TemporaryDirectory(prefix="longllava-build-") as scratch:
+        jobs = [[*command, "-c", str(x), "-o", f"{scratch}/{x.stem}.o"] for x in sorted(SOURCES.glob("*.cu"))]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(_run, jobs))
+        return _link([*command, "-shared", *(job[-1] for job in jobs)], Path(output_dir), CUDA_NAME)
+
+
+def _link(command: list[str], output_dir: Path, name: str) -> Path:
+    """The finished file replaces the old one in one step, so a running process keeps the one it has loaded."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    finished, unfinished = output_dir / name, output_dir / f".{name}.{os.getpid()}"
+    _run([*command, "-o", str(unfinished)])
     os.replace(unfinished, finished)
     return finished
 
@@ -76,14 +110,17 @@ def build(output_dir: str | Path) -> Path:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the C++ compiler failed:\n  {shlex.join(command)}\n{done.stderr.strip()}")
+        raise RuntimeError(f"the compiler failed:\n  {shlex.join(command)}\n{done.stderr.strip()}")
     if done.stderr.strip():
         sys.stderr.write(done.stderr)
 
 
 if __name__ == "__main__":
     default = SOURCES.parent / "longllava" / "lib"
+    target = sys.argv[1] if len(sys.argv) > 1 else default
     try:
-        print(build(sys.argv[1] if len(sys.argv) > 1 else default))
+        print(build(target))
+        if wants_cuda():
+            print(build_cuda(target))
     except RuntimeError as error:
         sys.exit(f"csrc/build.py: {error}")

@@ -24,7 +24,7 @@ config
 ops.dispatch
 ops.native
 ops.sequences ops.quantized ops.upstream_support ops.triton_trial
-ops.triton_support ops.triton_int8
+ops.triton_support ops.triton_int8 ops.native_cuda
 ops.selective_scan ops.causal_conv1d ops.attention ops.int8_linear ops.fused ops.experts ops.vision
 ops.__init__
 nn

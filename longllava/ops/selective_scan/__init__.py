@@ -7,13 +7,14 @@ from torch import Tensor
 
 from longllava.errors import LongLLaVAError
 from longllava.ops.dispatch import Backend, choose
-from longllava.ops.selective_scan import blocked, cpu, reference, triton, upstream
+from longllava.ops.selective_scan import blocked, cpu, cuda, reference, triton, upstream
 
 # best first; the last is the judge
 BACKENDS = tuple(
     Backend(name, module.run, module.why_not, getattr(module, "run_", None))
     for name, module in (
         ("triton", triton),
+        ("cuda", cuda),
         ("upstream", upstream),
         ("cpu", cpu),
         ("blocked", blocked),

@@ -1,0 +1,93 @@
+// What the CUDA kernels need of the device: element types, the special-function unit, copies into shared memory.
+//
+// tests/ops/emulated/device.cuh holds the same names for a CPU, so that the kernels' arithmetic and indices are tested
+// where there is no GPU: therefore kernels use these and no intrinsics of their own.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define LONGLLAVA_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace longllava {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+template <class T> struct alignas(4 * sizeof(T)) Quad { T v[4]; };
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
+
+template <class T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ __forceinline__ fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
+
+// Two conversions are one instruction.
+__device__ __forceinline__ Quad<float> quad_from(const float (&x)[4], float) { return {{x[0], x[1], x[2], x[3]}}; }
+__device__ __forceinline__ Quad<bf16> quad_from(const float (&x)[4], bf16) {
+  const __nv_bfloat162 a = __floats2bfloat162_rn(x[0], x[1]), b = __floats2bfloat162_rn(x[2], x[3]);
+  return {{a.x, a.y, b.x, b.y}};
+}
+__device__ __forceinline__ Quad<fp16> quad_from(const float (&x)[4], fp16) {
+  const __half2 a = __floats2half2_rn(x[0], x[1]), b = __floats2half2_rn(x[2], x[3]);
+  return {{a.x, a.y, b.x, b.y}};
+}
+
+// One instruction each. Without .ftz the compiler adds three for results below 2^-126.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 16 bytes from global to shared memory without a register; zeros if not `wanted` (the address is then not read).
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool wanted) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(wanted ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// A barrier of THREADS threads of the block that may stand at different places of the code.
+template <int THREADS> __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
+// The maximum of non-negative floats: their bits order as they do, and the order of arrival changes nothing.
+__device__ __forceinline__ void atomic_max_nonnegative(float* at, float x) {
+  atomicMax(reinterpret_cast<int*>(at), __float_as_int(x));
+}
+
+// Launches a kernel with `bytes` of dynamic shared memory; returns the launch's error, 0 if none. A block gets more
+// than 48 KB only when asked for; it is asked for at every launch, since the answer belongs to the current device.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t bytes, void* stream,
+           const Arguments&... arguments) {
+  if (bytes > 48 * 1024) {
+    const cudaError_t refused =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (refused != cudaSuccess) return static_cast<int>(refused);
+  }
+  kernel<<<dim3(static_cast<unsigned>(blocks)), threads, bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  return static_cast<int>(cudaGetLastError());
+}
+
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char longllava_shared[];
+  return longllava_shared;
+}
+
+}  // namespace longllava

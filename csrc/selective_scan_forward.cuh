@@ -1,0 +1,89 @@
+// The scan's forward kernel. A block holds 64 channels and walks one span of time in tiles of TOKENS tokens.
+//
+// Two kinds of warps work side by side, a tile apart, and meet at one barrier a tile. Main warps do nothing but the
+// recurrence: four lanes hold a channel, each four states in registers, and take the tile's steps, B and C from shared
+// memory. Four helper warps do what is done once a token and channel: they copy tiles from memory DEPTH tiles ahead,
+// turn delta into steps for the next tile, and add up, gate and store the last tile's y. So the exponential unit,
+// which limits the whole, is kept busy by one kind while the other waits or multiplies.
+#pragma once
+
+#include "selective_scan_main.cuh"
+
+namespace longllava {
+
+template <class T, int TOKENS, int DEPTH, int PER_THREAD, bool FAST, bool STATES_ONLY>
+__global__ void __launch_bounds__(SCAN_THREADS<PER_THREAD>)
+scan_forward(const __grid_constant__ ScanArguments p) {
+  using Shared = ForwardShared<T, TOKENS, DEPTH>;
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
+  constexpr int RING = Shared::RING;
+  const Place at(p);
+  const int n_tiles = static_cast<int>((at.end - at.begin + TOKENS - 1) / TOKENS);
+  if (threadIdx.x < SCAN_HELPERS) {
+    Helper<T, TOKENS, DEPTH, FAST, STATES_ONLY> helper(p, at, shared, threadIdx.x);
+    for (int i = 0; i < DEPTH; ++i) {
+      if (i < n_tiles) helper.copy();
+      commit_copies();
+    }
+    helper.load_rows(0);
+    wait_copies<DEPTH - 1>();
+    meet<SCAN_THREADS<PER_THREAD>>();
+    int prepared = 0, finished = 0;  // places in the ring
+    for (int i = -1; i <= n_tiles; ++i) {
+      if (i + 1 + DEPTH < n_tiles) helper.copy();
+      commit_copies();
+      if (i + 1 < n_tiles) {
+        helper.put_rows((i + 1) & 1);
+        helper.load_rows((i + 2) * TOKENS);
+        helper.prepare((i + 1) * TOKENS, prepared, (i + 1) & 1);
+        prepared = prepared + 1 == RING ? 0 : prepared + 1;
+      }
+      if (!STATES_ONLY && i >= 1) {
+        helper.finish((i - 1) * TOKENS, finished, (i - 1) & 1);
+        finished = finished + 1 == RING ? 0 : finished + 1;
+      }
+      wait_copies<DEPTH - 1>();
+      meet<SCAN_THREADS<PER_THREAD>>();
+    }
+    return;
+  }
+  Main<T, TOKENS, DEPTH, PER_THREAD, FAST, STATES_ONLY> main(p, at, threadIdx.x - SCAN_HELPERS);
+  const int64_t one_state = p.channels * p.states;
+  const int lane = threadIdx.x % 32;
+  float* saved = nullptr;
+  if (!STATES_ONLY && p.saved != nullptr)
+    saved = p.saved + (at.batch * ((p.length + SCAN_CHUNK - 1) / SCAN_CHUNK) + at.begin / SCAN_CHUNK) * one_state;
+  int flag = FLAG_PLAIN;  // of this lane's token of the tile that comes next
+  const auto load_flag = [&](int64_t tile) {
+    const int64_t t = at.begin + tile * TOKENS + lane;
+    flag = !FAST && p.flags != nullptr && lane < TOKENS && t < at.end ? p.flags[at.batch * p.length + t] : FLAG_PLAIN;
+  };
+  load_flag(0);
+  meet<SCAN_THREADS<PER_THREAD>>();
+  for (int i = -1; i <= n_tiles; ++i) {
+    if (i >= 0 && i < n_tiles) {
+      uint32_t resets = 0;
+      if (!FAST) {
+        resets = __ballot_sync(0xffffffffu, flag == FLAG_RESET);
+        load_flag(i + 1);
+      }
+      if (saved != nullptr && i * TOKENS % SCAN_CHUNK == 0) {
+        main.store_all(saved, p, at);
+        saved += one_state;
+      }
+      main.advance(shared, i & 1, resets);
+    }
+    meet<SCAN_THREADS<PER_THREAD>>();
+  }
+  if (STATES_ONLY) {
+    main.store_all(p.pieces + (at.batch * p.n_spans + at.span) * one_state, p, at);
+#pragma unroll
+    for (int c = 0; c < PER_THREAD; ++c)
+      if (main.lane_group == 0 && at.channel + main.channel + c < p.channels)
+        p.sums[(at.batch * p.n_spans + at.span) * p.channels + at.channel + main.channel + c] = main.sum[c];
+  } else if (at.span + 1 == p.n_spans) {
+    main.store_all(p.end + at.batch * one_state, p, at);
+  }
+}
+
+}  // namespace longllava

@@ -1,0 +1,89 @@
+"""How the scan's CUDA kernels are called: spans of time, buffers, the arguments' struct.
+
+Time is walked serially where blocks of channels fill the GPU. Where they do not, it is cut into spans: one launch finds
+what each span adds to an empty state, one carries the state from span to span, and a last one does the work. The
+exponentials are then computed twice, so fewer than three spans would gain nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import torch
+from torch import Tensor
+
+from longllava.ops import native_cuda
+from longllava.ops.native_cuda import address, plain, rowed, rows
+from longllava.ops.selective_scan.triton_launch import flags_of
+
+MAX_STATES = 16
+CHANNELS, CHUNK = 64, 64  # SCAN_CHANNELS and SCAN_CHUNK of csrc/selective_scan_cuda.cuh
+MIN_SPAN = 128  # tokens: a shorter span does not pay for filling the pipeline of tiles twice
+FIELDS = struct.Struct("@53q")  # ScanArguments there
+NO_ROWS = (0, 0, 0)
+NO_GRADIENTS = (*NO_ROWS, *[0] * 10)
+VARIANT = int(os.environ.get("LONGLLAVA_SCAN_VARIANT", "0"))
+
+
+def n_blocks(channels: int) -> int:
+    return -(-channels // CHANNELS)
+
+
+def spans(batch: int, length: int, channels: int, device: torch.device) -> tuple[int, int]:
+    """(number of spans of time, tokens of each, a multiple of CHUNK)."""
+    missing = native_cuda.n_processors(device) // max(1, batch * n_blocks(channels))
+    wanted = min(missing, length // MIN_SPAN)
+    wanted = wanted if wanted >= 3 else 1
+    span = -(-max(1, length) // (wanted * CHUNK)) * CHUNK
+    return -(-max(1, length) // span), span
+
+
+def compute(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+    end: Tensor,
+    saved: Tensor | None,
+    maxima: Tensor | None = None,
+) -> Tensor:
+    """y; the state after each row goes to `end`, which may be `state`, the states for backward to `saved`, the largest
+    |y| of each token to `maxima` (B, L), fp32, which must hold zeros."""
+    batch, length, channels = u.shape
+    n_states = A.shape[1]
+    dtype, wanted = native_cuda.common_dtype(u, delta, B, C, z), u.dtype
+    y = u.new_empty(u.shape, dtype=dtype)
+    if u.numel() == 0:
+        end.zero_() if state is None else end.copy_(state)
+        return y.to(wanted)
+    u, delta, B, C, z = (rowed(x, dtype) for x in (u, delta, B, C, z))  # type: ignore[assignment]
+    parameters = [plain(x) for x in (A, D, delta_bias, state)]
+    flags = flags_of(seq_idx)
+    n_spans, span = spans(batch, length, channels, u.device)
+    pieces = sums = None
+    if n_spans > 1:
+        pieces = u.new_empty((batch, n_spans, channels, n_states), dtype=torch.float32)
+        sums = u.new_empty((batch, n_spans, channels), dtype=torch.float32)
+    arguments = FIELDS.pack(
+        FIELDS.size, native_cuda.DTYPES[dtype], batch, length, channels, n_states, delta_softplus, n_spans, span,
+        is_wide(u, delta, B, C, z), VARIANT, native_cuda.stream(u),
+        *rows(u), *rows(delta), *rows(z), *rows(B), *rows(C), *rows(y),
+        *map(address, (*parameters, flags, end, saved, pieces, sums, maxima)), *NO_GRADIENTS,
+    )  # fmt: skip
+    with torch.cuda.device_of(u):
+        native_cuda.succeed(native_cuda.function("longllava_cuda_scan_forward")(arguments), "selective_scan")
+    return y.to(wanted)
+
+
+def is_wide(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, *more: Tensor | None) -> bool:
+    """Whether the kernels may read rows of channels 16 bytes at a time, and all 16 states four at a time."""
+    states = B.shape[2] == MAX_STATES and native_cuda.is_wide(4 * B.element_size(), B, C)
+    return states and native_cuda.is_wide(16, u, delta, z, *more)

@@ -1,0 +1,214 @@
+// csrc/device.cuh for a CPU: the CUDA kernels as plain C++, so that their arithmetic and indices are tested where there
+// is no GPU. A block's threads are fibers of one thread of the CPU; they change at barriers and shuffles only. Blocks
+// run one after the other. Copies into shared memory happen when they are waited for, not before, so that a wait that
+// comes too early is seen. Every block begins with shared memory full of NaN.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define LONGLLAVA_EXPORT extern "C" __attribute__((visibility("default")))
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
+
+using std::max;
+using std::min;
+
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace emulated {
+
+struct Copy { void* to; const void* from; bool wanted; };
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool done = false;
+  std::vector<std::vector<Copy>> groups{1};  // copies asked for; the last group is open
+};
+
+// What the threads of a block, or of a warp, wait for.
+struct Barrier { int arrived = 0, phase = 0; };
+
+struct Block {
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<unsigned char> shared;
+  ucontext_t scheduler;
+  Barrier barriers[16];
+  std::vector<Barrier> warps;
+  std::vector<float> exchanged;
+  int running = 0;
+  std::function<void()> body;
+};
+
+inline Block* block = nullptr;
+struct Index { unsigned x; };
+inline Index thread_index, block_index;
+
+inline void pause() { swapcontext(&block->fibers[block->running]->context, &block->scheduler); }
+
+inline void meet(Barrier& barrier, int threads) {
+  const int phase = barrier.phase;
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    ++barrier.phase;
+    return;
+  }
+  while (barrier.phase == phase) pause();
+}
+
+inline void meet_warp() {
+  const int warp = thread_index.x / 32, threads = min<int>(32, block->fibers.size() - warp * 32);
+  meet(block->warps[warp], threads);
+}
+
+inline void start() {
+  block->body();
+  block->fibers[block->running]->done = true;
+  pause();
+}
+
+inline void run_block(unsigned id, int threads, int64_t bytes, const std::function<void()>& body) {
+  Block now;
+  block = &now;
+  block_index.x = id;
+  now.body = body;
+  now.warps.resize((threads + 31) / 32);
+  now.exchanged.resize(threads);
+  now.shared.assign(bytes + 128, 0xff);
+  for (int i = 0; i < threads; ++i) {
+    now.fibers.push_back(std::make_unique<Fiber>());
+    Fiber& fiber = *now.fibers.back();
+    fiber.stack.resize(64 * 1024);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, start, 0);
+  }
+  for (bool busy = true; busy;) {
+    busy = false;
+    for (int i = 0; i < threads; ++i) {
+      if (now.fibers[i]->done) continue;
+      busy = true;
+      now.running = i;
+      thread_index.x = i;
+      swapcontext(&now.scheduler, &now.fibers[i]->context);
+    }
+  }
+  block = nullptr;
+}
+
+inline float exchange(float x, int from) {
+  const int base = thread_index.x / 32 * 32;
+  block->exchanged[thread_index.x] = x;
+  meet_warp();
+  const float got = block->exchanged[base + from];
+  meet_warp();
+  return got;
+}
+
+}  // namespace emulated
+
+#define threadIdx emulated::thread_index
+#define blockIdx emulated::block_index
+
+inline float __shfl_xor_sync(unsigned, float x, int distance) {
+  return emulated::exchange(x, (emulated::thread_index.x % 32) ^ distance);
+}
+inline float __shfl_sync(unsigned, float x, int lane) { return emulated::exchange(x, lane); }
+inline float __shfl_down_sync(unsigned, float x, int distance) {
+  const int lane = emulated::thread_index.x % 32;
+  return emulated::exchange(x, lane + distance < 32 ? lane + distance : lane);
+}
+inline unsigned __ballot_sync(unsigned, bool yes) {
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= unsigned(emulated::exchange(yes ? 1.0f : 0.0f, lane) != 0.0f) << lane;
+  return bits;
+}
+inline void __syncthreads() { emulated::meet(emulated::block->barriers[0], int(emulated::block->fibers.size())); }
+inline void __syncwarp() { emulated::meet_warp(); }
+
+namespace longllava {
+
+struct bf16 { uint16_t bits; };
+using fp16 = _Float16;
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+template <class T> struct alignas(4 * sizeof(T)) Quad { T v[4]; };
+
+inline float to_float(float x) { return x; }
+inline float to_float(fp16 x) { return float(x); }
+inline float to_float(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+template <class T> inline T from_float(float x) { return T(x); }
+template <> inline bf16 from_float<bf16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return {0x7fff};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+template <class T> inline Quad<T> quad_from(const float (&x)[4], T) {
+  return {{from_float<T>(x[0]), from_float<T>(x[1]), from_float<T>(x[2]), from_float<T>(x[3])}};
+}
+
+inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
+
+inline void copy_async_16(void* shared, const void* global, bool wanted) {
+  emulated::block->fibers[emulated::block->running]->groups.back().push_back({shared, global, wanted});
+}
+inline void commit_copies() { emulated::block->fibers[emulated::block->running]->groups.emplace_back(); }
+template <int PENDING> inline void wait_copies() {
+  auto& groups = emulated::block->fibers[emulated::block->running]->groups;
+  while (int(groups.size()) - 1 > PENDING) {
+    for (const emulated::Copy& copy : groups.front()) {
+      if (copy.wanted) std::memcpy(copy.to, copy.from, 16);
+      else std::memset(copy.to, 0, 16);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+template <int THREADS> inline void meet() { emulated::meet(emulated::block->barriers[1], THREADS); }
+
+inline void atomic_max_nonnegative(float* at, float x) { *at = max(*at, x); }
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t bytes, void*,
+           const Arguments&... arguments) {
+  for (int64_t i = 0; i < blocks; ++i) emulated::run_block(unsigned(i), threads, bytes, [&] { kernel(arguments...); });
+  return 0;
+}
+
+inline unsigned char* dynamic_shared() {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(emulated::block->shared.data());
+  return reinterpret_cast<unsigned char*>((at + 127) / 128 * 128);
+}
+
+}  // namespace longllava
+
+using cudaError_t = int;
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }

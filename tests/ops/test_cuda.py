@@ -1,0 +1,163 @@
+"""The CUDA backends: what they refuse, their plans, their kernels emulated on the CPU, compiled ahead, and on a GPU.
+
+The emulation runs the kernels' own source (tests/ops/emulated), a block's threads one after the other. It proves
+arithmetic, indices and barriers; speed and the memory model of a GPU it does not.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from longllava.errors import BackendError
+from longllava.ops import native_cuda
+from longllava.ops import selective_scan as scan_op
+from longllava.ops.selective_scan import cases as scan_cases
+from longllava.ops.selective_scan import cuda as scan
+from longllava.ops.selective_scan import cuda_launch as launch
+from longllava.ops.selective_scan import reference as scan_reference
+from tests.ops.emulation import ROOT, emulated, forget
+from tests.ops.parity import error, poison_empty, split_equals_whole
+
+SLACK = 2e-6
+PLAIN = scan_cases.PLAIN
+WIDE = replace(PLAIN, name="wide", batch=1, length=40, channels=72)  # rows that are read 16 bytes at a time
+CASES = [case for case in scan_cases.CASES if case.n_states <= launch.MAX_STATES]
+CASES += [replace(WIDE, name=f"wide-{dtype}", dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+CASES += [replace(WIDE, name="wide-wild", packing="wild", length=90, batch=2, dtype=torch.bfloat16)]
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    poison_empty(monkeypatch)
+    with emulated(monkeypatch):
+        yield
+
+
+@pytest.fixture
+def several_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MIN_SPAN", 8)
+    monkeypatch.setattr(native_cuda, "n_processors", lambda device: 1000)
+
+
+def judge(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return scan_reference.run(*args)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def forward_matches(case: scan_cases.Case, device: str = "cpu") -> None:
+    args = [x.to(device) if isinstance(x, torch.Tensor) else x for x in case.inputs()]
+    exact = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    names = ("y", "state")
+    for name, got, floor, truth in zip(names, scan.run(*args), judge(*args), judge(*exact)):
+        bound = 2 * error(floor, truth) + SLACK
+        assert got.dtype == floor.dtype
+        assert error(got, truth) <= bound, f"{name}: {error(got, truth):.1e} > {bound:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_scan_matches_the_reference(case, on_cpu) -> None:
+    forward_matches(case)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("wild", "wide-torch.bfloat16")], ids=str)
+def test_scan_over_several_spans_matches_too(case, on_cpu, several_spans) -> None:
+    case = replace(case, length=200)
+    assert launch.spans(case.batch, case.length, case.channels, torch.device("cpu")) == (4, 64)
+    forward_matches(case)
+
+
+def test_scan_in_place_and_inputs_of_several_dtypes(on_cpu) -> None:
+    with torch.no_grad():
+        for length in (1, 20):
+            args = list(replace(WIDE, length=length).inputs())
+            state = args[scan_cases.NAMES.index("state")]
+            args[1] = args[1].bfloat16()
+            y, end = scan.run(*args)
+            expected, expected_end = judge(*args)
+            assert error(y, expected) < SLACK and error(end, expected_end) < SLACK
+            assert torch.equal(scan.run_(*args), y) and torch.equal(state, end)
+
+
+def test_the_largest_of_each_token_is_the_largest_that_is_stored(on_cpu) -> None:
+    for length, channels in ((1, 72), (40, 72), (40, 30)):
+        *args, _ = replace(WIDE, length=length, channels=channels, batch=2, dtype=torch.bfloat16).inputs()
+        end, maxima = torch.empty(2, channels, 16), torch.zeros(2, length)
+        y = launch.compute(*args, None, end, None, maxima)
+        assert torch.equal(maxima, y.float().abs().amax(2))
+
+
+def test_scan_cut_anywhere_is_the_scan(on_cpu) -> None:
+    with torch.no_grad():
+        split_equals_whole(scan.run, scan_cases.NAMES, WIDE.inputs(), (0, 1, 17, 33), 1e-6)
+
+
+def test_a_tensor_that_is_not_on_a_gpu_and_other_calls_are_refused() -> None:
+    u = torch.ones(1, 2, 4)
+    with pytest.raises(BackendError, match="cuda: needs CUDA tensors, got u on cpu"):
+        scan_op.selective_scan(*scan_cases.Case("small", length=3).inputs(), backend="cuda")
+    assert scan.why_not(u, u, torch.ones(4, 17), u, u) == "takes 1 to 16 states per channel, got 17"
+
+
+def test_a_library_that_is_missing_or_of_another_interface_is_a_reason(on_cpu, monkeypatch, tmp_path: Path) -> None:
+    u = torch.ones(1, 2, 4)
+    assert scan.why_not(u, u, u[0], u, u) is None
+    assert scan.why_not(u, u.double(), u[0], u, u) == "takes float32, bfloat16 or float16, got delta in float64"
+    monkeypatch.setattr(native_cuda, "ABI", 99)
+    forget()
+    assert str(native_cuda.missing()).startswith("the CUDA kernels speak interface 1, this longllava needs 99; run `")
+    monkeypatch.setattr(native_cuda, "PATH", tmp_path / "nowhere.so")
+    forget()
+    assert str(native_cuda.missing()).startswith("the CUDA kernels are not built (")
+    (tmp_path / "nowhere.so").write_bytes(b"no library")
+    forget()
+    assert str(native_cuda.missing()).startswith("the CUDA kernels cannot be loaded (")
+    with pytest.raises(BackendError, match="of another version"):
+        native_cuda.succeed(-1, "op")
+
+
+@pytest.mark.parametrize(("batch", "channels", "length", "expected"), [
+    (1, 8192, 36_000, 1), (8, 1536, 4096, 1), (1, 4096, 4096, 1), (1, 512, 2048, 16), (1, 512, 36_000, 16),
+    (1, 512, 300, 1), (1, 512, 1, 1),
+])  # fmt: skip
+def test_time_is_cut_only_where_channels_do_not_fill_the_gpu(
+    batch: int, channels: int, length: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_cuda, "n_processors", lambda device: 132)
+    n_spans, span = launch.spans(batch, length, channels, torch.device("cpu"))
+    assert n_spans == expected
+    assert span % launch.CHUNK == 0 and (n_spans - 1) * span < length <= n_spans * span
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("source", [
+    pytest.param(source.name, marks=() if source.stem in ("selective_scan_cuda", "trial") else pytest.mark.long)
+    for source in sorted((ROOT / "csrc").glob("*.cu"))
+])  # fmt: skip
+def test_kernels_compile_for_gpus_that_are_not_here_and_nothing_spills(source: str, tmp_path: Path) -> None:
+    for arch in (80, 90):
+        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT}/csrc", "-cubin"]
+        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(ROOT / "csrc" / source)]
+        done = subprocess.run([*command, "-o", str(tmp_path / "x")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+        registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+        assert registers and len(spills) == len(registers)
+        assert set(spills) == {("0", "0", "0")}
+        # the step asks for everything at once; of the scan two blocks fit a processor
+        assert max(registers) <= (48 if source in ("selective_scan_cuda.cu", "trial.cu") else 96)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_scan_matches_the_reference_on_a_gpu(case) -> None:
+    if reason := native_cuda.missing():
+        pytest.skip(reason)
+    forward_matches(case, "cuda")
