@@ -9,11 +9,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longllava.config import BackboneConfig
 from longllava.nn import Block, Context, State
 from longllava.nn.norm import RMSNorm
+from longllava.nn.recompute import recomputed
 
 
 class Backbone(nn.Module):
@@ -32,7 +32,7 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = self.offload_activations = False
 
     def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         if x_BLD.device.type != "cpu" and not torch.is_grad_enabled():
@@ -40,7 +40,7 @@ class Backbone(nn.Module):
         new_state: State = []
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training and state is None:
-                x_BLD, layer_state = checkpoint(layer, x_BLD, ctx, None, use_reentrant=False)
+                x_BLD, layer_state = recomputed(layer, x_BLD, ctx, offload=self.offload_activations)
             else:
                 x_BLD, layer_state = layer(x_BLD, ctx, None if state is None else state[i])
             new_state.append(layer_state)
@@ -58,6 +58,9 @@ class Backbone(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V). Give it only the positions you need: all of 40,960 would be 10.7 GB in fp32."""
+        # by a call: ZeRO-3 has a module's weights together only while it is called; an int8 head has no float weight
+        if self.lm_head is not None and getattr(self.lm_head, "weight", hidden).dtype == hidden.dtype:
+            return self.lm_head(hidden)
         weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         return hidden @ weight_VD.to(hidden.dtype).T
 

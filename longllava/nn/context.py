@@ -15,14 +15,21 @@ class Context:
     positions_BL: int64, counted from 0 in each sequence; None: start, start + 1, ... (only the log-length scale
     of attention reads positions). start: tokens already in the state.
     grounding_G4: int64 rows of (row, query position, first key, end key): training aid, see nn/attention.py.
-    losses: extra losses that layers report, summed by name; counts: how many layers reported each.
+    losses: extra losses that layers report, summed by name; None once they were taken.
     """
 
     seq_idx_BL: Tensor | None = None
     positions_BL: Tensor | None = None
     start: int = 0
     grounding_G4: Tensor | None = None
-    losses: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, Tensor] | None = field(default_factory=dict)
 
     def report(self, name: str, value: Tensor) -> None:
-        self.losses[name] = self.losses[name] + value if name in self.losses else value
+        if self.losses is not None:
+            self.losses[name] = self.losses[name] + value if name in self.losses else value
+
+    def close(self) -> dict[str, Tensor]:
+        """What was reported. Layers that gradient checkpointing runs again report to nobody: kept, what they report
+        would keep their activations."""
+        losses, self.losses = self.losses or {}, None
+        return losses

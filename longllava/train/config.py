@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,14 +69,20 @@ class AidsConfig:
     alignment_weight: of drawing image tokens to the word embeddings of their caption (train/alignment.py).
     retrieval_prior: a fresh backbone's attention starts by looking up equal content and copying it
     (longllava.nn.priors).
+    router_weight: of the experts' load balance (Jamba's router_aux_loss_coef is 0.001).
     name_codes: the vision foundation's stage; a fresh backbone's embeddings of the world's names start as the
     codes that this encoder was trained to tell them by (longllava.train.names).
     """
 
     grounding_weight: float = 0.0
     alignment_weight: float = 0.0
+    router_weight: float = 0.0
     retrieval_prior: bool = False
     name_codes: str | None = None
+
+
+ENGINES = ("auto", "torch", "zero1", "zero2", "zero3")
+OFFLOADS = ("none", "optimizer", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +100,12 @@ class TrainConfig:
     stage's model is their mean (none: the weights after the last step). window: steps planned together. evaluate:
     tasks of the curriculum that are measured after the last step, with eval_questions each. preset: which one was
     laid over the file; its stages lie in runs/<model>-<preset>.
+
+    engine: "torch" (one process, or DDP), or DeepSpeed's ZeRO: "zero1" shares the optimizer's state among the
+    processes, "zero2" also gradients, "zero3" also weights. "auto": what `accelerate launch` was told, else torch.
+    offload: what ZeRO keeps in host memory, "optimizer" (its state) or "all" (weights too, zero3 only).
+    gradient_checkpointing: a layer's activations are made again in the backward pass, and only its input is kept;
+    offload_activations: in host memory.
     """
 
     stage: str
@@ -112,7 +125,10 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     aids: AidsConfig = field(default_factory=AidsConfig)
     average_phases: list[int] = field(default_factory=list)
+    engine: str = "auto"
+    offload: str = "none"
     gradient_checkpointing: bool = False
+    offload_activations: bool = False
     feature_cache: bool = True
     window: int = 64
     save_every: int = 200
@@ -124,6 +140,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive(self, "window", "save_every", "log_every", "eval_questions")
         one_of(self, "dtype", ("auto", "bfloat16", "float32"))
+        one_of(self, "engine", ENGINES)
+        one_of(self, "offload", OFFLOADS)
+        if self.offload == "all" and self.engine != "zero3":
+            raise ConfigError("offload: 'all' needs engine zero3, which shares the weights; use 'optimizer'")
+        if self.offload != "none" and self.engine in ("auto", "torch"):
+            raise ConfigError(f"offload: {self.offload!r} needs engine zero1, zero2 or zero3; got {self.engine!r}")
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ConfigError("offload_activations: needs gradient_checkpointing; it moves what that keeps")
         if not self.phases:
             raise ConfigError("phases: the list is empty; a stage has at least one")
         for number in self.average_phases:
@@ -153,6 +177,15 @@ class TrainConfig:
                 return number, inside
             inside -= phase.steps
         raise ConfigError(f"step {step} lies after the last phase")
+
+
+def engine_named(config: TrainConfig) -> str:
+    """"auto" is what `accelerate launch --use_deepspeed --zero_stage N` asks for, else plain torch."""
+    if config.engine != "auto":
+        return config.engine
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    return "torch"
 
 
 def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

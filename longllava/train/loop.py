@@ -1,41 +1,36 @@
 """One stage of training, read from top to bottom. Every batch is a pure function of (recipe, seed, step).
 
-Runs under `accelerate`: plain torch in one process, DDP or DeepSpeed when launched so, without other code.
+The engine (train/engines.py) says how many processes share it, and how: plain torch, DDP or ZeRO, without other code.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from longllava.data.features import fingerprint
 from longllava.data.packing import Batch
 from longllava.data.recipes import Recipe
 from longllava.errors import TrainingError
 from longllava.files import write_text
 from longllava.inputs.processor import Processor
 from longllava.model import Model
-from longllava.nn import Context
-from longllava.train.alignment import alignment_loss
 from longllava.train.checkpoints import latest_state, save_state
-from longllava.train.config import AidsConfig, TrainConfig, learning_rate
+from longllava.train.config import TrainConfig, learning_rate
+from longllava.train.engines import open_engine
 from longllava.train.feed import Feed, Pictures
+from longllava.train.forward import Forward
 from longllava.train.log import Meter, TrainingLog
-from longllava.train.loss import answer_loss
-from longllava.train.optimizer import build_optimizer, select_parts, set_learning_rate
-from longllava.train.state import (
-    apply,
-    average_weights_,
-    compare,
-    gather,
-    keep_weights,
-)
+from longllava.train.optimizer import select_parts
+from longllava.train.state import average_weights, compare, frozen_marks, keep_weights
+
+NOT_FINITE_IN_A_ROW = 10  # a run that diverged must end in an error, not run on without learning
 
 
 class Stopped(Exception):
@@ -46,62 +41,6 @@ class Stopped(Exception):
         self.code = 128 + number
 
 
-class Forward(nn.Module):
-    """Model and loss as one module, so that DDP and DeepSpeed see one forward a batch.
-
-    Every batch has a gradient, if one of zeros: a process whose rows are all text would leave the others waiting.
-    """
-
-    def __init__(self, model: Model, aids: AidsConfig):
-        super().__init__()
-        self.model, self.aids = model, aids
-
-    def forward(
-        self, batch: Batch, pictures: Tensor | None, tokens_per_image: int | None, alignment_only: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The next-token loss summed over labels, plus the aids; and sums of what was measured.
-
-        alignment_only: the alignment aid alone, without running the backbone.
-        """
-        model, images_NMD = self.model, None
-        if pictures is not None:
-            if pictures.dtype == torch.uint8:  # the encoder trains
-                assert model.encoder is not None
-                pictures = model.encoder(pictures)
-            images_NMD = model.image_tokens(pictures, tokens_per_image)
-        if alignment_only:
-            assert images_NMD is not None, "a phase of alignment is fed with pictures"
-            words_VD = model.backbone.embed_tokens.weight
-            aligned = alignment_loss(images_NMD, batch.spans, batch.labels_BL, batch.seq_idx_BL, words_VD)
-            loss = images_NMD.sum() * 0 if aligned is None else aligned * batch.n_labels
-            return self.touched(loss), {"loss": loss.detach()}
-        x_BLD = model.embed(batch.ids_BL, batch.spans, images_NMD)
-        aided = self.aids.grounding_weight > 0 and len(batch.grounding) > 0
-        context = Context(batch.seq_idx_BL, batch.positions_BL, grounding_G4=batch.grounding if aided else None)
-        hidden_BLD, _ = model.backbone(x_BLD, context)
-        if self.aids.alignment_weight > 0 and images_NMD is not None:
-            words_VD = model.backbone.embed_tokens.weight
-            aligned = alignment_loss(images_NMD, batch.spans, batch.labels_BL, batch.seq_idx_BL, words_VD)
-            if aligned is not None:
-                context.report("alignment", aligned)
-        answers = answer_loss(model.backbone.logits, hidden_BLD, batch.labels_BL)
-        loss = answers.total
-        weights = {"grounding": self.aids.grounding_weight, "alignment": self.aids.alignment_weight}
-        measured = {"loss": answers.total.detach(), "accuracy": answers.n_right}
-        for name, value in context.losses.items():
-            # aids are means, the answers' loss is a sum that is divided by its labels later
-            measured[name] = value.detach() * batch.n_labels
-            if name in weights:
-                loss = loss + weights[name] * batch.n_labels * value
-        return self.touched(loss), measured
-
-    def touched(self, loss: Tensor) -> Tensor:
-        """`loss` with a gradient: of zeros where nothing that trains took part in it."""
-        if loss.requires_grad:
-            return loss
-        return loss + 0 * sum(p.flatten()[0] for p in self.model.parameters() if p.requires_grad)
-
-
 def train(
     config: TrainConfig,
     model: Model,
@@ -109,44 +48,35 @@ def train(
     recipe: Recipe,
     folder: Path,
     facts: dict[str, Any],
-) -> None:
+) -> dict[str, Tensor]:
     """Run a stage to its end, from the newest checkpoint in `folder`/checkpoints or from the start.
 
     model: as the stage begins. facts: kept in every checkpoint; a run goes on only with the same ones.
+    Returns the weights of the parts that trained, on the first process.
     Raises: TrainingError; Stopped after SIGTERM or SIGINT, when all is saved.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.utils import gather_object
-
     if config.threads:
         torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
     dtype = compute_dtype(config)
-    accelerator = Accelerator(
-        cpu=config.device == "cpu",
-        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # text has no pictures
-    )
-    device, world, chief = accelerator.device, accelerator.num_processes, accelerator.is_main_process
+    engine = open_engine(config, dtype)
+    chief = engine.rank == 0
     for number, phase in enumerate(config.phases):
-        if phase.rows % world:
-            raise TrainingError(f"phases.{number}.rows: {phase.rows} rows do not divide among {world} processes")
+        if phase.rows % engine.world:
+            raise TrainingError(f"phases.{number}.rows: {phase.rows} rows do not divide among {engine.world} processes")
 
     parameters = select_parts(model, config.train_only, config.frozen)
-    frozen = {name: fingerprint(part.state_dict().items()) for name, part in model.named_children()
-              if name not in config.train_only}  # fmt: skip
-    model.to(device)
     model.backbone.gradient_checkpointing = config.gradient_checkpointing
-    optimizer = build_optimizer(parameters, config.optimizer)
+    model.backbone.offload_activations = config.offload_activations
     checkpoints = folder / "checkpoints"
-    step, total = 0, config.total_steps()
-    feed = Feed(config, recipe, processor, accelerator.process_index, world)
-    if (state := latest_state(checkpoints)) is not None:
+    state = engine.share(lambda: latest_state(checkpoints))
+    engine.prepare(Forward(model, config.aids, evenly=engine.evenly), parameters, state)
+    frozen = frozen_marks(model, engine.whole)
+    feed = Feed(config, recipe, processor, engine.rank, engine.world)
+    step, total, missed = 0, config.total_steps(), 0
+    if state is not None:
         compare(state.facts, facts, config.phase_at(max(state.step, 1) - 1)[0] + 1)
-        apply(state, model, config.train_only, optimizer)
         step, feed.first_step, feed.begin = state.step, state.first_step, state.begin
-    forward, prepared = accelerator.prepare(Forward(model, config.aids), optimizer)
-    pictures = Pictures(config, model, processor, device, dtype)
+    pictures = Pictures(config, model, processor, engine.device, dtype)
 
     with (
         TrainingLog(folder, step=step, total_steps=total, label=config.stage, active=chief) as log,
@@ -161,54 +91,64 @@ def train(
             for rows in plan.steps[step - start :]:
                 number, inside = config.phase_at(step)
                 phase = config.phases[number]
-                rate = learning_rate(phase, inside)
-                set_learning_rate(optimizer, rate)
+                torch.manual_seed(step_seed(config.seed, step, engine.rank))
                 batches = feed.batches(rows, plan.row_length, phase.rows_at_once)
-                n_labels, stop = sum(batch.n_labels for batch in batches), signals.number
-                if world > 1:  # all divide by the same number, and all stop after the same step
-                    counts = accelerator.gather(torch.tensor([[n_labels, stop]], device=device))
-                    n_labels, stop = int(counts[:, 0].sum()), int(counts[:, 1].max())
+                # all divide by the same number, and all stop after the same step
+                counts = engine.gather([(sum(batch.n_labels for batch in batches), signals.number)])
+                n_labels, stop = sum(labels for labels, _ in counts), max(number for _, number in counts)
+                bad = []
                 for index, batch in enumerate(batches):
-                    batch = batch.to(device)
-                    together = contextlib.nullcontext() if index == len(batches) - 1 else accelerator.no_sync(forward)
-                    with together:
-                        loss, measured = forward(
-                            batch, pictures.of(batch.refs), phase.tokens_per_image, phase.alignment_only
-                        )
-                        # DDP averages over processes: `world` makes a sum of that
-                        accelerator.backward(loss * (world / max(1, n_labels)))
+                    inputs = (batch.to(engine.device), pictures.of(batch.refs),
+                              phase.tokens_per_image, phase.alignment_only)  # fmt: skip
+                    measured = engine.run(inputs, scale=1 / max(1, n_labels), last=index == len(batches) - 1)
+                    bad += [] if math.isfinite(measured["loss"]) else batch.sample_ids
                     meter.add(measured, batch.n_tokens, batch.n_labels)
-                norm = accelerator.clip_grad_norm_([p for _, p in parameters], config.optimizer.clip)
-                if torch.isfinite(norm):
-                    prepared.step()
-                else:
-                    names = ", ".join(sorted({name for batch in batches for name in batch.sample_ids}))
-                    log.say(f"step {step + 1}: the gradient is not finite, nothing is updated; samples: {names}")
-                prepared.zero_grad()
+                rate = learning_rate(phase, inside)
+                norm = engine.step(rate)
                 step += 1
+                missed = 0 if math.isfinite(norm) else missed + 1
+                if missed:
+                    told = not_finite(engine, step, bad, batches)
+                    log.say(told)
+                    if missed == NOT_FINITE_IN_A_ROW:
+                        raise TrainingError(f"{config.stage}: {missed} steps in a row; {told}")
                 log.step(step)
                 if step % config.log_every == 0 or step == total:
-                    log.write(step, {**meter.take(gather_object), "norm": float(norm), "rate": rate, "phase": number})
-                if chief and inside + 1 == phase.steps and number in config.average_phases:
-                    keep_weights(folder / "averaged", model, config.train_only, number)
-                if step % config.save_every == 0 or step == total or stop:
+                    log.write(step, {**meter.take(engine.gather), "norm": norm, "rate": rate, "phase": number})
+                if inside + 1 == phase.steps and number in config.average_phases:
+                    tensors = engine.trained()
                     if chief:
-                        state = gather(model, config.train_only, optimizer, facts, step=step,
-                                       first_step=feed.first_step, begin=feed.begin)  # fmt: skip
+                        keep_weights(folder / "averaged", tensors, number)
+                if step % config.save_every == 0 or step == total or stop:
+                    state = engine.state(facts, step=step, first_step=feed.first_step, begin=feed.begin)
+                    if chief:
                         save_state(checkpoints, state)
                 if stop:
                     log.say(f"{config.stage}: saved after step {step}; start it again to go on")
-                    accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
+                    engine.wait()  # a launcher ends the others when one has ended
                     raise Stopped(stop)
-    if config.average_phases:
-        accelerator.wait_for_everyone()
-        average_weights_(folder / "averaged", model, config.train_only, config.average_phases)
-    for name, expected in frozen.items():
-        if fingerprint(getattr(model, name).state_dict().items()) != expected:
+    for name, expected in frozen_marks(model, engine.whole).items():
+        if frozen[name] != expected:
             raise TrainingError(f"{name} changed although it was frozen; this is an error of the library")
     if chief and feed.misfits:
         lines = [f"{misfit.source}\t{misfit.id}\t{misfit.why}\n" for misfit in feed.misfits]
         write_text(folder / "left-out.tsv", "".join(lines))
+    tensors = engine.trained()
+    if chief and config.average_phases:
+        tensors = average_weights(folder / "averaged", tensors, config.average_phases)
+    engine.wait()
+    return tensors
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What draws in a step (dropout) draws the same when the step is taken again."""
+    return ((seed << 40) + (step << 12) + rank) % (1 << 63)
+
+
+def not_finite(engine: Any, step: int, bad: list[str], batches: list[Batch]) -> str:
+    """Which samples it was, of all processes: those whose loss is not finite, else all of the step."""
+    names = engine.gather(bad) or engine.gather([name for batch in batches for name in batch.sample_ids])
+    return f"step {step}: the gradient is not finite, nothing is updated; samples: {', '.join(sorted(set(names)))}"
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:

@@ -20,7 +20,7 @@ from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.settings import load, read_mapping
 from longllava.shipped import shipped
-from longllava.train.config import PARTS, TrainConfig, load_stage
+from longllava.train.config import PARTS, TrainConfig, engine_named, load_stage
 from longllava.train.record import RECORD, environment, read_record
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from longllava.model import Model
 
 # what may differ between a run and its going on
-FREE = ("output", "preset", "save_every", "log_every", "evaluate", "eval_questions", "device", "feature_cache")
+FREE = ("output", "preset", "save_every", "log_every", "evaluate", "eval_questions", "device", "feature_cache",
+        "engine", "offload", "gradient_checkpointing", "offload_activations")  # fmt: skip
 
 
 def main(path: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -71,7 +72,10 @@ def run_stage(config: TrainConfig) -> Path:
         return final
     folders = start_folders(config, model_config)
     processor = Processor(model_config, load_tokenizer(model_config, folders))
-    model = build_start(config, model_config, folders, processor.tokenizer)
+    if engine_named(config) == "zero3" and not is_chief():
+        model = empty_model(model_config)
+    else:
+        model = build_start(config, model_config, folders, processor.tokenizer)
     recipe = Recipe.load(config.recipe if Path(config.recipe).is_file() else shipped("data_recipes", config.recipe))
     facts = resume_facts(config)
     write_json(
@@ -80,9 +84,12 @@ def run_stage(config: TrainConfig) -> Path:
     )
     write_json(folder / "environment.json", environment())
     started = time.monotonic()
-    train(config, model, processor, recipe, folder, facts)
-    if int(os.environ.get("RANK", "0")):
+    trained = train(config, model, processor, recipe, folder, facts)
+    if not is_chief():
         return final
+    if engine_named(config) != "torch":  # ZeRO keeps the weights in pieces
+        model = build_start(config, model_config, folders, processor.tokenizer)
+    model.load_state_dict(trained, strict=False)
     save_model(model, processor.tokenizer, final)
     record = {
         "stage": config.stage,
@@ -234,6 +241,21 @@ def build_start(
         if wrong:
             raise TrainingError(f"{folder}: its {part} is of another model; they differ in {', '.join(wrong[:8])}")
     return model
+
+
+def empty_model(model_config: ModelConfig) -> Model:
+    """Of sizes alone: memory that is not written to takes no room. The first process's weights are sent into it."""
+    import torch
+
+    from longllava.model import Model
+
+    with torch.device("meta"):
+        model = Model(model_config)
+    return model.to_empty(device="cpu")
+
+
+def is_chief() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def read_part(folder: Path, part: str) -> dict[str, Tensor]:

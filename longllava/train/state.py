@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longllava.data.features import fingerprint
 from longllava.data.packing import Cursor
 from longllava.errors import TrainingError
 from longllava.files import write_atomic
@@ -33,18 +36,15 @@ def gather(
     model: nn.Module, parts: list[str], optimizer: torch.optim.Optimizer, facts: dict[str, Any],
     *, step: int, first_step: int, begin: Cursor,
 ) -> TrainingState:  # fmt: skip
-    """The state of a run. Buffers of the parts (batch norm's means) belong to it."""
-    tensors = {f"{part}.{name}": tensor for part in parts
-               for name, tensor in getattr(model, part).state_dict().items()}  # fmt: skip
+    """The state of a run."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     slots = {f"{slot}/{names[id(parameter)]}": value for parameter, values in optimizer.state.items()
              for slot, value in values.items()}  # fmt: skip
-    slots["random"] = torch.get_rng_state()
-    return TrainingState(step, first_step, begin, tensors, slots, facts)
+    return TrainingState(step, first_step, begin, trained_tensors(model, parts), slots, facts)
 
 
-def apply(state: TrainingState, model: nn.Module, parts: list[str], optimizer: torch.optim.Optimizer) -> None:
-    """Put a state back in place. Raises: TrainingError when names or shapes differ."""
+def apply_weights(state: TrainingState, model: nn.Module, parts: list[str]) -> None:
+    """Put the weights back in place. Raises: TrainingError when names or shapes differ."""
     for part in parts:
         prefix = part + "."
         mine = {key[len(prefix) :]: value for key, value in state.tensors.items() if key.startswith(prefix)}
@@ -54,11 +54,16 @@ def apply(state: TrainingState, model: nn.Module, parts: list[str], optimizer: t
             raise TrainingError(
                 f"checkpoint of step {state.step} is of another model: {' '.join(str(error).split())}"
             ) from None
+
+
+def apply(state: TrainingState, model: nn.Module, parts: list[str], optimizer: torch.optim.Optimizer) -> None:
+    """Put weights and optimizer back in place. Raises: TrainingError when names or shapes differ."""
+    apply_weights(state, model, parts)
     parameters = dict(model.named_parameters())
-    slots = dict(state.optimizer)
-    torch.set_rng_state(slots.pop("random"))
-    for key, value in slots.items():
+    for key, value in state.optimizer.items():
         slot, _, name = key.partition("/")
+        if not name:
+            continue  # torch's random state, which older versions kept; steps seed it now
         if name not in parameters:
             raise TrainingError(f"checkpoint of step {state.step} has {slot} of {name!r}, which does not train")
         parameter = parameters[name]
@@ -66,33 +71,52 @@ def apply(state: TrainingState, model: nn.Module, parts: list[str], optimizer: t
         optimizer.state[parameter][slot] = value.to(parameter.device)
 
 
-def keep_weights(folder: Path, model: nn.Module, parts: list[str], phase: int) -> None:
-    """Write the weights of the parts as they are after a phase, for `average_weights_`."""
+def trained_tensors(model: nn.Module, parts: list[str]) -> dict[str, Tensor]:
+    """The weights of the parts that train, by their names in the model; buffers (batch norm's means) too."""
+    return {f"{part}.{name}": tensor for part in parts
+            for name, tensor in getattr(model, part).state_dict().items()}  # fmt: skip
+
+
+def keep_weights(folder: Path, tensors: dict[str, Tensor], phase: int) -> None:
+    """Write the weights as they are after a phase, for `average_weights`."""
     from safetensors.torch import save
 
-    tensors = {f"{part}.{name}": tensor.detach().to("cpu", copy=True).contiguous() for part in parts
-               for name, tensor in getattr(model, part).state_dict().items()}  # fmt: skip
-    write_atomic(folder / f"phase-{phase}.safetensors", lambda file: file.write(save(tensors)))
+    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    write_atomic(folder / f"phase-{phase}.safetensors", lambda file: file.write(save(plain)))
 
 
-@torch.no_grad()
-def average_weights_(folder: Path, model: nn.Module, parts: list[str], phases: list[int]) -> None:
-    """Set the parts to the mean of what was kept after the phases (arXiv 2203.05482)."""
+def average_weights(folder: Path, tensors: dict[str, Tensor], phases: list[int]) -> dict[str, Tensor]:
+    """The mean of what was kept after the phases (arXiv 2203.05482), under the names of `tensors`."""
     from safetensors.torch import load_file
 
     kept = [load_file(folder / f"phase-{phase}.safetensors") for phase in phases]
-    for part in parts:
-        for name, tensor in getattr(model, part).state_dict().items():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.stack([one[f"{part}.{name}"] for one in kept]).mean(0))
+    return {name: torch.stack([one[name] for one in kept]).mean(0) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()}  # fmt: skip
+
+
+def frozen_marks(model: nn.Module, whole: Callable[[nn.Parameter], AbstractContextManager[Any]]) -> dict[str, str]:
+    """A fingerprint of what does not train, by part. whole: within it a parameter that processes share is whole."""
+    return {part: fingerprint(frozen_tensors(module, whole)) for part, module in model.named_children()}
+
+
+def frozen_tensors(
+    part: nn.Module, whole: Callable[[nn.Parameter], AbstractContextManager[Any]]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in part.named_parameters():
+        if not parameter.requires_grad:
+            with whole(parameter):
+                yield name, parameter
+    if not part.training:  # batch norm's means move while a part trains
+        yield from part.named_buffers()
 
 
 def compare(saved: dict[str, Any], now: dict[str, Any], n_phases: int) -> None:
     """Whether a run that was begun with the facts `saved` may go on with `now`.
 
-    Phases after the first n_phases have not begun and may change. Raises: TrainingError naming what differs.
+    Phases after the first n_phases have not begun and may change; settings that `saved` does not know came later.
+    Raises: TrainingError naming what differs.
     """
-    pairs = {key: (saved.get(key), now.get(key)) for key in sorted({*saved, *now})}
+    pairs = {key: (saved[key], now.get(key)) for key in sorted(saved)}
     if "phases" in pairs:
         then, at = (phases and phases[:n_phases] for phases in pairs["phases"])
         pairs["phases"] = then, at

@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_bit_for_bit(runs) -> None:
     run_stage(load_stage(write_stage(runs, stage="whole", **LONG)))
     path, folder = write_stage(runs, stage="killed", **LONG), runs / "killed"
     rng = random.Random(os.urandom(8))
-    steps = rng.randint(1, 9), rng.randint(10, 18)
+    steps = rng.randint(1, 9), rng.randint(10, 14)
     ends = (signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)
     for step, (number, code) in zip(steps, ends):
         child = start(path)

@@ -1,0 +1,131 @@
+"""What runs a step: plain torch (also DDP, under torchrun or accelerate launch), or DeepSpeed's ZeRO (train/zero.py).
+
+The loop knows an engine's few verbs only. Every one of them is called by all processes, in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longllava.errors import TrainingError
+from longllava.train.config import TrainConfig, engine_named
+from longllava.train.forward import Forward
+from longllava.train.optimizer import build_optimizer, set_learning_rate
+from longllava.train.state import TrainingState, apply, gather, trained_tensors
+
+Parameters = list[tuple[str, nn.Parameter]]
+
+
+class Plain:
+    """Every process holds the whole model and optimizer; rows of a step are shared, gradients added by DDP."""
+
+    evenly = False  # DDP does without modules that one process does not run
+
+    def __init__(self, config: TrainConfig, dtype: torch.dtype):
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        self.config = config
+        self.accelerator = Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # text has no pictures
+        )
+        self.device = self.accelerator.device
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+
+    def prepare(self, forward: Forward, parameters: Parameters, state: TrainingState | None) -> None:
+        """Take the model over: on its device, with an optimizer, as `state` says if there is one."""
+        self.model, self.parts = forward.model, self.config.train_only
+        self.model.to(self.device)
+        self.parameters = [parameter for _, parameter in parameters]
+        self.plain_optimizer = build_optimizer(parameters, self.config.optimizer)
+        if state is not None:
+            apply(state, self.model, self.parts, self.plain_optimizer)
+        self.forward, self.optimizer = self.accelerator.prepare(forward, self.plain_optimizer)
+
+    def run(self, inputs: tuple[Any, ...], scale: float, last: bool) -> dict[str, Tensor]:
+        """Forward and backward of one batch. Returns what was measured.
+
+        inputs: of Forward. scale: of the loss. last: whether it is the step's last.
+        """
+        together = contextlib.nullcontext() if last else self.accelerator.no_sync(self.forward)
+        with together:
+            loss, measured = self.forward(*inputs)
+            # DDP averages over processes: `world` makes a sum of that
+            self.accelerator.backward(scaled(loss, self.world * scale))
+        return measured
+
+    def step(self, rate: float) -> float:
+        """Clip and update, unless the gradient's norm is not finite. Returns the norm before clipping."""
+        set_learning_rate(self.plain_optimizer, rate)
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.clip))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def state(self, facts: dict[str, Any], **where: Any) -> TrainingState:
+        """All that a run needs to go on; whole on the first process."""
+        return gather(self.model, self.parts, self.plain_optimizer, facts, **where)
+
+    def whole(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+        """Within it the parameter is whole on every process."""
+        return contextlib.nullcontext()
+
+    def trained(self) -> dict[str, Tensor]:
+        """The weights of the parts that train, whole and in fp32 on the first process."""
+        return trained_tensors(self.model, self.parts)
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """Lists of all processes, one after the other."""
+        return gathered(values, self.world)
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on the first process, on all."""
+        return shared(make, self.rank, self.world)
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+
+def scaled(loss: Tensor, scale: float) -> Tensor:
+    """A loss that is not finite has a gradient that is not either, whatever made it: the step is then not taken."""
+    return loss * torch.where(loss.detach().isfinite(), scale, torch.nan)
+
+
+def gathered(values: list[Any], world: int) -> list[Any]:
+    if world == 1:
+        return values
+    lists: list[Any] = [None] * world
+    torch.distributed.all_gather_object(lists, values)
+    return [value for own in lists for value in own]
+
+
+def shared(make: Callable[[], Any], rank: int, world: int) -> Any:
+    """An error of the first process is raised on all: none is left waiting."""
+    found: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            found[0] = make()
+        except (TrainingError, OSError) as error:
+            found[1] = error
+    if world > 1:
+        torch.distributed.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def open_engine(config: TrainConfig, dtype: torch.dtype) -> Any:
+    name = engine_named(config)
+    if name == "torch":
+        return Plain(config, dtype)
+    from longllava.train.zero import Zero
+
+    return Zero(config, dtype, stage=int(name.removeprefix("zero")))
