@@ -51,9 +51,10 @@ build_peers() {
 }
 
 if wants build; then
-  (LONGLLAVA_CUDA=1 "$python" csrc/build.py 2>&1 | tail -n 5; say "built csrc")
   [ -z "${PEERS:-}" ] || build_peers > "$results/peers.log" 2>&1 &
   peers=$!
+  LONGLLAVA_CUDA=1 LONGLLAVA_CUDA_ARCHS=$sm "$python" csrc/build.py 2>&1 | tail -n 5
+  say "built csrc"
 fi
 wants check && { "$python" benchmarks/kernel_checks.py --output "$results/kernel-checks.json"; say "checked"; }
 if wants sanitize; then
