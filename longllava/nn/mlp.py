@@ -39,7 +39,9 @@ class Experts(nn.ModuleList):
         int32, where each expert's rows begin."""
         x_SD = x_BLD.reshape(-1, x_BLD.shape[-1])[token_S]
         ends = offsets.tolist()
-        parts = [expert(x_SD[a:b]) for expert, a, b in zip(self, ends, ends[1:]) if a < b]
+        # while training, experts without a token run on none: in ZeRO every process calls the same modules, or waits
+        every = self.training and torch.is_grad_enabled()
+        parts = [expert(x_SD[a:b]) for expert, a, b in zip(self, ends, ends[1:]) if a < b or every]
         return torch.cat(parts) if parts else x_SD
 
 

@@ -1,0 +1,64 @@
+"""Layers that run again in the backward pass: the same gradients, with inputs kept here or in host memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from longllava.backbone import Backbone
+from longllava.nn import Context
+from longllava.nn.recompute import Kept
+from tests.tiny import tiny_config
+
+
+def backbone(**changes: Any) -> Backbone:
+    torch.manual_seed(1)
+    made = Backbone(dataclasses.replace(tiny_config().backbone, n_experts=4, n_experts_per_token=1, **changes))
+    made.initialise_()
+    return made.train()
+
+
+def gradients(made: Backbone, x_BLD: torch.Tensor, router: float) -> tuple[list[torch.Tensor | None], Context]:
+    made.zero_grad()
+    context = Context(torch.zeros(x_BLD.shape[:2], dtype=torch.int32))
+    hidden_BLD, _ = made(x_BLD, context)
+    reported = context.close()
+    (hidden_BLD.square().sum() + router * reported["router"]).backward()
+    return [parameter.grad for parameter in made.parameters()], context
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("router", [0.0, 3.0])
+def test_gradients_are_those_of_layers_that_run_once(offload: bool, router: float) -> None:
+    made, x_BLD = backbone(), torch.randn(2, 9, 32, requires_grad=True)
+    expected, _ = gradients(made, x_BLD, router)
+    of_x = x_BLD.grad.clone()
+    made.gradient_checkpointing, made.offload_activations = True, offload
+    x_BLD.grad = None
+    got, context = gradients(made, x_BLD, router)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(x_BLD.grad, of_x)
+    assert context.losses is None  # what layers report when they run again keeps nothing
+
+
+def test_an_input_that_was_put_away_leaves_the_device(monkeypatch) -> None:
+    taken = []
+    monkeypatch.setattr(Kept, "take", lambda self, take=Kept.take: taken.append(self.x_BLD is None) or take(self))
+    made = backbone()
+    made.gradient_checkpointing = made.offload_activations = True
+    gradients(made, torch.randn(1, 5, 32, requires_grad=True), 0.0)
+    n_layers = len(made.layers)
+    assert taken == [False] * n_layers + [True] * n_layers
+
+
+def test_every_expert_has_a_gradient_while_training() -> None:
+    """One of zeros, where no token chose it: processes that share experts must call the same modules."""
+    made, x_BLD = backbone(), torch.randn(1, 1, 32)
+    gradients(made, x_BLD, 0.0)
+    experts = {name: parameter.grad for name, parameter in made.named_parameters() if ".experts." in name}
+    assert all(gradient is not None for gradient in experts.values())
+    idle = [name for name, gradient in experts.items() if gradient is not None and not gradient.any()]
+    assert len(idle) == len(experts) * 3 // 4  # one token, one expert of four
