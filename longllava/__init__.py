@@ -12,15 +12,18 @@ from longllava.version import __version__
 
 if TYPE_CHECKING:
     from longllava.api import LongLLaVA
-    from longllava.config import ModelConfig
+    from longllava.config import Int8Config, ModelConfig
     from longllava.errors import LongLLaVAError
+    from longllava.quant import quantize_
 
-__all__ = ["LongLLaVA", "LongLLaVAError", "ModelConfig", "__version__"]
+__all__ = ["Int8Config", "LongLLaVA", "LongLLaVAError", "ModelConfig", "__version__", "quantize_"]
 
 HOMES = {
+    "Int8Config": "longllava.config",
     "LongLLaVA": "longllava.api",
     "LongLLaVAError": "longllava.errors",
     "ModelConfig": "longllava.config",
+    "quantize_": "longllava.quant",
 }
 
 

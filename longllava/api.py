@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from longllava.config import Int8Config
 from longllava.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,12 +57,14 @@ class LongLLaVA:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         tokens_per_image: int | None = None,
+        int8: bool | Int8Config = False,
     ) -> LongLLaVA:
         """Load a shipped model ("nano"), a folder, or a model of the hub ("owner/model").
 
         device: None takes a GPU if there is one. dtype: None takes bfloat16 where the hardware multiplies it
         (GPUs; CPUs with AVX512-BF16 or AMX), else float32. tokens_per_image: None for the model's own.
-        Raises: CheckpointError, ConfigError.
+        int8: quantise the linear layers while they are read, so that the floats are never in memory together; True, or
+        an Int8Config that says which. A folder of int8 weights needs no word. Raises: CheckpointError, ConfigError.
         """
         import torch
 
@@ -70,8 +73,11 @@ class LongLLaVA:
 
         folder = find_folder(name)
         target = checked_device(device)
+        floats = checked_dtype(dtype, target)
         with torch.inference_mode(False):
-            model = load_model(folder, device=target, dtype=checked_dtype(dtype, target))
+            model = load_model(folder, device=target, dtype=floats, int8=checked_int8(int8))
+        if model.config.int8 is not None and floats == torch.float16:
+            raise InputError("dtype: float16 ends at 65504, sums of int8 layers do not; take bfloat16 or float32")
         tokenizer = Tokenizer.from_folder(folder, model.config.prompt)
         return cls(model, tokenizer, tokens_per_image=tokens_per_image)
 
@@ -244,6 +250,14 @@ def checked_dtype(dtype: str | torch.dtype | None, device: torch.device | None) 
     if name not in DTYPES:
         raise InputError(f"dtype: got {dtype!r}, allowed: {', '.join(DTYPES)}")
     return getattr(torch, name)
+
+
+def checked_int8(int8: bool | Int8Config) -> Int8Config | None:
+    if isinstance(int8, bool):
+        return Int8Config() if int8 else None
+    if not isinstance(int8, Int8Config):
+        raise InputError(f"int8: got {int8!r}, expected True, False or an Int8Config")
+    return int8
 
 
 def multiplies_bf16(device: torch.device) -> bool:

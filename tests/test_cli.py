@@ -30,8 +30,8 @@ class FakeModel:
     calls: list[tuple] = []
 
     @classmethod
-    def from_pretrained(cls, name: str, device: str | None = None) -> FakeModel:
-        cls.calls.append(("load", name, device))
+    def from_pretrained(cls, name: str, device: str | None = None, int8: bool = False) -> FakeModel:
+        cls.calls.append(("load", name, device, *(["int8"] if int8 else [])))
         return cls()
 
     def session(self, **reading):
@@ -77,7 +77,7 @@ def test_help_shows_defaults_and_loads_no_torch() -> None:
         assert default in done.stdout
 
 
-@pytest.mark.parametrize("name", ["generate", "chat", "train", "eval", "convert", "downcycle", "world", "doctor"])
+@pytest.mark.parametrize("name", ["generate", "chat", "train", "eval", "convert", "downcycle", "quantize", "world", "doctor"])
 def test_every_command_has_help(name: str) -> None:
     result = CliRunner().invoke(app, [name, "--help"])
     assert result.exit_code == 0

@@ -5,6 +5,7 @@ Pickled weights are opened in a process of their own (longllava.checkpoints.unpi
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from shutil import copyfile
 from typing import TYPE_CHECKING
 
 from longllava.checkpoints.folders import CONFIG, INDEX, PICKLES, WEIGHTS, find_folder, listed
+from longllava.checkpoints.int8 import write_manifest
 from longllava.checkpoints.load import Places, find_places, read, stored_dtype
 from longllava.checkpoints.published import read_config
 from longllava.checkpoints.save import NATIVE, config_fields, renamed
@@ -113,6 +115,10 @@ class Source:
         """One parameter as it is stored."""
         return read(self.places.sources[key], self.places.stored, key, self.places.shapes[key], "cpu", None)
 
+    def n_bytes(self) -> int:
+        """Of its parameters, as they are stored."""
+        return sum(math.prod(shape) * self.dtype(key, None).itemsize for key, shape in self.places.shapes.items())
+
     def dtype(self, key: str, asked: torch.dtype | None) -> torch.dtype:
         return stored_dtype(key, self.places.stored[self.places.sources[key].names[0]].dtype, asked)
 
@@ -132,10 +138,10 @@ def open_source(source: str | Path, text_only: bool = False) -> Source:
 def on_meta(config: ModelConfig) -> Model:
     import torch
 
-    from longllava.model import Model
+    from longllava.quant import build_model
 
     with torch.device("meta"):
-        return Model(config)
+        return build_model(config)
 
 
 def convert_layout(
@@ -172,5 +178,7 @@ def write_layout(
     def rest(staged: Path) -> None:
         write_json(staged / CONFIG, fields)
         copy_missing(BESIDE, source.folder, staged, staged)
+        if config.int8 is not None:
+            write_manifest(staged, source.n_bytes())
 
     return write_folder(target, named, rest, shard_bytes)

@@ -48,6 +48,8 @@ def downcycle(
     experts = open_source(source)
     config = experts.model.config
     n_experts = config.backbone.n_experts
+    if config.int8 is not None:
+        raise CheckpointError(f"{experts.folder}: its experts are int8; take the floats they came from")
     if n_experts == 1:
         raise CheckpointError(f"{experts.folder}: its layers have no experts to make one of; it is dense already")
     if isinstance(take, int) and not 0 <= take < n_experts:

@@ -11,7 +11,6 @@ tensor (once as it is stored, once as it is wanted).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,12 @@ from typing import TYPE_CHECKING
 
 from longllava.checkpoints.folders import ASSETS as ASSETS
 from longllava.checkpoints.folders import CONFIG, find_folder, listed
+from longllava.checkpoints.int8 import Quantiser, damaged_scales, int8_config
 from longllava.checkpoints.names import Naming, Source, recognise
 from longllava.checkpoints.published import read_config
 from longllava.checkpoints.stored import Stored, read_entries
 from longllava.checkpoints.towers import tower_entries
+from longllava.config import Int8Config
 from longllava.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from longllava.model import Model
 
 PARTS = ("encoder.", "bridge.", "backbone.")
-# what a recurrence of ten thousand steps is sensitive to stays in fp32, whatever the model's dtype
-FP32_NAMES = ("A_log_EN", "D_E", "dt_bias_E", "log_length_H")
+# what a recurrence of ten thousand steps is sensitive to stays in fp32, whatever the model's dtype; and int8's scales
+FP32_NAMES = ("A_log_EN", "D_E", "dt_bias_E", "log_length_H", "scale_N", "scale_XN")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -43,25 +44,35 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     allow_missing: Sequence[str] = (),
+    int8: Int8Config | None = None,
 ) -> Model:
     """Build the model of a folder and read its weights into it, each tensor straight to its place.
 
     dtype: of the weights; None keeps what is stored. SSM parameters (A_log, D, dt bias) stay fp32.
     allow_missing: prefixes of parameters that keep their fresh values when the folder has none of them.
+    int8: quantise floats while they are read; never more than one of them is held. A folder of int8 weights is loaded
+    as what it is.
     Raises: CheckpointError listing what is missing, unexpected, of wrong shape, or not finite.
     """
     import torch
 
-    from longllava.model import Model
+    from longllava.quant import build_model
 
     folder = find_folder(folder)
-    config = read_config(folder)
+    stored = read_config(folder)
+    config = int8_config(stored, folder, int8)
     if allow_missing:  # fresh values have to exist
-        model = Model(config).to(device)
+        if config.int8 is not None:
+            raise CheckpointError(
+                f"{folder}: int8 weights have no fresh values to start from; take the model of floats"
+            )
+        model = build_model(config).to(device)
     else:
         with torch.device("meta"):
-            model = Model(config)
-    load_weights_(model, folder, device=device, dtype=dtype, allow_missing=allow_missing)
+            model = build_model(config)
+    load_weights_(
+        model, folder, device=device, dtype=dtype, allow_missing=allow_missing, quantise=stored.int8 != config.int8
+    )
     model.to(device)  # buffers that no checkpoint holds
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"built on meta and not in the checkpoint: {left}"
@@ -76,29 +87,44 @@ def load_weights_(
     dtype: torch.dtype | None = None,
     allow_missing: Sequence[str] = (),
     parts: tuple[str, ...] = (),
+    quantise: bool = False,
 ) -> None:
     """Replace the parameters of `model` by those of a folder or a .safetensors file; on any error it is as it was.
 
     device, dtype: where and as what; None keeps the model's device, and the stored dtype.
     allow_missing: prefixes ("bridge.", "encoder.") whose parameters may be absent and then stay as they are.
     parts: only parameters with these prefixes, whatever else is there: ("bridge.",) for a stage-1 projector file.
+    quantise: the source holds floats, and the model wants int8.
     """
+    from longllava.quant import all_finite
+
     path = Path(source) if Path(source).is_file() else find_folder(source)
     wanted = {key: tensor for key, tensor in model.state_dict().items() if not parts or key.startswith(parts)}
-    places = find_places(path, model, {key: tuple(tensor.shape) for key, tensor in wanted.items()}, parts)
+    shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
+    quantiser = Quantiser(model, device) if quantise else None
+    places = find_places(path, model, quantiser.shapes(shapes) if quantiser else shapes, parts)
     places.check(path, allow_missing, whole=not parts)
     state: dict[str, Tensor] = {}
     not_finite: list[str] = []
     for key, where in places.sources.items():
         if where.names[0] not in places.stored:
             continue  # allowed to be missing
+        if quantiser is not None and key in quantiser.places:
+            not_finite += quantiser.take(key, where, places.stored)
+            continue
         tensor = read(where, places.stored, key, wanted[key].shape, device or wanted[key].device, dtype)
+        if not tensor.is_floating_point() and tensor.dtype != wanted[key].dtype:
+            raise CheckpointError(f"{path}: {key} is {tensor.dtype}, expected {wanted[key].dtype}; it is damaged")
         if not all_finite(tensor):
             not_finite += where.names
         state[key] = tensor
     if not_finite:
         raise CheckpointError(f"{path}: NaN or infinite weights in {listed(not_finite)}; the checkpoint is damaged")
-    model.load_state_dict(state, strict=False, assign=True)
+    if damaged := damaged_scales(state):
+        raise CheckpointError(
+            f"{path}: scales of int8 weights that are not above 0 in {listed(damaged)}; it is damaged"
+        )
+    model.load_state_dict(state | (quantiser.state if quantiser else {}), strict=False, assign=True)
 
 
 @dataclass(frozen=True)
@@ -185,13 +211,6 @@ def read(
     for rows, name in zip(tensor.chunk(len(source.names)), source.names):
         rows.copy_(stored[name].read())
     return tensor
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """By the smallest and the largest value, NaN where any is: isfinite takes 20 times as long, and memory."""
-    import torch
-
-    return tensor.numel() == 0 or all(map(math.isfinite, (value.item() for value in torch.aminmax(tensor))))
 
 
 def stored_dtype(key: str, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longllava.checkpoints.folders import CONFIG, listed
+from longllava.checkpoints.int8 import write_manifest
 from longllava.checkpoints.load import stored_dtype
 from longllava.checkpoints.names import SCHEMES, Source
 from longllava.checkpoints.published import published_config
@@ -59,6 +60,8 @@ def save_model(
     def rest(staged: Path) -> None:
         tokenizer.save(staged)
         write_json(staged / CONFIG, config)
+        if model.config.int8 is not None:
+            write_manifest(staged)
 
     return write_folder(folder, named, rest, shard_bytes)
 
@@ -71,6 +74,10 @@ def config_fields(config: ModelConfig, scheme: str, outputs: Mapping[str, Output
     """config.json of a layout; a language model without its bridge is described as one that reads text only."""
     if scheme == NATIVE:
         return dataclasses.asdict(config)
+    if config.int8 is not None:
+        raise CheckpointError(
+            f"scheme {scheme}: int8 weights have no names in it; write {NATIVE}, or the model of floats"
+        )
     if scheme not in SCHEMES:
         raise CheckpointError(f"scheme {scheme!r}; allowed: {', '.join((NATIVE, *SCHEMES))}")
     if not any(key.startswith("bridge.") for key in outputs):

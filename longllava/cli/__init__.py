@@ -1,4 +1,4 @@
-"""`longllava generate | chat | train | eval | convert | downcycle | world | doctor`.
+"""`longllava generate | chat | train | eval | convert | downcycle | quantize | world | doctor`.
 
 Torch loads only when a command runs.
 """
@@ -33,6 +33,7 @@ app.command()(work.train)
 app.add_typer(evaluations, name="eval")
 app.command()(folders.convert)
 app.command()(folders.downcycle)
+app.command()(folders.quantize)
 app.command()(work.world)
 app.command()(work.doctor)
 

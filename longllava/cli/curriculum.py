@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longllava.cli.talk import Device, Model
+from longllava.cli.talk import Device, Int8, Model
 
 if TYPE_CHECKING:
     from longllava.evals.curriculum import Outcome
@@ -25,6 +25,7 @@ def curriculum(
     seed: Annotated[int, typer.Option(help="Draws the questions.")] = 0,
     device: Device = None,
     dtype: DType = None,
+    int8: Int8 = False,
     output: Output = None,
 ) -> None:
     """Captions, questions about one picture and about several, on held-out pictures of the built-in world.
@@ -41,7 +42,7 @@ def curriculum(
     from longllava.evals.curriculum_report import Column, as_json, draw_plot, print_report
     from longllava.files import write_atomic, write_json
 
-    talker = LongLLaVA.from_pretrained(model, device=device, dtype=dtype)
+    talker = LongLLaVA.from_pretrained(model, device=device, dtype=dtype, int8=int8)
     outcomes = measure(talker.model, talker.processor, wanted, n_questions=questions, seed=seed, show=show)
     seconds = round(time.perf_counter() - started, 1)
     column = Column(Path(model).name, None, model, {one.task: one for one in outcomes}, seconds)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longllava.cli.talk import Device, Model
+from longllava.cli.talk import Device, Int8, Model
 
 if TYPE_CHECKING:
     from longllava.api import LongLLaVA
@@ -40,6 +40,7 @@ def vniah(
     haystack: Haystack = None,
     device: Device = None,
     dtype: DType = None,
+    int8: Int8 = False,
     output: Output = None,
 ) -> None:
     """One needle among N pictures, at every depth, by default in the built-in picture world.
@@ -59,9 +60,9 @@ def vniah(
     from longllava.evals.vniah_task import draw_haystack
 
     draw_haystack(settings, max(settings.images))  # says now what is wrong with a folder or a style
-    talker = LongLLaVA.from_pretrained(model, device=device, dtype=dtype, tokens_per_image=tokens_per_image)
+    talker = LongLLaVA.from_pretrained(model, device=device, dtype=dtype, tokens_per_image=tokens_per_image, int8=int8)
     n_tokens = talker.processor.tokens_per_image(tokens_per_image)
-    parts = names(model, n_tokens, style, haystack)
+    parts = names(model, n_tokens, style, haystack, int8)
     folder = Path(output or f"runs/vniah/{'-'.join(parts)}")
     journal = open_journal(folder, settings, model, talker, n_tokens)
     memory = PeakMemory()
@@ -73,9 +74,9 @@ def vniah(
     print(f"{folder}/all_accuracies.json  cells.csv\n{picture}")
 
 
-def names(model: str, n_tokens: int, style: str, haystack: str | None) -> list[str]:
+def names(model: str, n_tokens: int, style: str, haystack: str | None, int8: bool = False) -> list[str]:
     """What tells this evaluation from others: model, tokens; style and haystack unless they are the usual."""
-    found = [Path(model).name, str(n_tokens)]
+    found = [Path(model).name, str(n_tokens), *(["int8"] if int8 else [])]
     if style != STYLES:
         found += [Path(one).stem for one in style.split(",")]
     return [*found, Path(haystack).stem] if haystack else found

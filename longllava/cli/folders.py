@@ -1,4 +1,4 @@
-"""`longllava convert` and `downcycle`: model folders into other model folders."""
+"""`longllava convert`, `downcycle` and `quantize`: model folders into other model folders."""
 
 from __future__ import annotations
 
@@ -58,6 +58,32 @@ def downcycle(
     asked = {"take": int(take) if take.isdecimal() else take, "scale": scale, "calibrate": calibrate}
     how = ORIGINAL if original else asked
     print(run(source, target, **how, scheme=to, dtype=torch_dtype("bfloat16" if original else dtype)))
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(help="A shipped name, a folder of floats (any layout), or a hub name.")],
+    target: Annotated[str, typer.Argument(help="Folder to write into.")],
+    part: Annotated[list[str], typer.Option(help="backbone, bridge, encoder. Repeatable.")] = ["backbone"],  # noqa: B006
+    keep: Annotated[
+        list[str], typer.Option(help="Layers that stay floats: down_proj, a pattern. Repeatable.", show_default=False)
+    ] = [],  # noqa: B006
+    weight_only: Annotated[
+        list[str], typer.Option(help="Layers whose inputs stay floats. Repeatable.", show_default=False)
+    ] = [],  # noqa: B006
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="The output layer too, its weights only.")] = False,
+) -> None:
+    """Write a model with its linear layers in int8, a scale for each output; the rest as it is.
+
+    The folder is read like any other. --int8 of other commands does the same while a model is loaded.
+    """
+    from longllava.checkpoints import quantize_folder
+    from longllava.checkpoints.int8 import sizes
+    from longllava.config import Int8Config
+
+    config = Int8Config(parts=tuple(part), keep=tuple(keep), weight_only=tuple(weight_only), lm_head=lm_head)
+    folder = quantize_folder(source, target, config)
+    before, after = sizes(folder)
+    print(f"{folder}\n{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB")
 
 
 def torch_dtype(name: str | None):

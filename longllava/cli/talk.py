@@ -35,16 +35,17 @@ Hosts = Annotated[
     typer.Option("--allow-host", help="Host that media may be downloaded from. Repeatable.", show_default=False),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="a GPU if there is one")]
+Int8 = Annotated[bool, typer.Option("--int8", help="Quantise the linear layers while they are read.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest of this total mass.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 
 
-def load(model: str, device: str | None) -> LongLLaVA:
+def load(model: str, device: str | None, int8: bool) -> LongLLaVA:
     from longllava.api import LongLLaVA
 
-    return LongLLaVA.from_pretrained(model, device=device)
+    return LongLLaVA.from_pretrained(model, device=device, int8=int8)
 
 
 def generate(
@@ -57,6 +58,7 @@ def generate(
     allow_host: Hosts = [],  # noqa: B006  typer copies it
     model: Model = "nano",
     device: Device = None,
+    int8: Int8 = False,
     max_new_tokens: NewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -76,7 +78,7 @@ def generate(
     }
     media: dict[str, Any] = {"images": pictures or None, "video": video}
     reading: Reading = {"fps": fps, "max_frames": max_frames, "tiles": tiles, "allow_hosts": allow_host}
-    talker = load(model, device)
+    talker = load(model, device, int8)
     if as_json or not stream:
         answer = talker.generate(text, **media, **settings, **reading)
         seconds = round(time.perf_counter() - started, 3)
@@ -97,6 +99,7 @@ def chat(
     allow_host: Hosts = [],  # noqa: B006  typer copies it
     model: Model = "nano",
     device: Device = None,
+    int8: Int8 = False,
     max_new_tokens: NewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -113,7 +116,7 @@ def chat(
     }
     reading: Reading = {"fps": fps, "max_frames": max_frames, "tiles": tiles, "allow_hosts": allow_host}
     console = Console()
-    talk = Chat(load(model, device), settings, reading, console)
+    talk = Chat(load(model, device, int8), settings, reading, console)
     talk.show(expand(image), video)
     console.print(f"[bold]{model}[/bold]: /help lists the commands, /exit or Ctrl-D ends.", highlight=False)
     while True:

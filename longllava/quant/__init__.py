@@ -3,7 +3,7 @@
 from longllava.config import Int8Config
 from longllava.quant.apply import Place, build_model, float_places, quantize_
 from longllava.quant.layers import Int8Experts, Int8Linear, Int8Module, Int8SwiGLU, QuantizedNorm
-from longllava.quant.weights import fill_
+from longllava.quant.weights import all_finite, fill_
 
 __all__ = [
     "Int8Config",
@@ -13,6 +13,7 @@ __all__ = [
     "Int8SwiGLU",
     "Place",
     "QuantizedNorm",
+    "all_finite",
     "build_model",
     "fill_",
     "float_places",
