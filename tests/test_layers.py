@@ -33,6 +33,7 @@ encoders bridges
 backbone
 fusion
 model
+plan
 generation
 quant
 checkpoints

@@ -1,0 +1,118 @@
+"""The bytes that a prompt takes beside the weights, and the refusal of one that cannot fit.
+
+T tokens, c of a chunk, D width, E inner channels, N scan states, R rank of delta, K head size, H heads, G key-value
+heads, F hidden width of an MLP, C encoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from longllava.config import BackboneConfig, EncoderConfig, ModelConfig
+from longllava.errors import InputError
+from longllava.plan.memory import free_bytes, sized
+
+if TYPE_CHECKING:
+    import torch
+
+FLOAT = 4  # bytes
+# glibc takes blocks below this from its heap, where freed ones stay and others do not fit into their places: measured
+# with nano, 2.2 to 3 times what lives at once (chunks of 2,048 and 8,192 tokens). Larger ones are returned when freed.
+HEAP_BLOCK, HEAP_FACTOR = 32 << 20, 2.5
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes. keys_values grow with the tokens; state is the Mamba layers'; workspace is freed chunk by chunk."""
+
+    keys_values: int
+    state: int
+    workspace: int
+
+    def total(self) -> int:
+        return self.keys_values + self.state + self.workspace
+
+    def __str__(self) -> str:
+        parts = ("keys and values", self.keys_values), ("state", self.state), ("workspace", self.workspace)
+        return ", ".join(f"{name} {sized(value)}" for name, value in parts if value)
+
+
+def prompt_need(
+    config: ModelConfig,
+    n_tokens: int,
+    *,
+    value_bytes: int,
+    chunk_tokens: int,
+    images_per_batch: int = 0,
+    rows: int = 1,
+    layers: Sequence[int] | None = None,
+    ends: bool = True,
+    on_host: bool = False,
+) -> Need:
+    """Of n_tokens more (prompt and answer) in each of `rows`.
+
+    value_bytes: of an activation, and of a key or value. images_per_batch: that the encoder sees at once, 0 for none.
+    layers, ends: of a device that has those layers only, and encoder, embeddings and output layer or not. on_host: of
+    the host's memory, whose allocator keeps small blocks.
+    """
+    backbone = config.backbone
+    mixers = [backbone.mixers()[layer] for layer in (range(backbone.n_layers) if layers is None else layers)]
+    chunk = rows * min(chunk_tokens, n_tokens)
+    at_once = [mixer_workspace(backbone, mixer, chunk, value_bytes) for mixer in set(mixers)]
+    if mixers:
+        at_once.append(3 * chunk * backbone.mlp_width * value_bytes)
+    if ends:
+        at_once.append(2 * rows * backbone.vocab_size * FLOAT)
+    if ends and config.encoder is not None and images_per_batch:
+        at_once.append(images_per_batch * encoder_workspace(config.encoder, value_bytes))
+    hidden = 3 * chunk * backbone.width * value_bytes  # the residual, its norm, what is added
+    workspace = hidden + max(at_once, default=0)
+    largest = chunk * max(2 * backbone.d_inner(), backbone.mlp_width) * value_bytes
+    return Need(
+        keys_values=rows * n_tokens * mixers.count("attention") * token_bytes(backbone, value_bytes),
+        state=rows * mixers.count("mamba") * state_bytes(backbone, value_bytes),
+        workspace=int(workspace * (HEAP_FACTOR if on_host and largest < HEAP_BLOCK else 1)),
+    )
+
+
+def token_bytes(config: BackboneConfig, value_bytes: int) -> int:
+    """Keys and values of one token in one attention layer."""
+    return 2 * config.n_kv_heads * config.head_dim * value_bytes
+
+
+def state_bytes(config: BackboneConfig, value_bytes: int) -> int:
+    """Of one Mamba layer: the convolution's last inputs, and the scan's state in fp32."""
+    return config.d_inner() * ((config.conv_size - 1) * value_bytes + config.state_size * FLOAT)
+
+
+def mixer_workspace(config: BackboneConfig, mixer: str, n_tokens: int, value_bytes: int) -> int:
+    if mixer == "attention":
+        widths = config.head_dim * (3 * config.n_heads + 2 * config.n_kv_heads)
+    else:  # x and z, x convolved, delta, y; and what delta, B and C come from, normed too
+        widths = 5 * config.d_inner() + 2 * (config.dt_rank + 2 * config.state_size)
+    return n_tokens * widths * value_bytes
+
+
+def encoder_workspace(config: EncoderConfig, value_bytes: int) -> int:
+    """Of one picture: its pixels as they come and normalised, and one layer's tensors."""
+    pixels = 3 * config.image_size**2
+    n_tokens = config.grid() ** 2 + (config.class_token and not config.stem_widths)
+    attention = 5 * n_tokens * config.width + 2 * config.n_heads * n_tokens**2
+    mlp = 2 * n_tokens * config.width + 3 * n_tokens * config.mlp_width
+    side, stem = config.image_size, 0
+    for width, stride in zip(config.stem_widths, config.stem_strides):
+        side //= stride
+        stem = max(stem, 4 * width * side**2)
+    return pixels * (1 + FLOAT + value_bytes) + max(attention, mlp, stem) * value_bytes
+
+
+def check_fits(need: Need, device: torch.device | str, what: str) -> None:
+    """Raises: InputError when `device` has less memory free than is needed. Where that is unknown, nothing."""
+    free = free_bytes(device)
+    if free is not None and need.total() > free:
+        raise InputError(
+            f"{what} need {sized(need.total())} of memory on {device} ({need}), {sized(free)} are free;"
+            " give fewer pictures, fewer tokens for each, or free some memory"
+        )
