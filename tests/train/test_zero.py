@@ -1,0 +1,60 @@
+"""DeepSpeed's ZeRO over two processes (gloo): the losses of one process, from one engine's checkpoint to the next."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longllava.errors import ConfigError, TrainingError
+from longllava.settings import save
+from longllava.train.config import engine_named, load_stage
+from longllava.train.stage import run_stage
+from tests.tiny_world import world_config, write_foundation, write_stage
+from tests.train.test_processes import compare, launch
+from tests.train.test_stage import losses
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+FEW = {"needle": {"n_images": [2, 3], "n_questions": [1, 2], "weight": 1}, "facts": {"weight": 8}}
+FIRST = {"steps": 3, "row_length": 192, "rows": 4, "rows_at_once": 1, "learning_rate": 5e-3, "tasks": FEW}
+SECOND = FIRST | {"rows": 2, "row_length": 128}  # many a process has a row of text alone
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LONGLLAVA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return write_foundation(tmp_path / "runs")
+
+
+def plan(runs: Path, **changes: Any) -> dict[str, Any]:
+    """A stage of a fresh mixture of experts, of which most are idle most of the time; its head is not tied."""
+    config = world_config()
+    backbone = dataclasses.replace(config.backbone, n_experts=8, n_experts_per_token=1)
+    save(dataclasses.replace(config, backbone=backbone), runs / "experts.json")
+    return {"model": str(runs / "experts.json"), "recipe": "nano/stage3", "start_from": {"encoder": "foundation-vision"},
+            "frozen": ["backbone.embed_tokens"], "aids": {"router_weight": 0.01, "grounding_weight": 0.1},
+            "gradient_checkpointing": True, "phases": [FIRST, SECOND]} | changes  # fmt: skip
+
+
+def run(path: Path, n: int) -> str:
+    child = launch(path, n)
+    printed, _ = child.communicate(timeout=300)
+    assert child.returncode == 0, printed
+    return printed
+
+
+@needs_deepspeed
+def test_two_processes_of_zero_are_one_and_go_on_from_each_others_checkpoints(runs: Path) -> None:
+    whole = plan(runs)
+    run_stage(load_stage(write_stage(runs, stage="one", **whole)))
+    run(write_stage(runs, stage="two", **plan(runs, phases=[FIRST], engine="zero3")), 2)
+    (runs / "two" / "model" / "training.json").unlink()
+    printed = run(write_stage(runs, stage="two", **plan(runs, engine="zero2", offload="optimizer")), 2)
+    assert "two: goes on after step 3" in printed
+    compare(runs / "one", runs / "two")
+    assert json.loads((runs / "two" / "model" / "training.json").read_text())["steps"] == 6
