@@ -87,6 +87,9 @@ def test_auto_classes_know_a_folder(folder, model, processor):
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id, config.image_token_id) == (0, 1, 2, 0)
     sizes = (config.vocab_size, config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
     assert sizes == (tiny_tokenizer().vocab_size, 32, 5, 4)
+    assert not config.tie_word_embeddings
+    tied = {**asdict(tiny_config(3)), "backbone": {**config.backbone, "tie_embeddings": True}}
+    assert ours.LongLLaVAConfig(**tied).tie_word_embeddings
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32} and not model.training
     assert tokenizer.padding_side == "left" and tokenizer.eos_token == "<|endoftext|>"
     assert model.state_dict().keys() == load_model(folder).state_dict().keys()
@@ -113,9 +116,15 @@ def test_a_prompt_is_read_in_chunks(monkeypatch, library, model, processor):
     with torch.no_grad():
         whole = model(**inputs, use_cache=False).logits
         monkeypatch.setattr(modeling, "CHUNK_TOKENS", 15)  # five of each row: cut inside pictures and padding
+        lengths: list[int] = []
+        hook = model.backbone.register_forward_pre_hook(lambda module, given: lengths.append(given[0].shape[1]))
         parts = model(**inputs, use_cache=True)
+        hook.remove()
+        last = model(**inputs, use_cache=True, logits_to_keep=7).logits
+    torch.testing.assert_close(last, whole[:, -7:], rtol=0, atol=1e-5)
     real = inputs["attention_mask"] == 1
     torch.testing.assert_close(parts.logits[real], whole[real], rtol=0, atol=1e-5)
+    assert max(lengths) == 5 and sum(lengths) == inputs["input_ids"].shape[1]
     assert parts.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
     assert answers(model, processor, inputs) == expected
 
@@ -163,6 +172,14 @@ def test_a_cache_goes_on_where_it_was(library, model, processor):
     with pytest.raises(InputError, match="2 pictures are 2 x 4 tokens, but the rows of input_ids have room for .4."):
         model.generate(**{**onward, "pixel_values": whole["pixel_values"], "past_key_values": model(
             **begun, use_cache=True).past_key_values}, max_new_tokens=1)  # fmt: skip
+
+
+def test_room_is_made_once(model, processor):
+    inputs = prepared(processor, TALKS[1])
+    with torch.no_grad():
+        found = model.generate(**inputs, max_new_tokens=N_NEW, do_sample=False, return_dict_in_generate=True)
+    keys = found.past_key_values.state[1].buffer.keys_BSGK
+    assert keys.shape[1] == inputs["input_ids"].shape[1] + N_NEW
 
 
 def test_streamed_text_is_the_answer(library, model, processor):
@@ -277,10 +294,11 @@ def test_pictures_and_places_must_agree(model, processor):
         with pytest.raises(InputError, match=rf"{len(wrong)} pictures .* have room for \[0, 4, 12\]"):
             model(**{**inputs, "pixel_values": wrong})
     ids = inputs["input_ids"].clone()
-    ids[1, (ids[1] == 0) & (inputs["attention_mask"][1] == 1)] = 9  # the row's picture has no room, the next has more
-    ids[2, -4:] = 0
-    with pytest.raises(InputError, match=r"have room for \[0, 0, 16\]|4 pictures"):
-        model(**{**inputs, "input_ids": ids, "pixel_values": pixels[:3]})
+    slots = ((ids[1] == 0) & (inputs["attention_mask"][1] == 1)).nonzero()[:2, 0]
+    ids[1, slots] = 9  # half a picture's room goes over to the next row
+    ids[2, -2:] = 0
+    with pytest.raises(InputError, match=r"4 pictures .* have room for \[0, 2, 14\]"):
+        model(**{**inputs, "input_ids": ids})
     unmasked = {"input_ids": prepared(processor, TALKS[1])["input_ids"], "pixel_values": pixels[:1]}
     assert answers(model, processor, unmasked) == answers(model, processor, prepared(processor, TALKS[1]))
 
