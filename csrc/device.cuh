@@ -20,6 +20,7 @@ using fp16 = __half;
 constexpr float LOG2E = 1.4426950408889634f;
 
 template <class T> struct alignas(4 * sizeof(T)) Quad { T v[4]; };
+template <class T> struct alignas(2 * sizeof(T)) Pair { T v[2]; };
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
@@ -39,6 +40,16 @@ __device__ __forceinline__ Quad<bf16> quad_from(const float (&x)[4], bf16) {
 __device__ __forceinline__ Quad<fp16> quad_from(const float (&x)[4], fp16) {
   const __half2 a = __floats2half2_rn(x[0], x[1]), b = __floats2half2_rn(x[2], x[3]);
   return {{a.x, a.y, b.x, b.y}};
+}
+
+__device__ __forceinline__ Pair<float> pair_from(float x, float y, float) { return {{x, y}}; }
+__device__ __forceinline__ Pair<bf16> pair_from(float x, float y, bf16) {
+  const __nv_bfloat162 a = __floats2bfloat162_rn(x, y);
+  return {{a.x, a.y}};
+}
+__device__ __forceinline__ Pair<fp16> pair_from(float x, float y, fp16) {
+  const __half2 a = __floats2half2_rn(x, y);
+  return {{a.x, a.y}};
 }
 
 // One instruction each. Without .ftz the compiler adds three for results below 2^-126.

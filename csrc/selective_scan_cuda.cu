@@ -1,5 +1,5 @@
 // Entry points of the selective scan on a GPU, its one-token step, and what joins spans of time.
-#include "selective_scan_cuda.cuh"
+#include "selective_scan_backward_shared.cuh"
 
 namespace longllava {
 
@@ -90,6 +90,16 @@ using namespace longllava;
 LONGLLAVA_EXPORT int longllava_cuda_scan_forward(const ScanArguments* args) {
   if (args->bytes != sizeof(ScanArguments)) return -1;
   const ScanArguments& p = *args;
-  if (p.length == 1) return p.dtype == 0 ? scan_step<float>(p) : p.dtype == 1 ? scan_step<bf16>(p) : scan_step<fp16>(p);
+  if (p.length == 1 && p.saved == nullptr)
+    return p.dtype == 0 ? scan_step<float>(p) : p.dtype == 1 ? scan_step<bf16>(p) : scan_step<fp16>(p);
   return p.dtype == 0 ? scan_forward_fp32(p) : p.dtype == 1 ? scan_forward_bf16(p) : scan_forward_fp16(p);
 }
+
+LONGLLAVA_EXPORT int longllava_cuda_scan_backward(const ScanArguments* args) {
+  if (args->bytes != sizeof(ScanArguments)) return -1;
+  const ScanArguments& p = *args;
+  return p.dtype == 0 ? scan_backward_fp32(p) : p.dtype == 1 ? scan_backward_bf16(p) : scan_backward_fp16(p);
+}
+
+// Bytes of shared memory that a block of 64 channels needs backward.
+LONGLLAVA_EXPORT int64_t longllava_cuda_scan_backward_bytes() { return sizeof(BackwardShared<64>); }

@@ -11,7 +11,7 @@ namespace longllava {
 
 constexpr int SCAN_STATES = 16;    // that a channel has here; fewer are filled up with zeros
 constexpr int SCAN_CHANNELS = 64;  // of a block
-constexpr int SCAN_CHUNK = 64;     // tokens between two saved states
+constexpr int SCAN_CHUNK = 32;     // tokens between two saved states
 
 struct ScanArguments {
   int64_t bytes;  // sizeof(ScanArguments), to catch a caller of another version
@@ -19,6 +19,7 @@ struct ScanArguments {
   int64_t batch, length, channels, states, softplus;
   int64_t n_spans, span;  // time is cut in so many spans of so many tokens, a multiple of SCAN_CHUNK
   int64_t wide;           // rows of channels may be read 16 bytes at a time, those of states (16) four elements
+  int64_t block;          // channels of a block, backward: 64, or 32 where shared memory is short
   int64_t variant;
   void* stream;
   Rows u, delta, z, B, C, y;    // z.data may be null
@@ -27,7 +28,7 @@ struct ScanArguments {
   const int8_t* flags;          // (B, L) Flag, or null: all plain
   float* end;                   // (B, E, N), may be state
   float* saved;                 // (B, chunks, E, N) before each SCAN_CHUNK tokens, or null; backward reads it
-  float *pieces, *sums;         // (B, spans, E, N), (B, spans, E): scratch where n_spans > 1
+  float *pieces, *sums;         // (B, spans, E, N), (B, spans, E): scratch where n_spans > 1, forward and backward
   float* maxima;                // (B, L): the largest |y| of a token goes here, if it is not null
   // backward only; gradients are fp32 partial sums where a shape says so
   Rows grad_y;
@@ -58,9 +59,9 @@ __device__ __forceinline__ float sigmoid(float x) { return fast_reciprocal(1.0f 
 // What a block works on: its row of the batch, span of time, first channel, tokens.
 struct Place {
   int64_t batch, span, channel, begin, end;
-  __device__ explicit Place(const ScanArguments& p) {
-    const int64_t n_blocks = (p.channels + SCAN_CHANNELS - 1) / SCAN_CHANNELS;
-    channel = blockIdx.x % n_blocks * SCAN_CHANNELS;
+  __device__ Place(const ScanArguments& p, int channels) {
+    const int64_t n_blocks = (p.channels + channels - 1) / channels;
+    channel = blockIdx.x % n_blocks * channels;
     span = blockIdx.x / n_blocks % p.n_spans;
     batch = blockIdx.x / n_blocks / p.n_spans;
     begin = span * p.span;

@@ -17,7 +17,7 @@ scan_forward(const __grid_constant__ ScanArguments p) {
   using Shared = ForwardShared<T, TOKENS, DEPTH>;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   constexpr int RING = Shared::RING;
-  const Place at(p);
+  const Place at(p, SCAN_CHANNELS);
   const int n_tiles = static_cast<int>((at.end - at.begin + TOKENS - 1) / TOKENS);
   if (threadIdx.x < SCAN_HELPERS) {
     Helper<T, TOKENS, DEPTH, FAST, STATES_ONLY> helper(p, at, shared, threadIdx.x);

@@ -28,7 +28,7 @@ def outputs_and_gradients(
             leaves[name] = x.requires_grad_()
     y, state = run(*(leaves.get(name, x) for name, x in zip(names, args)))
     random = torch.Generator().manual_seed(1)
-    wanted = [torch.randn(x.shape, generator=random).to(x.dtype) for x in (y, state)]
+    wanted = [torch.randn(x.shape, generator=random).to(x) for x in (y, state)]
     found = {"y": y.detach(), "state": state.detach()}
     if y.requires_grad or state.requires_grad:
         pairs = [(x, g) for x, g in zip((y, state), wanted) if x.requires_grad]

@@ -7,6 +7,7 @@ exponentials are then computed twice, so fewer than three spans would gain nothi
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 
@@ -18,9 +19,9 @@ from longllava.ops.native_cuda import address, plain, rowed, rows
 from longllava.ops.selective_scan.triton_launch import flags_of
 
 MAX_STATES = 16
-CHANNELS, CHUNK = 64, 64  # SCAN_CHANNELS and SCAN_CHUNK of csrc/selective_scan_cuda.cuh
+CHANNELS, CHUNK = 64, 32  # SCAN_CHANNELS and SCAN_CHUNK of csrc/selective_scan_cuda.cuh
 MIN_SPAN = 128  # tokens: a shorter span does not pay for filling the pipeline of tiles twice
-FIELDS = struct.Struct("@53q")  # ScanArguments there
+FIELDS = struct.Struct("@54q")  # ScanArguments there
 NO_ROWS = (0, 0, 0)
 NO_GRADIENTS = (*NO_ROWS, *[0] * 10)
 VARIANT = int(os.environ.get("LONGLLAVA_SCAN_VARIANT", "0"))
@@ -74,7 +75,7 @@ def compute(
         sums = u.new_empty((batch, n_spans, channels), dtype=torch.float32)
     arguments = FIELDS.pack(
         FIELDS.size, native_cuda.DTYPES[dtype], batch, length, channels, n_states, delta_softplus, n_spans, span,
-        is_wide(u, delta, B, C, z), VARIANT, native_cuda.stream(u),
+        is_wide(u, delta, B, C, z), CHANNELS, VARIANT, native_cuda.stream(u),
         *rows(u), *rows(delta), *rows(z), *rows(B), *rows(C), *rows(y),
         *map(address, (*parameters, flags, end, saved, pieces, sums, maxima)), *NO_GRADIENTS,
     )  # fmt: skip
@@ -87,3 +88,81 @@ def is_wide(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, *m
     """Whether the kernels may read rows of channels 16 bytes at a time, and all 16 states four at a time."""
     states = B.shape[2] == MAX_STATES and native_cuda.is_wide(4 * B.element_size(), B, C)
     return states and native_cuda.is_wide(16, u, delta, z, *more)
+
+
+@functools.lru_cache
+def backward_block(device: torch.device) -> int:
+    """Channels of a block: 64 where its 190 KB of shared memory are to be had (H100), half of it elsewhere (A100)."""
+    if device.type != "cuda":
+        return CHANNELS
+    has = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return CHANNELS if has >= native_cuda.function("longllava_cuda_scan_backward_bytes")() else CHANNELS // 2
+
+
+def gradients(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    seq_idx: Tensor | None,
+    saved: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias, initial state; zero-sized where there is no input."""
+    batch, length, channels = u.shape
+    n_states = A.shape[1]
+
+    def fp32(*sizes: int) -> Tensor:
+        return u.new_empty(sizes, dtype=torch.float32)
+
+    grad_start = fp32(batch, channels, n_states)
+    if u.numel() == 0:
+        zeros = [fp32(0) if x is None else torch.zeros_like(x) for x in (u, delta, A, B, C, D, z, delta_bias)]
+        first = grad_start.zero_() if grad_state is None else grad_state.to(torch.float32, copy=True)
+        return (*zeros, first)  # type: ignore[return-value]
+    dtype = native_cuda.common_dtype(u, delta, B, C, z, grad_y)
+    rows_of = [rowed(x, dtype) for x in (u, delta, z, B, C)]
+    grad_rows = rowed(grad_y, dtype)
+    parameters = [plain(x) for x in (A, D, delta_bias)]
+    end, flags = plain(grad_state), flags_of(seq_idx)
+    n_spans, span = spans(batch, length, channels, u.device)
+    block = backward_block(u.device)
+    pieces = fp32(batch, n_spans, channels, n_states) if n_spans > 1 else None
+    sums = fp32(batch, n_spans, channels) if n_spans > 1 else None
+    grad_u, grad_delta = (u.new_empty(u.shape, dtype=dtype) for _ in range(2))
+    grad_z = None if z is None else u.new_empty(u.shape, dtype=dtype)
+    grad_A = fp32(batch, n_spans, channels, n_states)
+    grad_D, grad_bias = (None if x is None else fp32(batch, n_spans, channels) for x in (D, delta_bias))
+    grad_B, grad_C = (fp32(-(-channels // block), batch, length, n_states) for _ in range(2))
+    first_u, first_delta, first_z, first_B, first_C = rows_of
+    wide = is_wide(first_u, first_delta, first_B, first_C, first_z, grad_rows)  # type: ignore[arg-type]
+    arguments = FIELDS.pack(
+        FIELDS.size, native_cuda.DTYPES[dtype], batch, length, channels, n_states, delta_softplus, n_spans, span,
+        wide, block, 0, native_cuda.stream(u), *(field for x in rows_of for field in rows(x)), *NO_ROWS,
+        *map(address, (*parameters, None, flags, None, saved, pieces, sums, None)),
+        *rows(grad_rows),
+        *map(address, (grad_u, grad_delta, grad_z, end, grad_A, grad_D, grad_bias, grad_B, grad_C, grad_start)),
+    )  # fmt: skip
+    with torch.cuda.device_of(u):
+        native_cuda.succeed(native_cuda.function("longllava_cuda_scan_backward")(arguments), "selective_scan")
+
+    def total(grad: Tensor | None, x: Tensor | None, axes: int | tuple[int, int]) -> Tensor:
+        return fp32(0) if grad is None or x is None else grad.sum(axes).to(x.dtype)
+
+    return (
+        grad_u.to(u.dtype),
+        grad_delta.to(delta.dtype),
+        total(grad_A, A, (0, 1)),
+        total(grad_B, B, 0),
+        total(grad_C, C, 0),
+        total(grad_D, D, (0, 1)),
+        fp32(0) if grad_z is None or z is None else grad_z.to(z.dtype),
+        total(grad_bias, delta_bias, (0, 1)),
+        grad_start,
+    )

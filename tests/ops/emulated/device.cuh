@@ -101,9 +101,11 @@ inline void run_block(unsigned id, int threads, int64_t bytes, const std::functi
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, start, 0);
   }
-  for (bool busy = true; busy;) {
+  bool backward = false;  // threads run in either order by turns, so that neither kind of warps is always the first
+  for (bool busy = true; busy; backward = !backward) {
     busy = false;
-    for (int i = 0; i < threads; ++i) {
+    for (int k = 0; k < threads; ++k) {
+      const int i = backward ? threads - 1 - k : k;
       if (now.fibers[i]->done) continue;
       busy = true;
       now.running = i;
@@ -152,6 +154,7 @@ using fp16 = _Float16;
 constexpr float LOG2E = 1.4426950408889634f;
 
 template <class T> struct alignas(4 * sizeof(T)) Quad { T v[4]; };
+template <class T> struct alignas(2 * sizeof(T)) Pair { T v[2]; };
 
 inline float to_float(float x) { return x; }
 inline float to_float(fp16 x) { return float(x); }
@@ -173,6 +176,8 @@ template <> inline bf16 from_float<bf16>(float x) {
 template <class T> inline Quad<T> quad_from(const float (&x)[4], T) {
   return {{from_float<T>(x[0]), from_float<T>(x[1]), from_float<T>(x[2]), from_float<T>(x[3])}};
 }
+
+template <class T> inline Pair<T> pair_from(float x, float y, T) { return {{from_float<T>(x), from_float<T>(y)}}; }
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
