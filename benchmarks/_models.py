@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 
-def open_model(name: str, device: str | None = None, dtype: str | None = None, tokens: int | None = None) -> Any:
+def open_model(
+    name: str, device: str | None = None, dtype: str | None = None, tokens: int | None = None, int8: bool = False
+) -> Any:
     """LongLLaVA of a shipped model or folder, or of a config of configs/models with random weights.
 
     Random models read with nano's tokenizer: theirs comes with their weights, and token counts are reported.
@@ -16,7 +19,7 @@ def open_model(name: str, device: str | None = None, dtype: str | None = None, t
     from longllava.checkpoints.folders import shipped_models
 
     if name in shipped_models() or Path(name).is_dir():
-        return LongLLaVA.from_pretrained(name, device=device, dtype=dtype, tokens_per_image=tokens)
+        return LongLLaVA.from_pretrained(name, device=device, dtype=dtype, tokens_per_image=tokens, int8=int8)
     from longllava.api import checked_device, checked_dtype
     from longllava.checkpoints import find_folder
     from longllava.config import ModelConfig
@@ -26,7 +29,8 @@ def open_model(name: str, device: str | None = None, dtype: str | None = None, t
 
     config = load(ModelConfig, shipped("configs", f"models/{name}.yaml"))
     target = checked_device(device)
-    model = random_model(config, target, checked_dtype(dtype, target))
+    build = random_int8_model if int8 else random_model
+    model = build(config, target, checked_dtype(dtype, target))
     return LongLLaVA(model, Tokenizer.from_folder(find_folder("nano"), config.prompt), tokens_per_image=tokens)
 
 
@@ -38,7 +42,6 @@ def random_model(config: Any, device: Any, dtype: Any) -> Any:
     from longllava.model import Model
 
     usual = torch.get_default_dtype()
-    torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
@@ -48,6 +51,40 @@ def random_model(config: Any, device: Any, dtype: Any) -> Any:
     for name, parameter in model.named_parameters():
         if name.rsplit(".", 1)[-1] in FP32_NAMES:
             parameter.data = parameter.data.float()
+    model.initialise_()
+    return model.eval()
+
+
+def random_int8_model(config: Any, device: Any, dtype: Any) -> Any:
+    """Fresh int8 weights, never floats: a model of 53 billion weights is made where only its int8 form fits."""
+    import torch
+    from torch import nn
+
+    from longllava.checkpoints.load import FP32_NAMES
+    from longllava.config import Int8Config
+    from longllava.quant import build_model
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = build_model(dataclasses.replace(config, int8=Int8Config()))
+    kept = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        if name in kept:
+            buffer.copy_(kept[name])
+        elif buffer.dtype == torch.int8:
+            buffer.random_(-127, 128)
+        else:  # scales: what makes evenly spread whole numbers as wide as the layer's floats would be
+            buffer.fill_(config.backbone.init_std / 73.3)
+    for name, parameter in model.named_parameters():
+        fp32 = name.rsplit(".", 1)[-1] in FP32_NAMES
+        parameter.data = parameter.data.to(torch.float32 if fp32 else dtype)
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=config.backbone.init_std)
+        else:
+            nn.init.constant_(parameter, float(name.endswith("weight")))
+    for block in model.backbone.blocks():
+        block.mixer.initialise_()
     return model.eval()
 
 
