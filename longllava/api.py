@@ -58,13 +58,17 @@ class LongLLaVA:
         dtype: str | torch.dtype | None = None,
         tokens_per_image: int | None = None,
         int8: bool | Int8Config = False,
+        device_map: str | Mapping[str, str | torch.device] | None = None,
     ) -> LongLLaVA:
         """Load a shipped model ("nano"), a folder, or a model of the hub ("owner/model").
 
         device: None takes a GPU if there is one. dtype: None takes bfloat16 where the hardware multiplies it
         (GPUs; CPUs with AVX512-BF16 or AMX), else float32. tokens_per_image: None for the model's own.
         int8: quantise the linear layers while they are read, so that the floats are never in memory together; True, or
-        an Int8Config that says which. A folder of int8 weights needs no word. Raises: CheckpointError, ConfigError.
+        an Int8Config that says which. A folder of int8 weights needs no word.
+        device_map: instead of device, layers over several devices: "auto" takes as few GPUs as hold the model, a table
+        says which, such as {"": "cuda:0", "backbone.layers.20": "cuda:1"}.
+        Raises: CheckpointError, ConfigError; InputError when the devices cannot hold it.
         """
         import torch
 
@@ -72,10 +76,11 @@ class LongLLaVA:
         from longllava.inputs.tokenizer import Tokenizer
 
         folder = find_folder(name)
-        target = checked_device(device)
+        target, devices = checked_device(device), checked_map(device_map, device)
         floats = checked_dtype(dtype, target)
         with torch.inference_mode(False):
-            model = load_model(folder, device=target, dtype=floats, int8=checked_int8(int8))
+            model = load_model(folder, device=target, dtype=floats, int8=checked_int8(int8),
+                               device_map=devices)  # fmt: skip
         if model.config.int8 is not None and floats == torch.float16:
             raise InputError("dtype: float16 ends at 65504, sums of int8 layers do not; take bfloat16 or float32")
         tokenizer = Tokenizer.from_folder(folder, model.config.prompt)
@@ -223,6 +228,16 @@ class LongLLaVA:
 
         turns, sources = prompt_turns(prompt, images, video, self.processor, session.reader.media)
         return [*turns, self.processor.assistant_open()], sources
+
+
+def checked_map(
+    device_map: str | Mapping[str, str | torch.device] | None, device: str | torch.device | None
+) -> str | dict[str, str] | None:
+    if device_map is not None and device is not None:
+        raise InputError("device and device_map: give one of them")
+    if device_map is None or isinstance(device_map, str):
+        return device_map
+    return {key: str(checked_device(on)) for key, on in device_map.items()}
 
 
 def checked_device(device: str | torch.device | None) -> torch.device:

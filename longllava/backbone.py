@@ -5,6 +5,8 @@ B batch, L tokens, D width, V vocabulary. Source: Lieber et al. 2024, "Jamba" (a
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -32,9 +34,12 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.layer_devices: list[torch.device] | None = None  # where layers are that are not all on one device
         self.gradient_checkpointing = self.offload_activations = False
 
     def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
+        if self.layer_devices is not None:
+            return self.across_devices(x_BLD, ctx, state)
         if x_BLD.device.type != "cpu" and not torch.is_grad_enabled():
             return self.without_gradients(x_BLD, ctx, state)
         new_state: State = []
@@ -56,6 +61,29 @@ class Backbone(nn.Module):
         y_BLD = self.final_norm(x_BLD) if fed_BLD is None else self.final_norm.added(fed_BLD, x_BLD)[0]
         return y_BLD, None if state is None else new_state
 
+    def across_devices(self, x_BLD: Tensor, ctx: Context, state: State | None) -> tuple[Tensor, State | None]:
+        """`forward` of a model that is split: hidden states go to where each layer is, and come back in the end."""
+        assert self.layer_devices is not None
+        new_state: State = []
+        first, at = x_BLD.device, x_BLD.device
+        for i, (layer, device) in enumerate(zip(self.layers, self.layer_devices, strict=True)):
+            if device != at:
+                x_BLD, ctx, at = x_BLD.to(device), ctx.to(device), device
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # Triton's choice
+                x_BLD, layer_state = layer(x_BLD, ctx, None if state is None else state[i])
+            new_state.append(layer_state)
+        return self.final_norm(x_BLD.to(first)), None if state is None else new_state
+
+    def place_(self, first: torch.device | str, layers: Sequence[torch.device | str]) -> None:
+        """Each layer to its device, all else to the first, where hidden states begin and end."""
+        for layer, device in zip(self.layers, layers, strict=True):
+            layer.to(device)
+        for part in (self.embed_tokens, self.final_norm, self.lm_head):
+            if part is not None:
+                part.to(first)
+        devices = [torch.device(device) for device in layers]
+        self.layer_devices = devices if {*devices} - {torch.device(first)} else None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V). Give it only the positions you need: all of 40,960 would be 10.7 GB in fp32."""
         # by a call: ZeRO-3 has a module's weights together only while it is called; an int8 head has no float weight
@@ -65,8 +93,15 @@ class Backbone(nn.Module):
         return hidden @ weight_VD.to(hidden.dtype).T
 
     def empty_state(self, batch: int, capacity: int, device: torch.device | str, dtype: torch.dtype) -> State:
-        """The state before the first token; capacity: tokens the attention layers make room for."""
-        return [block.mixer.empty_state(batch, capacity, torch.device(device), dtype) for block in self.blocks()]
+        """The state before the first token; capacity: tokens the attention layers make room for.
+
+        device: that of the layers, where they are not split over several.
+        """
+        devices = self.layer_devices or [torch.device(device)] * len(self.layers)
+        return [
+            block.mixer.empty_state(batch, capacity, own, dtype)
+            for block, own in zip(self.blocks(), devices, strict=True)
+        ]
 
     def blocks(self) -> list[Block]:
         return cast(list[Block], list(self.layers))

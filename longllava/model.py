@@ -5,6 +5,8 @@ N images, T encoder tokens, C encoder width, M tokens an image, B batch, L token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,13 @@ class Model(nn.Module):
         self.backbone = Backbone(config.backbone)
         for i, block in enumerate(self.backbone.blocks()):
             self.backbone.layers[i] = self.fusion.adapt(block, i)
+
+    def place_(self, first: torch.device | str, layers: Sequence[torch.device | str]) -> None:
+        """Each layer of the backbone to its device, all else to the first."""
+        self.backbone.place_(first, layers)
+        for part in (self.encoder, self.bridge):
+            if part is not None:
+                part.to(first)
 
     def encode(self, pixels_N3SS: Tensor) -> Tensor:
         """uint8 pixels -> features (N, T, C), before pooling, without gradients: the encoder is frozen."""

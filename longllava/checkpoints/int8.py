@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,10 +56,10 @@ def int8_config(config: ModelConfig, folder: Path, asked: Int8Config | None) -> 
 class Quantiser:
     """Receives float weights one by one and keeps their int8 form: never a model of floats, never one twice."""
 
-    def __init__(self, model: Model, device: str | torch.device | None):
+    def __init__(self, model: Model, device_of: Callable[[str], str | torch.device]):
         from longllava.quant import float_places
 
-        self.model, self.device = model, device
+        self.model, self.device_of = model, device_of
         self.places: dict[str, Place] = float_places(model)
         self.state: dict[str, Tensor] = {}
 
@@ -78,9 +78,7 @@ class Quantiser:
         place = self.places[key]
         for name in (place.weight, place.scale):
             if name not in self.state:
-                self.state[name] = torch.empty_like(
-                    self.model.get_buffer(name), device=self.device or self.model.get_buffer(name).device
-                )
+                self.state[name] = torch.empty_like(self.model.get_buffer(name), device=self.device_of(name))
         start = place.start
         for name in source.names:
             weight_NK = stored[name].read().reshape(-1, place.shape[1])

@@ -14,17 +14,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longllava.checkpoints.folders import ASSETS as ASSETS
 from longllava.checkpoints.folders import CONFIG, find_folder, listed
 from longllava.checkpoints.int8 import Quantiser, damaged_scales, int8_config
 from longllava.checkpoints.names import Naming, Source, recognise
+from longllava.checkpoints.placing import FP32_NAMES as FP32_NAMES
+from longllava.checkpoints.placing import check_room, placement_of, stored_dtype
 from longllava.checkpoints.published import read_config
 from longllava.checkpoints.stored import Stored, read_entries
 from longllava.checkpoints.towers import tower_entries
 from longllava.config import Int8Config
 from longllava.errors import CheckpointError
+from longllava.plan.split import Placement, placed
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +36,6 @@ if TYPE_CHECKING:
     from longllava.model import Model
 
 PARTS = ("encoder.", "bridge.", "backbone.")
-# what a recurrence of ten thousand steps is sensitive to stays in fp32, whatever the model's dtype; and int8's scales
-FP32_NAMES = ("A_log_EN", "D_E", "dt_bias_E", "log_length_H", "scale_N", "scale_XN")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -45,6 +46,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     allow_missing: Sequence[str] = (),
     int8: Int8Config | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> Model:
     """Build the model of a folder and read its weights into it, each tensor straight to its place.
 
@@ -52,6 +54,7 @@ def load_model(
     allow_missing: prefixes of parameters that keep their fresh values when the folder has none of them.
     int8: quantise floats while they are read; never more than one of them is held. A folder of int8 weights is loaded
     as what it is.
+    device_map: layers over several devices, "auto" or a table (see plan/split.py), instead of `device`.
     Raises: CheckpointError listing what is missing, unexpected, of wrong shape, or not finite.
     """
     import torch
@@ -67,14 +70,18 @@ def load_model(
                 f"{folder}: int8 weights have no fresh values to start from; take the model of floats"
             )
         model = build_model(config).to(device)
+        placement = placed({"": str(device)}, config.backbone.n_layers)
     else:
         with torch.device("meta"):
             model = build_model(config)
+        placement = placement_of({"": str(device)} if device_map is None else device_map, model, dtype)
+        check_room(model, dtype, placement)
     load_weights_(
-        model, folder, device=device, dtype=dtype, allow_missing=allow_missing, quantise=stored.int8 != config.int8
+        model, folder, device=placement, dtype=dtype, allow_missing=allow_missing, quantise=stored.int8 != config.int8
     )
-    model.to(device)  # buffers that no checkpoint holds
-    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    model.place_(placement.first, placement.layers)  # also buffers that no checkpoint holds
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if tensor.is_meta and placement.device_of(name) != "meta"]  # fmt: skip
     assert not left, f"built on meta and not in the checkpoint: {left}"
     return model.eval()
 
@@ -83,7 +90,7 @@ def load_weights_(
     model: Model,
     source: str | Path,
     *,
-    device: str | torch.device | None = None,
+    device: str | torch.device | Placement | None = None,
     dtype: torch.dtype | None = None,
     allow_missing: Sequence[str] = (),
     parts: tuple[str, ...] = (),
@@ -101,7 +108,12 @@ def load_weights_(
     path = Path(source) if Path(source).is_file() else find_folder(source)
     wanted = {key: tensor for key, tensor in model.state_dict().items() if not parts or key.startswith(parts)}
     shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
-    quantiser = Quantiser(model, device) if quantise else None
+    tensors = model.state_dict()
+
+    def device_of(key: str) -> str | torch.device:
+        return device.device_of(key) if isinstance(device, Placement) else device or tensors[key].device
+
+    quantiser = Quantiser(model, device_of) if quantise else None
     places = find_places(path, model, quantiser.shapes(shapes) if quantiser else shapes, parts)
     places.check(path, allow_missing, whole=not parts)
     state: dict[str, Tensor] = {}
@@ -112,7 +124,7 @@ def load_weights_(
         if quantiser is not None and key in quantiser.places:
             not_finite += quantiser.take(key, where, places.stored)
             continue
-        tensor = read(where, places.stored, key, wanted[key].shape, device or wanted[key].device, dtype)
+        tensor = read(where, places.stored, key, wanted[key].shape, device_of(key), dtype)
         if not tensor.is_floating_point() and tensor.dtype != wanted[key].dtype:
             raise CheckpointError(f"{path}: {key} is {tensor.dtype}, expected {wanted[key].dtype}; it is damaged")
         if not all_finite(tensor):
@@ -211,11 +223,3 @@ def read(
     for rows, name in zip(tensor.chunk(len(source.names)), source.names):
         rows.copy_(stored[name].read())
     return tensor
-
-
-def stored_dtype(key: str, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    import torch
-
-    if not stored.is_floating_point:
-        return stored
-    return torch.float32 if key.rsplit(".", 1)[-1] in FP32_NAMES else (asked or stored)

@@ -22,7 +22,9 @@ AHEAD = 4  # steps that a GPU is given before the oldest one's tokens are looked
 
 
 def is_static(reader: Reader) -> bool:
-    """Whether answers are decoded here: on a GPU, unless a layer asks the host where its rows go."""
+    """Whether answers are decoded here: on one GPU, unless a layer asks the host where its rows go."""
+    if reader.model.backbone.layer_devices is not None:
+        return False
     experts = [m.experts for m in reader.model.modules() if isinstance(m, MixtureOfExperts)]
     return reader.device.type == "cuda" and all(getattr(e, "asks_no_host", False) for e in experts)
 

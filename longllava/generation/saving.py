@@ -138,7 +138,7 @@ def state_from(tensors: dict[str, Tensor], reader: Reader, n_tokens: int) -> Sta
             named = (tensors.pop(f"{number}.conv"), tensors.pop(f"{number}.scan"))
             for tensor, like in zip(named, layer):
                 check_like(tensor, like, f"layer {number}", tuple(like.shape))
-            state.append(MambaState(*(tensor.to(reader.device) for tensor in named)))
+            state.append(MambaState(*(tensor.to(like.device) for tensor, like in zip(named, layer))))
             continue
         assert isinstance(layer, AttentionState)
         segments: list[Segment] = []
@@ -147,7 +147,7 @@ def state_from(tensors: dict[str, Tensor], reader: Reader, n_tokens: int) -> Sta
             like = layer.buffer.keys_BSGK
             for tensor in pair:
                 check_like(tensor, like, f"layer {number}", (1, pair[0].shape[1], *like.shape[2:]))
-            segments.append(Segment(pair[0].to(reader.device), pair[1].to(reader.device), None))
+            segments.append(Segment(pair[0].to(like.device), pair[1].to(like.device), None))
         loaded = AttentionState(tuple(segments), layer.buffer, 0)
         if loaded.n_tokens() != n_tokens:
             raise ValueError(f"layer {number} holds {loaded.n_tokens()} tokens, expected {n_tokens}")

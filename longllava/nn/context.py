@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +24,14 @@ class Context:
     start: int = 0
     grounding_G4: Tensor | None = None
     losses: dict[str, Tensor] | None = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Context:
+        """The same for layers on another device, without gradients: what layers report stays where it is."""
+        return replace(
+            self,
+            seq_idx_BL=None if self.seq_idx_BL is None else self.seq_idx_BL.to(device),
+            positions_BL=None if self.positions_BL is None else self.positions_BL.to(device),
+        )
 
     def report(self, name: str, value: Tensor) -> None:
         if self.losses is not None:
