@@ -34,13 +34,16 @@ class LongLLaVA:
     Faults of inputs, settings and files are LongLLaVAError, in one sentence that names what is wrong.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, *, tokens_per_image: int | None = None):
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, *, tokens_per_image: int | None = None, kv_dtype: str | None = None
+    ):
         from longllava.inputs.processor import Processor
 
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.processor = Processor(model.config, tokenizer)
         self.tokens_per_image = tokens_per_image
+        self.int8_cache = checked_kv_dtype(kv_dtype)
         if tokenizer.vocab_size > model.config.backbone.vocab_size:
             raise InputError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model only"
@@ -58,6 +61,7 @@ class LongLLaVA:
         dtype: str | torch.dtype | None = None,
         tokens_per_image: int | None = None,
         int8: bool | Int8Config = False,
+        kv_dtype: str | None = None,
         device_map: str | Mapping[str, str | torch.device] | None = None,
     ) -> LongLLaVA:
         """Load a shipped model ("nano"), a folder, or a model of the hub ("owner/model").
@@ -65,7 +69,8 @@ class LongLLaVA:
         device: None takes a GPU if there is one. dtype: None takes bfloat16 where the hardware multiplies it
         (GPUs; CPUs with AVX512-BF16 or AMX), else float32. tokens_per_image: None for the model's own.
         int8: quantise the linear layers while they are read, so that the floats are never in memory together; True, or
-        an Int8Config that says which. A folder of int8 weights needs no word.
+        an Int8Config that says which. A folder of int8 weights needs no word. kv_dtype: "int8" keeps keys and values of
+        attention so, each token and head with a scale of its own: half of bfloat16's memory, more time; None as dtype.
         device_map: instead of device, layers over several devices: "auto" takes as few GPUs as hold the model, a table
         says which, such as {"": "cuda:0", "backbone.layers.20": "cuda:1"}.
         Raises: CheckpointError, ConfigError; InputError when the devices cannot hold it.
@@ -84,7 +89,7 @@ class LongLLaVA:
         if model.config.int8 is not None and floats == torch.float16:
             raise InputError("dtype: float16 ends at 65504, sums of int8 layers do not; take bfloat16 or float32")
         tokenizer = Tokenizer.from_folder(folder, model.config.prompt)
-        return cls(model, tokenizer, tokens_per_image=tokens_per_image)
+        return cls(model, tokenizer, tokens_per_image=tokens_per_image, kv_dtype=kv_dtype)
 
     def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> Path:
         """Write config.json, tokenizer.json and model.safetensors. dtype: stored dtype, None as loaded."""
@@ -220,7 +225,12 @@ class LongLLaVA:
         from longllava.inputs.media import MediaOptions
 
         options = MediaOptions(**media)
-        return Session(Reader(self.model, self.processor, self.tokens_per_image, chunk_tokens, options, open_reference))
+        return Session(
+            Reader(
+                self.model, self.processor, self.tokens_per_image, chunk_tokens, options, open_reference,
+                self.int8_cache,
+            )
+        )  # fmt: skip
 
     def pieces(self, prompt: Prompt, images: Any, video: Any, session: Session) -> tuple[list[Piece], list[Any]]:
         """A prompt up to where its answer begins, and its images in order."""
@@ -273,6 +283,12 @@ def checked_int8(int8: bool | Int8Config) -> Int8Config | None:
     if not isinstance(int8, Int8Config):
         raise InputError(f"int8: got {int8!r}, expected True, False or an Int8Config")
     return int8
+
+
+def checked_kv_dtype(kv_dtype: str | None) -> bool:
+    if kv_dtype not in (None, "int8"):
+        raise InputError(f"kv_dtype: got {kv_dtype!r}, allowed: int8, or None for the model's own")
+    return kv_dtype == "int8"
 
 
 def multiplies_bf16(device: torch.device) -> bool:

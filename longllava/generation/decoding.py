@@ -82,7 +82,7 @@ class Decoder:
             return StaticMambaState(*(part.clone(memory_format=torch.contiguous_format) for part in layer))
         assert isinstance(layer, AttentionState)
         prefix = tuple(segment for segment in layer.segments() if segment.keys_BSGK.shape[1])
-        keys_B0GK = layer.buffer.keys_BSGK[:, :0]
+        keys_B0GK = layer.buffer.keys_BSGK[:, :0].to(self.reader.dtype)  # int8 is for what is read, not for an answer
         return StaticAttentionState(prefix, keys_B0GK, keys_B0GK, self.seen_1C.expand(rows, -1), self.at_1)
 
     def grow(self) -> None:

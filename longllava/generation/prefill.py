@@ -28,6 +28,8 @@ from longllava.inputs.media import MediaOptions, MediaReader, listed
 from longllava.inputs.processor import Encoded, Processor, Span
 from longllava.model import Model
 from longllava.nn import Context, State
+from longllava.nn.cache import int8_cache
+from longllava.plan import check_fits, prompt_need
 
 PIXELS_PER_BATCH = 1 << 20  # encoder batch: 9 images of 336 x 336, or MAX_BATCH small ones
 MAX_BATCH = 32
@@ -42,7 +44,8 @@ class Reader:
     """A model and what it takes to read a prompt into its state.
 
     tokens_per_image: None for the config's. chunk_tokens: prefilled at a time, None for 2,048, on a GPU 8,192.
-    options: how media are read. open_scheme: turns "world:..." sources into pictures.
+    options: how media are read. open_scheme: turns "world:..." sources into pictures. int8_cache: keys and values in
+    int8, each token and head with scales of its own: half the memory of bfloat16.
     """
 
     model: Model
@@ -51,6 +54,7 @@ class Reader:
     chunk_tokens: int | None = None
     options: MediaOptions = field(default_factory=MediaOptions)
     open_scheme: Callable[[str], Any] | None = None
+    int8_cache: bool = False
 
     def __post_init__(self) -> None:
         encoder = self.model.config.encoder
@@ -73,8 +77,29 @@ class Reader:
         return self.model.backbone.embed_tokens.weight.dtype
 
     def empty_state(self, capacity: int, batch: int = 1) -> State:
-        """The state before the first token, with room for exactly `capacity`."""
-        return self.model.backbone.empty_state(batch, capacity, self.device, self.dtype)
+        """The state before the first token, with room for exactly `capacity`. Raises: InputError for too much."""
+        self.check_room(capacity, batch)
+        state = self.model.backbone.empty_state(batch, 0 if self.int8_cache else capacity, self.device, self.dtype)
+        return int8_cache(state, capacity) if self.int8_cache else state
+
+    def check_room(self, n_tokens: int, rows: int = 1) -> None:
+        """Raises: InputError when a device has less memory free than n_tokens more in each row take."""
+        devices = self.model.backbone.layer_devices or [self.device] * len(self.model.backbone.layers)
+        for device in dict.fromkeys([self.device, *devices] if n_tokens else ()):
+            need = prompt_need(
+                self.model.config, n_tokens, value_bytes=self.dtype.itemsize, chunk_tokens=self.chunk, rows=rows,
+                images_per_batch=self.images_at_once(), on_host=device.type == "cpu",
+                layers=[layer for layer, own in enumerate(devices) if own == device], ends=device == self.device,
+                int8_cache=self.int8_cache,
+            )  # fmt: skip
+            check_fits(need, device, f"{n_tokens:,} tokens (prompt and answer)" + f" in {rows} rows" * (rows > 1))
+
+    def images_at_once(self) -> int:
+        """The encoder's batch."""
+        encoder = self.model.config.encoder
+        if self.device.type == "cuda" or encoder is None:
+            return GPU_BATCH if encoder else 0
+        return max(1, min(MAX_BATCH, PIXELS_PER_BATCH // encoder.image_size**2))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) over the tokens that the tokenizer knows; a model may have spare rows."""
@@ -148,8 +173,7 @@ class Reader:
         config, bridge = self.model.config.encoder, self.model.config.bridge
         assert config is not None and bridge is not None  # or tokens_per_image would have raised
         side, mean = config.image_size, config.mean
-        on_gpu = self.device.type == "cuda"
-        batch = GPU_BATCH if on_gpu else max(1, min(MAX_BATCH, PIXELS_PER_BATCH // side**2))
+        batch = self.images_at_once()
 
         def decode(index: int) -> Tensor:
             with named(index, len(sources), sources[index]):

@@ -52,6 +52,7 @@ def save(session: Session, path: str | Path) -> Path:
         "model": session.reader.model.config.name,
         "fingerprint": fingerprint(session.reader.model),
         "tokens_per_image": session.reader.tokens_per_image,
+        "int8_cache": session.reader.int8_cache,
         "n_tokens": session.n_tokens,
         "n_images": session.n_images,
         "waiting": [["markup" if isinstance(piece, Markup) else "plain", piece.text] for piece in waiting],
@@ -77,11 +78,16 @@ def tensors_of(state: State) -> dict[str, Tensor]:
         else:
             parts = [segment for segment in layer.segments() if segment.keys_BSGK.shape[1]]
             for part, segment in enumerate(parts):
-                tensors |= {
-                    f"{number}.{part}.keys": segment.keys_BSGK,
-                    f"{number}.{part}.values": segment.values_BSGK,
-                }
+                tensors |= {f"{number}.{part}.{kind}": tensor for kind, tensor in stored(segment).items()}
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def stored(segment: Segment) -> dict[str, Tensor]:
+    """What a file holds of a segment; a batch of one has no padding."""
+    kept = {"keys": segment.keys_BSGK, "values": segment.values_BSGK}
+    if segment.key_scale_BSG is not None and segment.value_scale_BSG is not None:
+        kept |= {"key_scales": segment.key_scale_BSG, "value_scales": segment.value_scale_BSG}
+    return kept
 
 
 def load_into_(session: Session, path: str | Path) -> Session:
@@ -117,6 +123,12 @@ def check_origin(about: Any, reader: Reader, path: Path) -> None:
             f"{path}: made by another model ({about.get('model')}), or in another dtype; load that model, or"
             " read the pictures again"
         )
+    if about.get("int8_cache", False) != reader.int8_cache:
+        kinds = {True: "int8", False: "the model's dtype"}
+        raise CheckpointError(
+            f"{path}: its keys and values are in {kinds[not reader.int8_cache]}, this model is asked for"
+            f" {kinds[reader.int8_cache]}; load the model with the same kv_dtype"
+        )
     if about.get("tokens_per_image") != reader.tokens_per_image:
         raise CheckpointError(
             f"{path}: made with tokens_per_image={about.get('tokens_per_image')}, this model has"
@@ -143,11 +155,13 @@ def state_from(tensors: dict[str, Tensor], reader: Reader, n_tokens: int) -> Sta
         assert isinstance(layer, AttentionState)
         segments: list[Segment] = []
         while f"{number}.{len(segments)}.keys" in tensors:
-            pair = [tensors.pop(f"{number}.{len(segments)}.{kind}") for kind in ("keys", "values")]
-            like = layer.buffer.keys_BSGK
-            for tensor in pair:
-                check_like(tensor, like, f"layer {number}", (1, pair[0].shape[1], *like.shape[2:]))
-            segments.append(Segment(pair[0].to(like.device), pair[1].to(like.device), None))
+            expected = stored(layer.buffer.segment(0))
+            found = {kind: tensors.pop(f"{number}.{len(segments)}.{kind}") for kind in expected}
+            for kind, like in expected.items():
+                check_like(found[kind], like, f"layer {number}", (1, found["keys"].shape[1], *like.shape[2:]))
+                found[kind] = found[kind].to(like.device)
+            scales = [found.get(kind) for kind in ("key_scales", "value_scales")]
+            segments.append(Segment(found["keys"], found["values"], None, *scales))
         loaded = AttentionState(tuple(segments), layer.buffer, 0)
         if loaded.n_tokens() != n_tokens:
             raise ValueError(f"layer {number} holds {loaded.n_tokens()} tokens, expected {n_tokens}")

@@ -261,8 +261,11 @@ class Session:
         return self.reader.processor.encode_pieces(pieces, self.reader.tokens_per_image)
 
     def room(self, n_tokens: int) -> State:
-        """A fork of the state that has room for exactly `n_tokens` more."""
-        return fork_state(self.compact(), n_tokens) if self.n_tokens else self.reader.empty_state(n_tokens)
+        """A fork of the state that has room for exactly `n_tokens` more. Raises: InputError for too many."""
+        if not self.n_tokens:
+            return self.reader.empty_state(n_tokens)
+        self.reader.check_room(n_tokens)
+        return fork_state(self.compact(), n_tokens)
 
     def compact(self) -> State:
         """The state with not too many segments of keys and values (one came with each append)."""
@@ -278,9 +281,7 @@ class Session:
 
 
 def copied(layer: AttentionState) -> AttentionState:
-    keys_BSGK = layer.buffer.keys_BSGK
-    batch, _, heads, head_dim = keys_BSGK.shape
-    new = AttentionState.empty(batch, layer.n_tokens(), heads, head_dim, keys_BSGK.device, keys_BSGK.dtype)
+    new = AttentionState((), layer.buffer.like(len(layer.buffer.keys_BSGK), layer.n_tokens()), 0)
     for segment in layer.segments():
-        new = new.append(*segment)
+        new = new.extended(segment)
     return new

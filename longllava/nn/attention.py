@@ -14,6 +14,8 @@ from longllava.nn.context import Context
 from longllava.nn.norm import RMSNorm
 from longllava.ops.attention import attention
 
+INT8_BLOCK = 8192  # keys that are dequantised at a time: 34 MB in bfloat16 at 8 heads of 128, with their values
+
 
 class Attention(nn.Module):
     def __init__(self, config: BackboneConfig):
@@ -73,6 +75,10 @@ def attend_segments(
 ) -> Tensor:
     """Attention over shared segments and the own buffer, merged by their log-sum-exp."""
     *shared, own = state.segments()
+    if own.keys_BSGK.dtype == torch.int8:  # what this call wrote is causal, what stood there before is not
+        before = own.keys_BSGK.shape[1] - q_BLHK.shape[1]
+        shared = [*shared, *([own.part(0, before)] if before else [])]
+        own = own.part(before, before + q_BLHK.shape[1]).dequantized(q_BLHK.dtype)
     if not shared:
         asked, keys = marks(q_BLHK, own, seq_idx_BL)
         return attention(
@@ -97,14 +103,36 @@ def attend(q_BLHK: Tensor, segment: Segment, seq_idx_BL: Tensor | None, causal: 
     if shared:
         q_BLHK = q_BLHK.reshape(1, batch * length, *q_BLHK.shape[2:])
         seq_idx_BL = None if seq_idx_BL is None else seq_idx_BL.reshape(1, -1)
-        segment = Segment(segment.keys_BSGK[:1], segment.values_BSGK[:1], None)
-    asked, keys = marks(q_BLHK, segment, seq_idx_BL)
-    y, lse = attention(
-        q_BLHK, segment.keys_BSGK, segment.values_BSGK, causal=causal, seq_idx_q=asked, seq_idx_k=keys, return_lse=True
-    )
+        segment = Segment._make(None if tensor is None else tensor[:1] for tensor in segment)
+    if segment.keys_BSGK.dtype == torch.int8:
+        y, lse = attend_int8(q_BLHK, segment, seq_idx_BL)
+    else:
+        asked, keys = marks(q_BLHK, segment, seq_idx_BL)
+        y, lse = attention(
+            q_BLHK, segment.keys_BSGK, segment.values_BSGK,
+            causal=causal, seq_idx_q=asked, seq_idx_k=keys, return_lse=True,
+        )  # fmt: skip
     if shared:
         y, lse = y.reshape(batch, length, *y.shape[2:]), lse.reshape(batch, length, -1)
     return y, lse
+
+
+def attend_int8(q_BLHK: Tensor, segment: Segment, seq_idx_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Not causal. Some thousand keys and values at a time are floats."""
+    y_BLHK, lse_BLH = None, None
+    for begin in range(0, segment.keys_BSGK.shape[1], INT8_BLOCK):
+        block = segment.part(begin, begin + INT8_BLOCK).dequantized(q_BLHK.dtype)
+        more_BLHK, more_BLH = attend(q_BLHK, block, seq_idx_BL, causal=False)
+        if y_BLHK is None or lse_BLH is None:
+            y_BLHK, lse_BLH = more_BLHK.float(), more_BLH
+            continue
+        both_BLH = torch.logaddexp(lse_BLH, more_BLH)
+        # rows that see nothing have only -inf: nothing is added to their zeros
+        mine_BLH, theirs_BLH = ((lse - both_BLH).exp().nan_to_num(0.0) for lse in (lse_BLH, more_BLH))
+        y_BLHK = y_BLHK * mine_BLH[..., None] + more_BLHK.float() * theirs_BLH[..., None]
+        lse_BLH = both_BLH
+    assert y_BLHK is not None and lse_BLH is not None
+    return y_BLHK, lse_BLH
 
 
 def marks(q_BLHK: Tensor, segment: Segment, seq_idx_BL: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

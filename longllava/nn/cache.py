@@ -14,6 +14,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from longllava.ops.int8_linear import quantize_rows
+from longllava.ops.quantized import Quantized
+
 GROWTH = 256  # tokens added when a buffer is full: decoding past the planned end, never prefill
 
 
@@ -29,36 +32,77 @@ class StaticMambaState(MambaState):
 
 
 class Segment(NamedTuple):
-    """Keys and values of consecutive tokens; seq_idx_BS marks padding (-1) and is None when there is none."""
+    """Keys and values of consecutive tokens; seq_idx_BS marks padding (-1) and is None when there is none.
+
+    In int8 each token and head has an fp32 scale for its key and one for its value.
+    """
 
     keys_BSGK: Tensor
     values_BSGK: Tensor
     seq_idx_BS: Tensor | None
+    key_scale_BSG: Tensor | None = None
+    value_scale_BSG: Tensor | None = None
+
+    def part(self, begin: int, end: int) -> Segment:
+        return Segment._make(None if tensor is None else tensor[:, begin:end] for tensor in self)
+
+    def rows(self, rows_B: Tensor) -> Segment:
+        return Segment._make(None if tensor is None else tensor.index_select(0, rows_B) for tensor in self)
+
+    def quantized(self) -> Segment:
+        """In int8. Keys and values that are so already stay as they are."""
+        if self.key_scale_BSG is not None:
+            return self
+        keys, values = quantize_rows(self.keys_BSGK), quantize_rows(self.values_BSGK)
+        return Segment(keys.values, values.values, self.seq_idx_BS, keys.scale, values.scale)
+
+    def dequantized(self, dtype: torch.dtype) -> Segment:
+        if self.key_scale_BSG is None or self.value_scale_BSG is None:
+            return self
+        keys = Quantized(self.keys_BSGK, self.key_scale_BSG, dtype).dequantized()
+        return Segment(keys, Quantized(self.values_BSGK, self.value_scale_BSG, dtype).dequantized(), self.seq_idx_BS)
 
 
 class Buffer:
-    """Storage that grows in place. `filled` tells how far it was written, by whichever state wrote last."""
+    """Storage that grows in place. `filled` tells how far it was written, by whichever state wrote last.
+
+    In int8, floats are quantised as they are written.
+    """
 
     def __init__(self, batch: int, capacity: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype):
         self.keys_BSGK = torch.empty(batch, capacity, heads, head_dim, device=device, dtype=dtype)
         self.values_BSGK = torch.empty_like(self.keys_BSGK)
         self.seq_idx_BS: Tensor | None = None
+        self.key_scale_BSG: Tensor | None = None
+        self.value_scale_BSG: Tensor | None = None
+        if dtype == torch.int8:
+            self.key_scale_BSG = torch.empty(batch, capacity, heads, device=device)
+            self.value_scale_BSG = torch.empty_like(self.key_scale_BSG)
         self.filled = 0
 
     def segment(self, length: int) -> Segment:
-        seq_idx = None if self.seq_idx_BS is None else self.seq_idx_BS[:, :length]
-        return Segment(self.keys_BSGK[:, :length], self.values_BSGK[:, :length], seq_idx)
+        whole = (self.keys_BSGK, self.values_BSGK, self.seq_idx_BS, self.key_scale_BSG, self.value_scale_BSG)
+        return Segment(*whole).part(0, length)
+
+    def like(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> Buffer:
+        """An empty one of another size, and perhaps dtype."""
+        heads, head_dim = self.keys_BSGK.shape[2:]
+        return Buffer(batch, capacity, heads, head_dim, self.keys_BSGK.device, dtype or self.keys_BSGK.dtype)
 
     def with_capacity(self, capacity: int, length: int) -> Buffer:
         """A copy of the first `length` tokens in a buffer of another size."""
-        batch, _, heads, head_dim = self.keys_BSGK.shape
-        other = Buffer(batch, capacity, heads, head_dim, self.keys_BSGK.device, self.keys_BSGK.dtype)
+        other = self.like(len(self.keys_BSGK), capacity)
         if length:
             other.write(self.segment(length), 0)
         return other
 
     def write(self, new: Segment, at: int) -> None:
         end = at + new.keys_BSGK.shape[1]
+        if self.key_scale_BSG is not None and self.value_scale_BSG is not None:
+            new = new.quantized()
+            assert new.key_scale_BSG is not None and new.value_scale_BSG is not None
+            self.key_scale_BSG[:, at:end] = new.key_scale_BSG
+            self.value_scale_BSG[:, at:end] = new.value_scale_BSG
         self.keys_BSGK[:, at:end] = new.keys_BSGK
         self.values_BSGK[:, at:end] = new.values_BSGK
         if new.seq_idx_BS is not None and self.seq_idx_BS is None:
@@ -90,11 +134,14 @@ class AttentionState:
         return self.length + sum(segment.keys_BSGK.shape[1] for segment in self.prefix)
 
     def append(self, keys_BSGK: Tensor, values_BSGK: Tensor, seq_idx_BS: Tensor | None) -> AttentionState:
-        end = self.length + keys_BSGK.shape[1]
+        return self.extended(Segment(keys_BSGK, values_BSGK, seq_idx_BS))
+
+    def extended(self, new: Segment) -> AttentionState:
+        end = self.length + new.keys_BSGK.shape[1]
         buffer, capacity = self.buffer, self.buffer.keys_BSGK.shape[1]
         if buffer.filled != self.length or end > capacity:
             buffer = buffer.with_capacity(capacity if end <= capacity else end + GROWTH, self.length)
-        buffer.write(Segment(keys_BSGK, values_BSGK, seq_idx_BS), self.length)
+        buffer.write(new, self.length)
         return replace(self, buffer=buffer, length=end)
 
     def segments(self) -> tuple[Segment, ...]:
@@ -107,24 +154,22 @@ class AttentionState:
         batch: expand a batch-1 state for so many continuations; the tokens so far are read by all, copied by none.
         """
         shared = self.segments() if self.length else self.prefix
-        rows, _, heads, head_dim = self.buffer.keys_BSGK.shape
+        rows = len(self.buffer.keys_BSGK)
         if batch is not None:
             assert rows == 1, "only a batch of one can be expanded"
             shared = tuple(
                 Segment._make(None if part is None else part.expand(batch, *part.shape[1:]) for part in segment)
                 for segment in shared
             )
-        keys = self.buffer.keys_BSGK
-        return AttentionState(shared, Buffer(batch or rows, capacity, heads, head_dim, keys.device, keys.dtype), 0)
+        return AttentionState(shared, self.buffer.like(batch or rows, capacity), 0)
 
     @classmethod
     def join(cls, states: Sequence[AttentionState], capacity: int) -> AttentionState:
         """Rows of several batch-1 states as one batch with room for `capacity` more; shorter rows end in padding."""
         lengths = [state.n_tokens() for state in states]
-        _, _, heads, head_dim = states[0].buffer.keys_BSGK.shape
-        keys = states[0].buffer.keys_BSGK
-        buffer = Buffer(len(states), max(lengths) + capacity, heads, head_dim, keys.device, keys.dtype)
-        buffer.seq_idx_BS = torch.full(buffer.keys_BSGK.shape[:2], -1, dtype=torch.int32, device=keys.device)
+        buffer = states[0].buffer.like(len(states), max(lengths) + capacity)
+        device = buffer.keys_BSGK.device
+        buffer.seq_idx_BS = torch.full(buffer.keys_BSGK.shape[:2], -1, dtype=torch.int32, device=device)
         for row, state in enumerate(states):
             at = 0
             for segment in state.segments():
@@ -132,9 +177,14 @@ class AttentionState:
                 buffer.keys_BSGK[row, at:end] = segment.keys_BSGK[0]
                 buffer.values_BSGK[row, at:end] = segment.values_BSGK[0]
                 buffer.seq_idx_BS[row, at:end] = 0 if segment.seq_idx_BS is None else segment.seq_idx_BS[0]
+                for scale, of in ((buffer.key_scale_BSG, segment.key_scale_BSG),
+                                  (buffer.value_scale_BSG, segment.value_scale_BSG)):  # fmt: skip
+                    if scale is not None and of is not None:
+                        scale[row, at:end] = of[0]
                 at = end
-            buffer.keys_BSGK[row, at : max(lengths)] = 0
-            buffer.values_BSGK[row, at : max(lengths)] = 0
+            for tensor in (buffer.keys_BSGK, buffer.values_BSGK, buffer.key_scale_BSG, buffer.value_scale_BSG):
+                if tensor is not None:
+                    tensor[row, at : max(lengths)] = 0
         buffer.filled = max(lengths)
         return cls((), buffer, buffer.filled)
 
@@ -181,6 +231,15 @@ def fork_state(state: State, capacity: int = GROWTH, batch: int = 1) -> State:
             assert isinstance(layer, AttentionState), "a state of static shapes belongs to its decoder"
             forked.append(layer.fork(capacity, batch if batch > 1 else None))
     return forked
+
+
+def int8_cache(state: State, capacity: int) -> State:
+    """An empty state whose attention layers store int8, with room for `capacity` tokens."""
+    return [
+        AttentionState((), layer.buffer.like(len(layer.buffer.keys_BSGK), capacity, torch.int8), 0)
+        if isinstance(layer, AttentionState) else layer
+        for layer in state
+    ]  # fmt: skip
 
 
 def join_states(states: Sequence[State], capacity: int) -> State:

@@ -122,6 +122,8 @@ class Int8Experts(nn.Module):
 
     asks_no_host = True
 
+    asks_no_host = True
+
     def __init__(self, n_experts: int, width: int, hidden: int, device: torch.device, dynamic_from: int,
                  down_dynamic_from: int):  # fmt: skip
         super().__init__()

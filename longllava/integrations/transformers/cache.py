@@ -88,5 +88,5 @@ def select_rows(layer: LayerState, rows_B: Tensor) -> LayerState:
     room = max(room, layer.n_tokens())
     new = AttentionState.empty(len(rows_B), room, heads, head_dim, keys_BSGK.device, keys_BSGK.dtype)
     for segment in layer.segments():
-        new = new.append(*(None if part is None else part.index_select(0, rows_B) for part in segment))
+        new = new.extended(segment.rows(rows_B))
     return new
