@@ -11,43 +11,44 @@
 
 namespace longllava {
 
-template <class T, int TOKENS, int DEPTH, int PER_THREAD, bool FAST, bool STATES_ONLY>
-__global__ void __launch_bounds__(SCAN_THREADS<PER_THREAD>)
+template <class T, int TOKENS, int DEPTH, int PER_THREAD, bool SPLIT, bool FAST, bool STATES_ONLY>
+__global__ void __launch_bounds__(SCAN_THREADS<PER_THREAD, SPLIT>)
 scan_forward(const __grid_constant__ ScanArguments p) {
   using Shared = ForwardShared<T, TOKENS, DEPTH>;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   constexpr int RING = Shared::RING;
   const Place at(p, SCAN_CHANNELS);
   const int n_tiles = static_cast<int>((at.end - at.begin + TOKENS - 1) / TOKENS);
-  if (threadIdx.x < SCAN_HELPERS) {
-    Helper<T, TOKENS, DEPTH, FAST, STATES_ONLY> helper(p, at, shared, threadIdx.x);
+  if (threadIdx.x < SCAN_ALL_HELPERS<SPLIT>) {
+    const bool prepares = !SPLIT || threadIdx.x < SCAN_HELPERS, finishes = !SPLIT || threadIdx.x >= SCAN_HELPERS;
+    Helper<T, TOKENS, DEPTH, FAST, STATES_ONLY> helper(p, at, shared, threadIdx.x % SCAN_HELPERS);
     for (int i = 0; i < DEPTH; ++i) {
-      if (i < n_tiles) helper.copy();
+      if (prepares && i < n_tiles) helper.copy();
       commit_copies();
     }
-    helper.load_rows(0);
+    if (prepares) helper.load_rows(0);
     wait_copies<DEPTH - 1>();
-    meet<SCAN_THREADS<PER_THREAD>>();
+    meet<SCAN_THREADS<PER_THREAD, SPLIT>>();
     int prepared = 0, finished = 0;  // places in the ring
     for (int i = -1; i <= n_tiles; ++i) {
-      if (i + 1 + DEPTH < n_tiles) helper.copy();
+      if (prepares && i + 1 + DEPTH < n_tiles) helper.copy();
       commit_copies();
-      if (i + 1 < n_tiles) {
+      if (prepares && i + 1 < n_tiles) {
         helper.put_rows((i + 1) & 1);
         helper.load_rows((i + 2) * TOKENS);
         helper.prepare((i + 1) * TOKENS, prepared, (i + 1) & 1);
         prepared = prepared + 1 == RING ? 0 : prepared + 1;
       }
-      if (!STATES_ONLY && i >= 1) {
+      if (finishes && !STATES_ONLY && i >= 1) {
         helper.finish((i - 1) * TOKENS, finished, (i - 1) & 1);
         finished = finished + 1 == RING ? 0 : finished + 1;
       }
       wait_copies<DEPTH - 1>();
-      meet<SCAN_THREADS<PER_THREAD>>();
+      meet<SCAN_THREADS<PER_THREAD, SPLIT>>();
     }
     return;
   }
-  Main<T, TOKENS, DEPTH, PER_THREAD, FAST, STATES_ONLY> main(p, at, threadIdx.x - SCAN_HELPERS);
+  Main<T, TOKENS, DEPTH, PER_THREAD, FAST, STATES_ONLY> main(p, at, threadIdx.x - SCAN_ALL_HELPERS<SPLIT>);
   const int64_t one_state = p.channels * p.states;
   const int lane = threadIdx.x % 32;
   float* saved = nullptr;
@@ -59,7 +60,7 @@ scan_forward(const __grid_constant__ ScanArguments p) {
     flag = !FAST && p.flags != nullptr && lane < TOKENS && t < at.end ? p.flags[at.batch * p.length + t] : FLAG_PLAIN;
   };
   load_flag(0);
-  meet<SCAN_THREADS<PER_THREAD>>();
+  meet<SCAN_THREADS<PER_THREAD, SPLIT>>();
   for (int i = -1; i <= n_tiles; ++i) {
     if (i >= 0 && i < n_tiles) {
       uint32_t resets = 0;
@@ -73,7 +74,7 @@ scan_forward(const __grid_constant__ ScanArguments p) {
       }
       main.advance(shared, i & 1, resets);
     }
-    meet<SCAN_THREADS<PER_THREAD>>();
+    meet<SCAN_THREADS<PER_THREAD, SPLIT>>();
   }
   if (STATES_ONLY) {
     main.store_all(p.pieces + (at.batch * p.n_spans + at.span) * one_state, p, at);

@@ -9,26 +9,27 @@ inline int64_t scan_blocks(const ScanArguments& p) {
   return p.batch * p.n_spans * ((p.channels + SCAN_CHANNELS - 1) / SCAN_CHANNELS);
 }
 
-template <class T, int TOKENS, int DEPTH, int PER_THREAD, bool FAST>
+template <class T, int TOKENS, int DEPTH, int PER_THREAD, bool SPLIT, bool FAST>
 int scan_forward_as(const ScanArguments& p) {
-  constexpr int THREADS = SCAN_THREADS<PER_THREAD>;
+  constexpr int THREADS = SCAN_THREADS<PER_THREAD, SPLIT>;
   constexpr int64_t BYTES = sizeof(ForwardShared<T, TOKENS, DEPTH>);
   if (p.n_spans > 1) {
-    int error = launch(scan_forward<T, TOKENS, DEPTH, PER_THREAD, FAST, true>, scan_blocks(p), THREADS, BYTES, p.stream, p);
+    int error = launch(scan_forward<T, TOKENS, DEPTH, PER_THREAD, SPLIT, FAST, true>, scan_blocks(p), THREADS, BYTES, p.stream, p);
     if (error == 0) error = scan_join(p, p.state, nullptr, false);
     if (error != 0) return error;
   }
-  return launch(scan_forward<T, TOKENS, DEPTH, PER_THREAD, FAST, false>, scan_blocks(p), THREADS, BYTES, p.stream, p);
+  return launch(scan_forward<T, TOKENS, DEPTH, PER_THREAD, SPLIT, FAST, false>, scan_blocks(p), THREADS, BYTES, p.stream, p);
 }
 
 template <class T> int scan_forward_of(const ScanArguments& p) {
   const bool fast = p.wide != 0 && p.flags == nullptr && p.states == SCAN_STATES;
-  if (!fast) return scan_forward_as<T, 16, 2, 2, false>(p);
+  if (!fast) return scan_forward_as<T, 16, 2, 2, false, false>(p);
   switch (p.variant) {
-    case 1: return scan_forward_as<T, 16, 2, 1, true>(p);
-    case 2: return scan_forward_as<T, 8, 4, 2, true>(p);
-    case 3: return scan_forward_as<T, 32, 1, 2, true>(p);
-    default: return scan_forward_as<T, 16, 2, 2, true>(p);
+    case 1: return scan_forward_as<T, 32, 1, 2, true, true>(p);
+    case 2: return scan_forward_as<T, 32, 1, 1, true, true>(p);
+    case 3: return scan_forward_as<T, 16, 2, 1, true, true>(p);
+    case 4: return scan_forward_as<T, 16, 2, 2, true, true>(p);
+    default: return scan_forward_as<T, 32, 1, 2, false, true>(p);
   }
 }
 
