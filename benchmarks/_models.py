@@ -52,7 +52,7 @@ def random_model(config: Any, device: Any, dtype: Any) -> Any:
         if name.rsplit(".", 1)[-1] in FP32_NAMES:
             parameter.data = parameter.data.float()
     model.initialise_()
-    return model.eval()
+    return model.to(device).eval()  # buffers that are made on the CPU whatever the default
 
 
 def random_int8_model(config: Any, device: Any, dtype: Any) -> Any:
