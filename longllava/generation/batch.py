@@ -41,6 +41,7 @@ def answer_prompts(
         length_B = torch.tensor(
             [len(encoded.ids) for encoded, _ in rows[first : first + batch_size]], device=reader.device
         )
+        reader.check_room(int(length_B.max()) + sampling.max_new_tokens, len(states))
         with torch.inference_mode():
             state = join_states(states, sampling.max_new_tokens)
             answers += decode_many(reader, torch.cat(last_1D), state, length_B, sampling)
@@ -54,6 +55,7 @@ def answer_many(reader: Reader, prefix: State, start: int, rows: list[list[int]]
     n_rows, longest = len(rows), max(map(len, rows))
     length_B = torch.tensor([len(row) for row in rows], device=device)
     if start:
+        reader.check_room(longest + sampling.max_new_tokens, n_rows)
         state = fork_state(prefix, longest + sampling.max_new_tokens, n_rows)
     else:
         state = reader.empty_state(longest + sampling.max_new_tokens, n_rows)

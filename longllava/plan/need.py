@@ -50,12 +50,13 @@ def prompt_need(
     layers: Sequence[int] | None = None,
     ends: bool = True,
     on_host: bool = False,
+    int8_cache: bool = False,
 ) -> Need:
     """Of n_tokens more (prompt and answer) in each of `rows`.
 
     value_bytes: of an activation, and of a key or value. images_per_batch: that the encoder sees at once, 0 for none.
     layers, ends: of a device that has those layers only, and encoder, embeddings and output layer or not. on_host: of
-    the host's memory, whose allocator keeps small blocks.
+    the host's memory, whose allocator keeps small blocks. int8_cache: keys and values in int8, with scales.
     """
     backbone = config.backbone
     mixers = [backbone.mixers()[layer] for layer in (range(backbone.n_layers) if layers is None else layers)]
@@ -71,15 +72,15 @@ def prompt_need(
     workspace = hidden + max(at_once, default=0)
     largest = chunk * max(2 * backbone.d_inner(), backbone.mlp_width) * value_bytes
     return Need(
-        keys_values=rows * n_tokens * mixers.count("attention") * token_bytes(backbone, value_bytes),
+        keys_values=rows * n_tokens * mixers.count("attention") * token_bytes(backbone, value_bytes, int8_cache),
         state=rows * mixers.count("mamba") * state_bytes(backbone, value_bytes),
         workspace=int(workspace * (HEAP_FACTOR if on_host and largest < HEAP_BLOCK else 1)),
     )
 
 
-def token_bytes(config: BackboneConfig, value_bytes: int) -> int:
-    """Keys and values of one token in one attention layer."""
-    return 2 * config.n_kv_heads * config.head_dim * value_bytes
+def token_bytes(config: BackboneConfig, value_bytes: int, int8: bool = False) -> int:
+    """Keys and values of one token in one attention layer; in int8 each head's key and value has a scale."""
+    return 2 * config.n_kv_heads * (config.head_dim + FLOAT if int8 else config.head_dim * value_bytes)
 
 
 def state_bytes(config: BackboneConfig, value_bytes: int) -> int:

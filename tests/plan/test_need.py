@@ -23,6 +23,7 @@ def test_the_9b_model_by_hand():
     assert million.state == tenth.state == 28 * 8192 * (16 * 4 + 3 * 2)
     assert million.workspace == tenth.workspace == 8192 * (3 * 4096 + 3 * 14336) * 2
     assert need(100, chunk_tokens=8192).workspace == 100 * (3 * 4096 + 3 * 14336) * 2
+    assert need(1000, int8_cache=True).keys_values == 1000 * 4 * 2 * 8 * (128 + 4)
     assert need(1_000_000, rows=4).keys_values == 4 * million.keys_values
     assert million.total() == million.keys_values + million.state + million.workspace
 
