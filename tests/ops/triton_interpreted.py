@@ -18,6 +18,7 @@ from longllava.ops import causal_conv1d as conv_op
 from longllava.ops import selective_scan as scan_op
 from longllava.ops import vision
 from longllava.ops.attention import cases as attention_cases
+from longllava.ops.attention import cudnn
 from longllava.ops.attention import reference as attention_reference
 from longllava.ops.attention import triton as attention
 from longllava.ops.causal_conv1d import cases as conv_cases
@@ -213,6 +214,24 @@ def test_attention_reads_views_and_expanded_batches() -> None:
     k, v = cache_BSGK[:, :90, :, :64].expand(3, -1, -1, -1), cache_BSGK[:, :90, :, 64:].expand(3, -1, -1, -1)
     truth, _ = attention.run(q_BLHK.contiguous(), k.contiguous(), v.contiguous(), 0.125)
     assert torch.equal(attention.run(q_BLHK, k, v, 0.125)[0], truth)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n_before", [0, 3, 8, 64, 8 * 37 + 5])
+def test_attention_in_blocks_of_keys_is_attention(n_before, causal) -> None:
+    """How cuDNN is called for a chunk, with a plain kernel in its place, and what merges its results."""
+    q, k, v = torch.randn(2, 8, 4, 24), torch.randn(2, n_before + 8, 2, 24), torch.randn(2, n_before + 8, 2, 24)
+    sizes = []
+
+    def square(q, k, v, scale, causal):
+        sizes.append(k.shape[1])
+        return attention_reference.run(q, k, v, scale, causal, None, None, True)
+
+    parts = cudnn.pieces(q, k, v, 0.2, causal, square, cudnn.by_triton)
+    assert {size & (size - 1) for size in sizes} == {0} and max(sizes) <= 16 * 8
+    truth = attention_reference.run(q.double(), k.double(), v.double(), 0.2, causal, None, None, True)
+    for got, expected in zip(cudnn.merged(parts), truth):
+        assert error(got, expected) < 1e-5
 
 
 @pytest.mark.parametrize(

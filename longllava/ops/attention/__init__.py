@@ -8,13 +8,19 @@ import torch
 from torch import Tensor
 
 from longllava.errors import LongLLaVAError
-from longllava.ops.attention import cpu, reference, sdpa, triton
+from longllava.ops.attention import cpu, cudnn, reference, sdpa, triton
 from longllava.ops.dispatch import Backend, choose
 
 # best first; the last is the judge
 BACKENDS = tuple(
     Backend(name, module.run, module.why_not)
-    for name, module in (("triton", triton), ("cpu", cpu), ("sdpa", sdpa), ("reference", reference))
+    for name, module in (
+        ("cudnn", cudnn),
+        ("triton", triton),
+        ("cpu", cpu),
+        ("sdpa", sdpa),
+        ("reference", reference),
+    )
 )
 
 
