@@ -196,8 +196,10 @@ class Int8Config:
 
     parts: of "backbone", "bridge", "encoder". What a recurrence or a choice hangs on (x_proj, dt_proj, router) is never
     quantised; lm_head: the output layer too, its weights only.
-    keep: layers that stay floats. weight_only: layers whose inputs stay floats. Both by a part of the dotted name
-    ("down_proj") or a pattern over all of it ("backbone.layers.[01].*").
+    keep: layers that stay floats. weight_only: layers whose inputs stay floats. two_terms: layers whose inputs are int8
+    twice, the second time what the first left over: 15 bits a value for twice the products, where a few values of a row
+    are far larger than the rest (down_proj and out_proj read such rows). All by a part of the dotted name ("down_proj")
+    or a pattern over all of it ("backbone.layers.[01].*").
     dynamic_from: tokens a sequence in one call from which inputs are int8, each row by its own scale: prefill. Below it
     (decoding) floats meet dequantised weights, which is exact but for the weights, and waits for nothing but them.
     """
@@ -205,6 +207,7 @@ class Int8Config:
     parts: tuple[str, ...] = ("backbone",)
     keep: tuple[str, ...] = ()
     weight_only: tuple[str, ...] = ()
+    two_terms: tuple[str, ...] = ()
     lm_head: bool = False
     dynamic_from: int = 2
 

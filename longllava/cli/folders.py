@@ -70,6 +70,9 @@ def quantize(
     weight_only: Annotated[
         list[str], typer.Option(help="Layers whose inputs stay floats. Repeatable.", show_default=False)
     ] = [],  # noqa: B006
+    two_terms: Annotated[
+        list[str], typer.Option(help="Layers whose inputs are int8 twice. Repeatable.", show_default=False)
+    ] = [],  # noqa: B006
     lm_head: Annotated[bool, typer.Option("--lm-head", help="The output layer too, its weights only.")] = False,
 ) -> None:
     """Write a model with its linear layers in int8, a scale for each output; the rest as it is.
@@ -80,10 +83,32 @@ def quantize(
     from longllava.checkpoints.int8 import sizes
     from longllava.config import Int8Config
 
-    config = Int8Config(parts=tuple(part), keep=tuple(keep), weight_only=tuple(weight_only), lm_head=lm_head)
+    config = Int8Config(
+        parts=tuple(part), keep=tuple(keep), weight_only=tuple(weight_only), two_terms=tuple(two_terms), lm_head=lm_head
+    )
     folder = quantize_folder(source, target, config)
     before, after = sizes(folder)
     print(f"{folder}\n{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB")
+
+
+def export(
+    source: Annotated[str, typer.Argument(help="A folder (any layout), or a hub name.")],
+    target: Annotated[str, typer.Argument(help="Folder to write into.")],
+    format: Annotated[
+        str, typer.Option(help="hf-llava (Llava with Jamba), or jamba: the language model alone.")
+    ] = "hf-llava",
+    allow_unpooled: Annotated[
+        bool, typer.Option("--allow-unpooled", help="Of a model that pools, write all tokens of each picture.")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(help="Stored dtype; default: as it is.")] = None,
+) -> None:
+    """Write a folder that stock transformers loads, without code of this library or of the folder.
+
+    A model with settings that stock transformers has no word for is refused, and all of them are named.
+    """
+    from longllava.checkpoints.export import export as run
+
+    print(run(source, target, format, allow_unpooled=allow_unpooled, dtype=torch_dtype(dtype)))
 
 
 def torch_dtype(name: str | None):

@@ -2,10 +2,11 @@
 
 from longllava.config import Int8Config
 from longllava.quant.apply import Place, build_model, float_places, quantize_
-from longllava.quant.layers import Int8Experts, Int8Linear, Int8Module, Int8SwiGLU, QuantizedNorm
+from longllava.quant.layers import Inputs, Int8Experts, Int8Linear, Int8Module, Int8SwiGLU, QuantizedNorm
 from longllava.quant.weights import all_finite, fill_
 
 __all__ = [
+    "Inputs",
     "Int8Config",
     "Int8Experts",
     "Int8Linear",

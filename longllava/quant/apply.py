@@ -16,7 +16,7 @@ from longllava.model import Model
 from longllava.nn import Block
 from longllava.nn.mlp import Experts, SwiGLU
 from longllava.nn.norm import RMSNorm
-from longllava.quant.layers import NEVER, Int8Experts, Int8Linear, Int8SwiGLU, QuantizedNorm
+from longllava.quant.layers import NEVER, Inputs, Int8Experts, Int8Linear, Int8SwiGLU, QuantizedNorm
 from longllava.quant.weights import all_finite, fill_
 
 # a recurrence of ten thousand steps hangs on the first two, which expert is asked on the third; together they are a
@@ -120,21 +120,24 @@ def counterpart(name: str, module: nn.Module, config: Int8Config, on: torch.devi
     if ".experts." in name or not linears or any(not quantised(key, config) for key in linears):
         return None
     device = on or next(iter(linears.values())).weight.device
-    least = {key: NEVER if matches(key, config.weight_only) else config.dynamic_from for key in linears}
+    inputs = {key: inputs_of(key, config) for key in linears}
     if isinstance(module, SwiGLU | Experts):
-        downs = {least[key] for key in linears if key.endswith("down_proj")}
-        ups = {least[key] for key in linears if not key.endswith("down_proj")}
+        downs = {inputs[key] for key in linears if key.endswith("down_proj")}
+        ups = {inputs[key] for key in linears if not key.endswith("down_proj")}
         if len(downs) > 1 or len(ups) > 1:
             return None
         first = module if isinstance(module, SwiGLU) else cast(SwiGLU, module[0])
         sizes = (first.gate_proj.in_features, first.gate_proj.out_features, device, ups.pop(), downs.pop())
         return Int8SwiGLU(*sizes) if isinstance(module, SwiGLU) else Int8Experts(len(module), *sizes)
     if isinstance(module, nn.Linear):
-        return Int8Linear(
-            module.in_features, module.out_features, module.bias, device,
-            NEVER if name.endswith(HEAD) else least[name],
-        )  # fmt: skip
+        return Int8Linear(module.in_features, module.out_features, module.bias, device, inputs[name])
     return None
+
+
+def inputs_of(name: str, config: Int8Config) -> Inputs:
+    if name.endswith(HEAD) or matches(name, config.weight_only):
+        return Inputs(NEVER)
+    return Inputs(config.dynamic_from, matches(name, config.two_terms))
 
 
 def quantised(name: str, config: Int8Config) -> bool:
@@ -148,7 +151,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 def check_names(model: Model, config: Int8Config) -> None:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for field in ("keep", "weight_only"):
+    for field in ("keep", "weight_only", "two_terms"):
         for pattern in getattr(config, field):
             if not any(matches(name, (pattern,)) for name in names):
                 lasts = sorted({name.rpartition(".")[2] for name in names})
@@ -170,7 +173,7 @@ def fuse_norms_(model: Model) -> None:
 
 
 def fused(norm: RMSNorm, readers: list[nn.Module]) -> RMSNorm:
-    least = {reader.dynamic_from if isinstance(reader, Int8Linear) else NEVER for reader in readers}
-    if len(least) != 1 or NEVER in least or not isinstance(norm, RMSNorm):
+    inputs = {reader.inputs if isinstance(reader, Int8Linear) else Inputs(NEVER) for reader in readers}
+    if len(inputs) != 1 or not isinstance(norm, RMSNorm) or not min(inputs).fused(NEVER - 1):
         return norm
-    return cast(RMSNorm, QuantizedNorm(norm, least.pop()))
+    return cast(RMSNorm, QuantizedNorm(norm, inputs.pop()))

@@ -17,6 +17,29 @@ from longllava.ops.int8_linear import int8_grouped_linear, int8_linear, quantize
 from longllava.ops.quantized import Quantized
 
 NEVER = 2**31  # dynamic_from of a layer whose inputs stay floats
+Multiply = Callable[[Tensor | Quantized, str, bool], Tensor]  # rows, mode, whether the bias is added
+
+
+class Inputs(NamedTuple):
+    """What becomes of a layer's inputs: int8 from dynamic_from tokens a sequence on, twice with two_terms."""
+
+    dynamic_from: int
+    two_terms: bool = False
+
+    def fused(self, length: int) -> bool:
+        """Whether what makes the rows may quantise them."""
+        return length >= self.dynamic_from and not self.two_terms
+
+    def product(self, x: Tensor | Quantized, length: int, multiply: Multiply) -> Tensor:
+        if isinstance(x, Quantized):
+            return multiply(x, "dynamic", True)
+        if length < self.dynamic_from:
+            return multiply(x, "weight_only", True)
+        if not self.two_terms or differentiated(x):
+            return multiply(x, "dynamic", True)
+        first = quantize_rows(x)._replace(dtype=torch.float32)
+        rest = quantize_rows(x.float() - first.dequantized())
+        return (multiply(first, "dynamic", True) + multiply(rest, "dynamic", False)).to(x.dtype)
 
 
 class Slot(NamedTuple):
@@ -53,44 +76,45 @@ class Int8Module(nn.Module):
 class Int8Linear(Int8Module):
     """y = x (scale * weight)^T + bias. x: floats (..., L, K), or rows that are quantised already.
 
-    dynamic_from: L from which floats are quantised; below it the weights alone are int8. A row's result does not
-    depend on the rows beside it.
+    A row's result does not depend on the rows beside it.
     """
 
     weight_names = ("weight_NK", "scale_N")
     weight_NK: Tensor
     scale_N: Tensor
 
-    def __init__(self, n_in: int, n_out: int, bias: nn.Parameter | None, device: torch.device, dynamic_from: int):
+    def __init__(self, n_in: int, n_out: int, bias: nn.Parameter | None, device: torch.device, inputs: Inputs):
         super().__init__()
         self.hold((n_out, n_in), device)
         self.bias = bias
-        self.dynamic_from = dynamic_from
+        self.inputs = inputs
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
-        dynamic = isinstance(x, Quantized) or x.shape[-2] >= self.dynamic_from
-        return int8_linear(x, self.weight_NK, self.scale_N, self.bias, mode="dynamic" if dynamic else "weight_only")
+        def multiply(rows: Tensor | Quantized, mode: str, with_bias: bool) -> Tensor:
+            return int8_linear(rows, self.weight_NK, self.scale_N, self.bias if with_bias else None, mode=mode)
+
+        return self.inputs.product(x, 0 if isinstance(x, Quantized) else x.shape[-2], multiply)
 
     def slots(self) -> dict[str, Slot]:
         return {"weight": Slot(*self.weight_names, 0, *self.weight_NK.shape)}
 
     def extra_repr(self) -> str:
         n_out, n_in = self.weight_NK.shape
-        return f"{n_in} -> {n_out}, bias={self.bias is not None}, dynamic_from={self.dynamic_from}"
+        return f"{n_in} -> {n_out}, bias={self.bias is not None}, {self.inputs}"
 
 
 class Int8SwiGLU(nn.Module):
     """SwiGLU whose gate and up projections are one product, and whose hidden rows are quantised as they are made."""
 
-    def __init__(self, width: int, hidden: int, device: torch.device, dynamic_from: int, down_dynamic_from: int):
+    def __init__(self, width: int, hidden: int, device: torch.device, up: Inputs, down: Inputs):
         super().__init__()
-        self.gate_up_proj = Int8Linear(width, 2 * hidden, None, device, dynamic_from)
-        self.down_proj = Int8Linear(hidden, width, None, device, down_dynamic_from)
+        self.gate_up_proj = Int8Linear(width, 2 * hidden, None, device, up)
+        self.down_proj = Int8Linear(hidden, width, None, device, down)
 
     def forward(self, x: Tensor | Quantized, ctx: Any = None) -> Tensor:
         both = self.gate_up_proj(x)
-        dynamic = both.shape[-2] >= self.down_proj.dynamic_from and not differentiated(both)
-        return self.down_proj(swiglu(both, quantized=dynamic))
+        fused = self.down_proj.inputs.fused(both.shape[-2]) and not differentiated(both)
+        return self.down_proj(swiglu(both, quantized=fused))
 
     def slots(self) -> dict[str, Slot]:
         hidden, width = self.down_proj.weight_NK.shape[::-1]
@@ -113,8 +137,11 @@ class GroupedWeight(Int8Module):
         super().__init__()
         self.hold((n_experts, n_out, n_in), device)
 
-    def forward(self, x_SK: Tensor | Quantized, offsets: Tensor, mode: str) -> Tensor:
-        return int8_grouped_linear(x_SK, self.weight_XNK, self.scale_XN, offsets, mode=mode)
+    def forward(self, x_SK: Tensor | Quantized, offsets: Tensor, inputs: Inputs, length: int) -> Tensor:
+        def multiply(rows: Tensor | Quantized, mode: str, with_bias: bool) -> Tensor:
+            return int8_grouped_linear(rows, self.weight_XNK, self.scale_XN, offsets, mode=mode)
+
+        return inputs.product(x_SK, length, multiply)
 
 
 class Int8Experts(nn.Module):
@@ -122,30 +149,24 @@ class Int8Experts(nn.Module):
 
     asks_no_host = True
 
-    asks_no_host = True
-
-    def __init__(self, n_experts: int, width: int, hidden: int, device: torch.device, dynamic_from: int,
-                 down_dynamic_from: int):  # fmt: skip
+    def __init__(self, n_experts: int, width: int, hidden: int, device: torch.device, up: Inputs, down: Inputs):
         super().__init__()
         self.gate_up_proj = GroupedWeight(n_experts, width, 2 * hidden, device)
         self.down_proj = GroupedWeight(n_experts, hidden, width, device)
-        self.dynamic_from, self.down_dynamic_from = dynamic_from, down_dynamic_from
+        self.up, self.down = up, down
 
     def forward(self, x_BLD: Tensor, token_S: Tensor, offsets: Tensor) -> Tensor:
         length = x_BLD.shape[-2]
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        modes = [
-            "dynamic" if length >= least else "weight_only" for least in (self.dynamic_from, self.down_dynamic_from)
-        ]
         rows: Tensor | Quantized
-        if modes[0] == "dynamic" and not differentiated(x_TD):
+        if self.up.fused(length) and not differentiated(x_TD):
             values, scale, dtype = quantize_rows(x_TD)  # once a token, and a quarter of the bytes to gather
             rows = Quantized(values[token_S], scale[token_S], dtype)
         else:
             rows = x_TD[token_S]
-        both_SF = self.gate_up_proj(rows, offsets, modes[0])
-        hidden_SF = swiglu(both_SF, quantized=modes[1] == "dynamic" and not differentiated(both_SF))
-        return self.down_proj(hidden_SF, offsets, modes[1])
+        both_SF = self.gate_up_proj(rows, offsets, self.up, length)
+        hidden_SF = swiglu(both_SF, quantized=self.down.fused(length) and not differentiated(both_SF))
+        return self.down_proj(hidden_SF, offsets, self.down, length)
 
     def slots(self) -> dict[str, Slot]:
         n_experts, width, hidden = self.down_proj.weight_XNK.shape
@@ -162,9 +183,9 @@ class Int8Experts(nn.Module):
 class QuantizedNorm(nn.Module):
     """RMS norm whose rows are quantised as they are made, once for all layers that read them. Stands for RMSNorm."""
 
-    def __init__(self, norm: RMSNorm, dynamic_from: int):
+    def __init__(self, norm: RMSNorm, inputs: Inputs):
         super().__init__()
-        self.weight, self.eps, self.dynamic_from = norm.weight, norm.eps, dynamic_from
+        self.weight, self.eps, self.inputs = norm.weight, norm.eps, inputs
 
     def forward(self, x_BLD: Tensor) -> Tensor | Quantized:
         return rms_norm(x_BLD, self.weight, self.eps, quantized=self.quantizes(x_BLD))[0]
@@ -174,7 +195,7 @@ class QuantizedNorm(nn.Module):
         return rms_norm(x_BLD, self.weight, self.eps, residual_BLD, quantized=self.quantizes(x_BLD))
 
     def quantizes(self, x_BLD: Tensor) -> bool:
-        return x_BLD.shape[-2] >= self.dynamic_from and not differentiated(x_BLD, self.weight)
+        return self.inputs.fused(x_BLD.shape[-2]) and not differentiated(x_BLD, self.weight)
 
 
 def differentiated(*tensors: Tensor) -> bool:

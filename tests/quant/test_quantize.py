@@ -17,6 +17,7 @@ from longllava.nn.norm import RMSNorm
 from longllava.ops.int8_linear import quantize_rows
 from longllava.ops.quantized import Quantized
 from longllava.quant import (
+    Inputs,
     Int8Config,
     Int8Experts,
     Int8Linear,
@@ -147,7 +148,7 @@ def test_norms_quantise_as_their_layers_would():
        least=st.integers(1, 12))  # fmt: skip
 def test_linear_of_any_shape(rows, n_in, n_out, bias, least):
     linear = nn.Linear(n_in, n_out, bias=bias)
-    layer = Int8Linear(n_in, n_out, linear.bias, torch.device("cpu"), least)
+    layer = Int8Linear(n_in, n_out, linear.bias, torch.device("cpu"), Inputs(least))
     values, scale = layer.weight_NK, layer.scale_N
     quantised = quantize_rows(linear.weight)
     values.copy_(quantised.values)
@@ -234,6 +235,27 @@ def test_layers_whose_inputs_stay_floats():
     everywhere = quantize_(tiny(4), Int8Config(weight_only=("layers",)))
     expected = hidden(dequantised(everywhere, 4), x_BLD)
     torch.testing.assert_close(hidden(everywhere, x_BLD), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_in_two_terms_are_nearly_floats():
+    """Rows with one value a thousand times the others: 8 bits leave nothing of the others, 15 do."""
+    config = Int8Config(two_terms=("layers",), parts=("backbone", "bridge"))
+    model, plain = quantize_(tiny(4), config), quantize_(tiny(4), Int8Config(parts=("backbone", "bridge")))
+    floats = dequantised(model, 4)
+    x_BLD = torch.randn(1, 30, 32)
+    torch.testing.assert_close(hidden(model, x_BLD), hidden(floats, x_BLD), rtol=2e-2, atol=2e-3)
+    assert (hidden(plain, x_BLD) - hidden(floats, x_BLD)).abs().max() > 2e-2
+    assert not any(isinstance(module, QuantizedNorm) for module in model.modules())
+    rows = torch.randn(4, 32) * torch.tensor([1000.0] + [1.0] * 31)
+    layer = Int8Linear(32, 5, nn.Parameter(torch.randn(5)), torch.device("cpu"), Inputs(1, two_terms=True))
+    layer.weight_NK.copy_(torch.randint(-127, 128, (5, 32)))
+    layer.weight_NK[:, 0] = 0
+    layer.scale_N.fill_(0.01)
+    expected = nn.functional.linear(rows, layer.weight_NK * 0.01, layer.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(rows), expected, rtol=1e-2, atol=0.3)
+        layer.inputs = Inputs(1)
+        assert (layer(rows) - expected).abs().max() > 2
 
 
 def test_part_of_a_mixture_keeps_all_of_it():
