@@ -87,10 +87,12 @@ def pieces(
 
 
 def by_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
+    batch, n_queries, n_heads, _ = q.shape
+    # a plan is for strides too: the stride of one row, which tells how long the prompt is, is made the part's own
+    q, k, v = (x[0][None] if batch == 1 else x for x in (q, k, v))
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, causal, False, scale=scale
     )
-    batch, n_queries, n_heads, _ = q.shape
     return found[0].transpose(1, 2), found[1].reshape(batch, n_heads, n_queries).transpose(1, 2)
 
 
