@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from longllava.checkpoints.expressible import unexpressed
 from longllava.checkpoints.folders import CONFIG
 from longllava.checkpoints.towers import tower_config, vision_fields, vision_values
 from longllava.config import (
@@ -147,61 +148,34 @@ def backbone_of(data: Mapping[str, Any], folder: Path) -> BackboneConfig:
 
 
 def published_config(config: ModelConfig, scheme: str) -> dict[str, Any]:
-    """config.json of a scheme. Raises: ConfigError naming the setting that it cannot express."""
+    """config.json of a scheme. Raises: ConfigError naming all settings that it cannot express."""
+    if faults := unexpressed(config, scheme):
+        raise ConfigError(f"the layout {scheme} cannot express {'; '.join(faults)}")
     usual = PUBLISHED_PROMPT if scheme == "longllava" and config.encoder else PromptConfig()
     said = {} if config.prompt == usual else {PROMPT: asdict(config.prompt)}
-    return {**layout_fields(config, scheme), **said}
-
-
-def layout_fields(config: ModelConfig, scheme: str) -> dict[str, Any]:
     text = jamba_fields(config.backbone)
-    encoder, bridge = config.encoder, config.bridge
-    if encoder is None or bridge is None:
-        if scheme not in TEXT_ONLY:
-            raise ConfigError(f"encoder: none, but {scheme} describes a model with one; write {' or '.join(TEXT_ONLY)}")
-        return {"architectures": ["JambaForCausalLM"], "model_type": "jamba", **text, **TEXT_ONLY[scheme]}
-    if scheme not in WRITERS:
-        raise ConfigError(f"encoder: the layout {scheme} has none; write {' or '.join(WRITERS)}, or the text part only")
-    if bridge.hidden != config.backbone.width or bridge.output_rms:
-        key, value = ("hidden", bridge.hidden) if bridge.hidden != config.backbone.width else (
-            "output_rms", bridge.output_rms)  # fmt: skip
-        raise ConfigError(f"bridge.{key}: {value} cannot be expressed in the layout {scheme}")
-    return WRITERS[scheme](config, encoder, bridge, text)
+    if config.encoder is None or config.bridge is None:
+        more = {"mamba_inner_layernorms": True} if scheme == "longllava" else {}
+        return {"architectures": ["JambaForCausalLM"], "model_type": "jamba", **text, **more, **said}
+    return {**WRITERS[scheme](config.encoder, config.bridge, text), **said}
 
 
-# layouts of language models alone, and what their configs say besides; Jamba-9B-Instruct is in LongLLaVA's
-TEXT_ONLY: dict[str, dict[str, Any]] = {"jamba": {}, "longllava": {"mamba_inner_layernorms": True}}
-
-
-def longllava_fields(config: ModelConfig, encoder: EncoderConfig, bridge: BridgeConfig, text: dict) -> dict[str, Any]:
-    all_tokens, n_tokens = encoder.grid() ** 2, bridge.tokens_per_image
-    if n_tokens not in (all_tokens, all_tokens // 4):
-        raise ConfigError(
-            f"bridge.tokens_per_image: {n_tokens} cannot be expressed in the layout longllava, only {all_tokens} and"
-            f" {all_tokens // 4}"
-        )
-    if not encoder.weights:
-        raise ConfigError("encoder.weights: the layout longllava names its vision tower, and this config names none")
+def longllava_fields(encoder: EncoderConfig, bridge: BridgeConfig, text: dict) -> dict[str, Any]:
     return {
         "architectures": ["LlavaJambaForCausalLM"], "model_type": "llava_jamba", **text,
         "mamba_inner_layernorms": True, "mm_hidden_size": encoder.width, "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_feature": "patch", "mm_vision_select_layer": encoder.select_layer,
         "mm_vision_tower": encoder.weights, "use_mm_proj": True,
-        "resamplePooling": bridge.pool if n_tokens != all_tokens else None,
+        "resamplePooling": bridge.pool if bridge.tokens_per_image != encoder.grid() ** 2 else None,
     }  # fmt: skip
 
 
-def llava_fields(config: ModelConfig, encoder: EncoderConfig, bridge: BridgeConfig, text: dict) -> dict[str, Any]:
-    if bridge.tokens_per_image != encoder.grid() ** 2:
-        raise ConfigError(
-            f"bridge.tokens_per_image: {bridge.tokens_per_image} of {encoder.grid() ** 2}: stock Llava does not pool;"
-            f" it can run this model with all {encoder.grid() ** 2} tokens an image only"
-        )
+def llava_fields(encoder: EncoderConfig, bridge: BridgeConfig, text: dict) -> dict[str, Any]:
     return {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
         "image_seq_length": encoder.grid() ** 2, "multimodal_projector_bias": True, "projector_hidden_act": "gelu",
         "text_config": {"model_type": "jamba", **text}, "vision_config": vision_fields(encoder),
-        "vision_feature_layer": encoder.select_layer,
+        "tie_word_embeddings": text["tie_word_embeddings"], "vision_feature_layer": encoder.select_layer,
         "vision_feature_select_strategy": "default" if encoder.class_token else "full",
     }  # fmt: skip
 
@@ -210,10 +184,5 @@ WRITERS = {"longllava": longllava_fields, "llava": llava_fields}
 
 
 def jamba_fields(config: BackboneConfig) -> dict[str, Any]:
-    if config.head_dim * config.n_heads != config.width:
-        raise ConfigError(f"backbone.head_dim: Jamba's is width / n_heads, {config.width // config.n_heads}")
-    for key in ("qk_norm", "log_length_scale"):
-        if getattr(config, key):
-            raise ConfigError(f"backbone.{key}: Jamba has no such setting; only models without it can be written so")
     fields = {theirs: getattr(config, ours) for theirs, ours in BACKBONE.items()}
     return {**fields, "hidden_act": "silu", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -92,17 +92,24 @@ def vision_values(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {key: value for key, value in vars(build(EncoderConfig, values, where)).items() if key != "weights"}
 
 
-def vision_fields(config: EncoderConfig) -> dict[str, Any]:
-    """The other way: a vision_config for transformers. Raises: ConfigError naming what it cannot express."""
-    names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-    family = "clip_vision_model" if config.class_token else "siglip_vision_model"
+def family_of(config: EncoderConfig) -> str:
+    return "clip_vision_model" if config.class_token else "siglip_vision_model"
+
+
+def vision_faults(config: EncoderConfig) -> list[str]:
+    """Settings that transformers' towers have no word for."""
+    family = family_of(config)
     differ = [key for key in ("pre_norm", "patch_bias") if getattr(config, key) != FAMILIES[family][key]]
-    if config.stem_widths:
-        differ.append("stem_widths")
-    if differ:
-        raise ConfigError(f"encoder.{', encoder.'.join(differ)}: transformers' {family} has no such setting")
+    differ += ["stem_widths"] if config.stem_widths else []
+    differ += ["kind"] if config.kind != "vit" else []
+    return [f"encoder.{key}: transformers' {family} has no such setting" for key in differ]
+
+
+def vision_fields(config: EncoderConfig) -> dict[str, Any]:
+    """The other way: a vision_config for transformers."""
+    names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     fields = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
-    return {**fields, "hidden_act": names[config.activation], "model_type": family, "num_channels": 3}
+    return {**fields, "hidden_act": names[config.activation], "model_type": family_of(config), "num_channels": 3}
 
 
 def split_name(source: str) -> tuple[str, str | None]:

@@ -1,4 +1,4 @@
-"""`longllava generate | chat | train | eval | convert | downcycle | quantize | world | doctor`.
+"""`longllava generate | chat | train | eval | convert | downcycle | quantize | export | plan | world | doctor`.
 
 Torch loads only when a command runs.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longllava.cli import curriculum, evaluate, folders, talk, work
+from longllava.cli import curriculum, evaluate, folders, plan, talk, work
 from longllava.errors import LongLLaVAError
 from longllava.version import __version__
 
@@ -34,6 +34,8 @@ app.add_typer(evaluations, name="eval")
 app.command()(folders.convert)
 app.command()(folders.downcycle)
 app.command()(folders.quantize)
+app.command()(folders.export)
+app.command()(plan.plan)
 app.command()(work.world)
 app.command()(work.doctor)
 
