@@ -28,39 +28,28 @@ from PIL import Image
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 transformers.utils.logging.set_verbosity_error()
-folder, pictures, talk = sys.argv[1], sys.argv[2].split(","), json.loads(sys.argv[3])
-if pictures == [""]:
-    model, processor = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-else:
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+found = {}
+for name, (folder, talk, pictures) in json.loads(sys.argv[1]).items():
+    kinds = (AutoModelForImageTextToText, AutoProcessor) if pictures else (AutoModelForCausalLM, AutoTokenizer)
+    model, processor = (kind.from_pretrained(folder) for kind in kinds)
     for part in talk[0]["content"]:
         if part["type"] == "image":
             part["image"] = Image.open(pictures.pop(0))
-inputs = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=True,
-                                       return_tensors="pt")
-with torch.no_grad():
-    logits = model(**inputs).logits
-    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-tokenizer = getattr(processor, "tokenizer", processor)
-torch.save({**inputs, "logits": logits, "answer": tokenizer.decode(ids[0, logits.shape[1]:], skip_special_tokens=True)},
-           sys.argv[4])
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(talk, **how)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    answer = tokenizer.decode(ids[0, logits.shape[1]:], skip_special_tokens=True)
+    found[name] = {**inputs, "logits": logits, "answer": answer, "class": type(model).__name__}
 assert not [name for name in sys.modules if name.startswith("longllava")], "stock was promised"
-print(type(model).__name__)
+torch.save(found, sys.argv[2])
 """
 UNPOOLED = {"bridge": BridgeConfig(pool="none", tokens_per_image=16, hidden=32)}
 TALK = [{"role": "user", "content": [{"type": "text", "text": "what is this?"}]}]
 SHOWN = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is this a"}, {"type": "image"},
                                       {"type": "text", "text": "\\nheart?"}]}]  # fmt: skip
-
-
-def stock(folder, talk, pictures, tmp_path):
-    for number, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{number}.png")
-    names = ",".join(str(tmp_path / f"{number}.png") for number in range(len(pictures)))
-    command = [sys.executable, "-c", STOCK, str(folder), names, json.dumps(talk), str(tmp_path / "found.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip(), torch.load(tmp_path / "found.pt", weights_only=False)
 
 
 def plain(n_experts=1, prompt=None, backbone=None, **changes):
@@ -94,40 +83,57 @@ def logits_of(library, talk, pictures, n_tokens=None):
         return encoded.ids, library.model.logits(hidden), filled
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_llava_of_stock_transformers_answers_the_same(tmp_path, tied):
-    """Ids from its own processor and our template, pixels padded and resized by it, logits, greedy tokens."""
-    backbone = {"tie_embeddings": tied, "vocab_size": tiny_config().backbone.vocab_size + 3}
-    library = plain(3, PUBLISHED_PROMPT if tied else None, backbone, **UNPOOLED)
-    folder = export(library.save_pretrained(tmp_path / "ours"), tmp_path / "stock")
-    pictures = tiny_pictures(2)
-    ids, logits, filled = logits_of(library, SHOWN, pictures)
-    kind, found = stock(folder, SHOWN, pictures, tmp_path)
-    assert kind == "LlavaForConditionalGeneration" and found["input_ids"].tolist() == [ids]
-    torch.testing.assert_close(found["logits"], logits, rtol=0, atol=1e-4)
-    assert found["answer"] == library.generate(filled, max_new_tokens=12)
+VOCABULARY = tiny_config().backbone.vocab_size + 3  # rows that no token has
+LIBRARIES = {
+    "llava": lambda: plain(3, None, {"vocab_size": VOCABULARY}, **UNPOOLED),
+    "tied": lambda: plain(1, PUBLISHED_PROMPT, {"vocab_size": VOCABULARY, "tie_embeddings": True}, **UNPOOLED),
+    "jamba": lambda: plain(3),
+}
 
 
-def test_pictures_of_other_shapes_are_padded_as_here(tmp_path):
-    library = plain(**UNPOOLED)
-    folder = export(library.save_pretrained(tmp_path / "ours"), tmp_path / "stock")
-    wide, tall = tiny_pictures(2)
-    pictures = [wide.resize((64, 20)), tall.resize((20, 48))]
-    _, found = stock(folder, SHOWN, pictures, tmp_path)
-    encoder = library.model.config.encoder
+@pytest.fixture(scope="module")
+def libraries():
+    return {name: make() for name, make in LIBRARIES.items()}
+
+
+@pytest.fixture(scope="module")
+def found(libraries, tmp_path_factory):
+    """What stock transformers makes of each folder: one process for all."""
+    place = tmp_path_factory.mktemp("stock")
+    shapes = {"square": (16, 16), "wide": (64, 20), "tall": (20, 48)}
+    for name, size in shapes.items():
+        tiny_pictures(1)[0].resize(size).save(place / f"{name}.png")
+    jobs = {}
+    for name, library in libraries.items():
+        source = library.save_pretrained(place / f"{name}-ours")
+        folder = export(source, place / name, "jamba" if name == "jamba" else "hf-llava")
+        pictures = [] if name == "jamba" else ["square.png", "square.png"]
+        jobs[name] = [str(folder), TALK if name == "jamba" else SHOWN, [str(place / picture) for picture in pictures]]
+    jobs["shapes"] = [jobs["llava"][0], SHOWN, [str(place / "wide.png"), str(place / "tall.png")]]
+    command = [sys.executable, "-c", STOCK, json.dumps(jobs), str(place / "found.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr
+    return torch.load(place / "found.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_stock_transformers_answers_the_same(libraries, found, name):
+    """Ids from its own processor and our template, pixels as it makes them, logits, greedy tokens."""
+    library, theirs = libraries[name], found[name]
+    talk, pictures = (TALK, []) if name == "jamba" else (SHOWN, tiny_pictures(1) * 2)
+    ids, logits, filled = logits_of(library, talk, pictures)
+    assert theirs["class"] == ("JambaForCausalLM" if name == "jamba" else "LlavaForConditionalGeneration")
+    assert theirs["input_ids"].tolist() == [ids]
+    torch.testing.assert_close(theirs["logits"], logits, rtol=0, atol=1e-4)
+    assert theirs["answer"] == library.generate(filled, max_new_tokens=12) != ""
+
+
+def test_pictures_of_other_shapes_are_padded_as_here(libraries, found):
+    processor, encoder = libraries["llava"].processor, libraries["llava"].model.config.encoder
+    pictures = [tiny_pictures(1)[0].resize(size) for size in ((64, 20), (20, 48))]
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (encoder.mean, encoder.std))
-    expected = (library.processor.pixels(pictures) / 255 - mean) / std
-    assert (found["pixel_values"] - expected).abs().max() < 3 / 255 / std.min()  # its rounding, and ours
-
-
-def test_jamba_of_stock_transformers_answers_the_same(tmp_path):
-    library = plain(3)
-    folder = export(library.save_pretrained(tmp_path / "ours"), tmp_path / "stock", "jamba", dtype=torch.float32)
-    ids, logits, _ = logits_of(library, TALK, [])
-    kind, found = stock(folder, TALK, [], tmp_path)
-    assert kind == "JambaForCausalLM" and found["input_ids"].tolist() == [ids]
-    torch.testing.assert_close(found["logits"], logits, rtol=0, atol=1e-4)
-    assert found["answer"] == library.generate("what is this?", max_new_tokens=12)
+    expected = (processor.pixels(pictures) / 255 - mean) / std
+    assert (found["shapes"]["pixel_values"] - expected).abs().max() < 3 / 255 / std.min()  # its rounding, and ours
 
 
 def test_a_model_that_pools_is_refused_unless_unpooled(tmp_path):
