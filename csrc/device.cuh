@@ -19,8 +19,9 @@ using fp16 = __half;
 
 constexpr float LOG2E = 1.4426950408889634f;
 
-template <class T> struct alignas(4 * sizeof(T)) Quad { T v[4]; };
-template <class T> struct alignas(2 * sizeof(T)) Pair { T v[2]; };
+template <class T, int N> struct alignas(N * sizeof(T)) Several { T v[N]; };
+template <class T> using Quad = Several<T, 4>;
+template <class T> using Pair = Several<T, 2>;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
@@ -75,7 +76,9 @@ template <int PENDING> __device__ __forceinline__ void wait_copies() {
 }
 
 // A barrier of THREADS threads of the block that may stand at different places of the code.
-template <int THREADS> __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+template <int THREADS> __device__ __forceinline__ void meet() {
+  asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
 
 // The maximum of non-negative floats: their bits order as they do, and the order of arrival changes nothing.
 __device__ __forceinline__ void atomic_max_nonnegative(float* at, float x) {

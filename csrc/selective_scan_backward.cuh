@@ -1,10 +1,10 @@
 // The scan's backward kernel. A block holds CHANNELS channels and walks one span of time from its end.
 //
-// As in the forward kernel two kinds of warps work side by side and meet at one barrier a tile of four tokens. Preparers
-// turn inputs into steps and inner gradients, compute the states again, from the one saved before a chunk to the one
-// before each of its tiles, and finish what walkers leave: sums over lanes and channels, the gradients' last factors,
-// stores. Walkers take a tile's states once more, in registers, and then go back through its tokens. Sums over channels
-// are taken in a fixed order within the block, and left as one partial sum a block.
+// As in the forward kernel two kinds of warps work side by side and meet at one barrier a tile of four tokens.
+// Preparers turn inputs into steps and inner gradients, compute the states again, from the one saved before a chunk to
+// the one before each of its tiles, and finish what walkers leave: sums over lanes and channels, the gradients' last
+// factors, stores. Walkers take a tile's states once more, in registers, and then go back through its tokens. Sums over
+// channels are taken in a fixed order within the block, and left as one partial sum a block.
 #pragma once
 
 #include "selective_scan_backward_prepare.cuh"

@@ -44,7 +44,8 @@ struct Preparer {
   __device__ Pair<T> load_pair(const Rows& rows, int token, bool wanted) const {
     Pair<T> out{};
     if (!wanted || rows.data == nullptr) return out;
-    const T* from = static_cast<const T*>(rows.data) + at.batch * rows.batch_stride + (at.begin + token) * rows.step + channel;
+    const T* from = static_cast<const T*>(rows.data) + at.batch * rows.batch_stride;
+    from += (at.begin + token) * rows.step + channel;
     if (p.wide) {
       if (channel < p.channels) out = *reinterpret_cast<const Pair<T>*>(from);
     } else {

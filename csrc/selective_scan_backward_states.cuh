@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(PIECE_THREADS) scan_backward_states(const __gr
   };
   struct Token { float delta, z, grad; Quad<T> c; bool real, reset; };
   const auto load = [&](int64_t t) {
-    const int8_t flag = t < at.begin ? FLAG_PADDING : p.flags == nullptr ? FLAG_PLAIN : p.flags[at.batch * p.length + t];
+    int8_t flag = t < at.begin ? FLAG_PADDING : FLAG_PLAIN;
+    if (p.flags != nullptr && t >= at.begin) flag = p.flags[at.batch * p.length + t];
     const bool real = flag != FLAG_PADDING, wanted = real && exists;
     const T* row = static_cast<const T*>(p.C.data) + at.batch * p.C.batch_stride + t * p.C.step;
     return Token{element(p.delta, t, wanted), element(p.z, t, wanted), element(p.grad_y, t, wanted),

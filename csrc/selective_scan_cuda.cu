@@ -40,15 +40,16 @@ __global__ void __launch_bounds__(SMALL_THREADS) scan_step_kernel(const __grid_c
   const bool exists = channel < p.channels;
   const bool real = exists && (p.flags == nullptr || p.flags[batch] != FLAG_PADDING);
   const auto element = [&](const Rows& rows) {
-    return real && rows.data != nullptr ? to_float(static_cast<const T*>(rows.data)[batch * rows.batch_stride + channel])
-                                        : 0.0f;
+    if (!real || rows.data == nullptr) return 0.0f;
+    return to_float(static_cast<const T*>(rows.data)[batch * rows.batch_stride + channel]);
   };
   const auto row = [&](const Rows& rows) { return static_cast<const T*>(rows.data) + batch * rows.batch_stride; };
   float a[4], h[4] = {};
   load_states(p.A, channel, first, p, a);
   const int64_t one_state = p.channels * p.states;
   if (p.state != nullptr) load_states(p.state + batch * one_state, channel, first, p, h);
-  const Quad<T> b = load_row(row(p.B), first, real, p.wide, p.states), c = load_row(row(p.C), first, real, p.wide, p.states);
+  const Quad<T> b = load_row(row(p.B), first, real, p.wide, p.states);
+  const Quad<T> c = load_row(row(p.C), first, real, p.wide, p.states);
   const float u = element(p.u), z = element(p.z);
   float d = element(p.delta);
   if (exists && p.bias != nullptr) d += p.bias[channel];

@@ -13,12 +13,13 @@ template <class T, int TOKENS, int DEPTH, int PER_THREAD, bool SPLIT, bool FAST>
 int scan_forward_as(const ScanArguments& p) {
   constexpr int THREADS = SCAN_THREADS<PER_THREAD, SPLIT>;
   constexpr int64_t BYTES = sizeof(ForwardShared<T, TOKENS, DEPTH>);
+  const auto start = [&](auto kernel) { return launch(kernel, scan_blocks(p), THREADS, BYTES, p.stream, p); };
   if (p.n_spans > 1) {
-    int error = launch(scan_forward<T, TOKENS, DEPTH, PER_THREAD, SPLIT, FAST, true>, scan_blocks(p), THREADS, BYTES, p.stream, p);
+    int error = start(scan_forward<T, TOKENS, DEPTH, PER_THREAD, SPLIT, FAST, true>);
     if (error == 0) error = scan_join(p, p.state, nullptr, false);
     if (error != 0) return error;
   }
-  return launch(scan_forward<T, TOKENS, DEPTH, PER_THREAD, SPLIT, FAST, false>, scan_blocks(p), THREADS, BYTES, p.stream, p);
+  return start(scan_forward<T, TOKENS, DEPTH, PER_THREAD, SPLIT, FAST, false>);
 }
 
 template <class T> int scan_forward_of(const ScanArguments& p) {

@@ -19,7 +19,8 @@ struct ForwardShared {
 
 // SPLIT: other warps finish tiles than those that prepare them, so that neither waits for the other's long chains.
 template <bool SPLIT> constexpr int SCAN_ALL_HELPERS = SCAN_HELPERS * (SPLIT ? 2 : 1);
-template <int PER_THREAD, bool SPLIT> constexpr int SCAN_THREADS = SCAN_CHANNELS * 4 / PER_THREAD + SCAN_ALL_HELPERS<SPLIT>;
+template <int PER_THREAD, bool SPLIT>
+constexpr int SCAN_THREADS = SCAN_CHANNELS * 4 / PER_THREAD + SCAN_ALL_HELPERS<SPLIT>;
 
 // What a helper thread carries from tile to tile: four channels of every eighth token.
 template <class T, int TOKENS, int DEPTH, bool FAST, bool STATES_ONLY>

@@ -6,13 +6,19 @@ import torch
 from torch import Tensor
 
 from longllava.errors import LongLLaVAError
-from longllava.ops.causal_conv1d import cpu, reference, triton, upstream
+from longllava.ops.causal_conv1d import cpu, cuda, reference, triton, upstream
 from longllava.ops.dispatch import Backend, choose
 
 # best first; the last is the judge
 BACKENDS = tuple(
     Backend(name, module.run, module.why_not, getattr(module, "run_", None))
-    for name, module in (("triton", triton), ("upstream", upstream), ("cpu", cpu), ("reference", reference))
+    for name, module in (
+        ("triton", triton),
+        ("cuda", cuda),
+        ("upstream", upstream),
+        ("cpu", cpu),
+        ("reference", reference),
+    )
 )
 
 

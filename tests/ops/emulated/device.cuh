@@ -153,8 +153,9 @@ using fp16 = _Float16;
 
 constexpr float LOG2E = 1.4426950408889634f;
 
-template <class T> struct alignas(4 * sizeof(T)) Quad { T v[4]; };
-template <class T> struct alignas(2 * sizeof(T)) Pair { T v[2]; };
+template <class T, int N> struct alignas(N * sizeof(T)) Several { T v[N]; };
+template <class T> using Quad = Several<T, 4>;
+template <class T> using Pair = Several<T, 2>;
 
 inline float to_float(float x) { return x; }
 inline float to_float(fp16 x) { return float(x); }

@@ -1,0 +1,112 @@
+// The C interface of the causal convolution on a GPU, and what its kernels share.
+//
+//   y_t = act(bias + sum_k weight_k x_(t - K + 1 + k)), over the real tokens of one sequence
+//
+// longllava/ops/causal_conv1d/cuda.py fills ConvArguments field by field, in this order, 8 bytes each.
+//
+// A thread holds a few channels side by side and walks a run of tokens with the window in registers, so that every
+// element is read once; only a run's first window is read twice.
+#pragma once
+
+#include "rows.cuh"
+
+namespace longllava {
+
+constexpr int CONV_MAX_TAPS = 8;
+constexpr int CONV_THREADS = 128;
+constexpr int CONV_RUN = 32;            // tokens a thread walks
+constexpr int CONV_BACKWARD_RUN = 64;   // backward, where each run also leaves a partial sum
+
+struct ConvArguments {
+  int64_t bytes;  // sizeof(ConvArguments), to catch a caller of another version
+  int64_t dtype;  // of all Rows: 0 fp32, 1 bf16, 2 fp16
+  int64_t batch, length, channels, taps, silu;
+  int64_t wide;   // rows may be read 16 bytes at a time
+  void* stream;
+  Rows x, state, y, state_out;  // state.data may be null; state_out may be state where length <= CONV_RUN
+  const float *weight, *bias;   // (E, K), (E) or null
+  const int32_t *sources, *last;  // (B, L, K), (B, K - 1): where in the line `state, then tokens` each tap reads, -1 is
+                                  // nowhere; null without seq_idx
+  Rows grad_y, grad_state, grad_x, grad_start;  // grad_state.data may be null
+  float *grad_weight, *grad_bias;               // (runs, E, K), (runs, E): partial sums
+};
+
+__device__ __forceinline__ float conv_sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-x * LOG2E)); }
+
+// What a thread works on: N channels of a row of the batch, tokens begin .. end - 1.
+template <int N, int RUN>
+struct ConvPlace {
+  int64_t batch, run, channel, begin, end;
+  bool exists;
+  __device__ explicit ConvPlace(const ConvArguments& p) {
+    const int64_t groups = (p.channels + N - 1) / N, runs = (p.length + RUN - 1) / RUN;
+    const int64_t id = int64_t(blockIdx.x) * CONV_THREADS + threadIdx.x;
+    channel = id % groups * N;
+    run = id / groups;
+    batch = run / runs;
+    begin = run % runs * RUN;
+    end = begin + RUN < p.length ? begin + RUN : p.length;
+    exists = batch < p.batch;
+  }
+};
+
+template <int N, int RUN> int64_t conv_blocks(const ConvArguments& p) {
+  const int64_t groups = (p.channels + N - 1) / N, runs = (p.length + RUN - 1) / RUN;
+  return (p.batch * runs * groups + CONV_THREADS - 1) / CONV_THREADS;
+}
+
+template <class T, int N>
+__device__ __forceinline__ Several<T, N> conv_load(const Rows& rows, int64_t batch, int64_t row, int64_t channel) {
+  return *reinterpret_cast<const Several<T, N>*>(static_cast<const T*>(rows.data) + batch * rows.batch_stride +
+                                                 row * rows.step + channel);
+}
+template <class T, int N>
+__device__ __forceinline__ void conv_store(const Rows& rows, int64_t batch, int64_t row, int64_t channel,
+                                           const float (&x)[N]) {
+  Several<T, N> out;
+  if constexpr (N == 1) {
+    out.v[0] = from_float<T>(x[0]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      const Pair<T> two = pair_from(x[i], x[i + 1], T());
+      out.v[i] = two.v[0], out.v[i + 1] = two.v[1];
+    }
+  }
+  T* to = static_cast<T*>(rows.data) + batch * rows.batch_stride + row * rows.step + channel;
+  *reinterpret_cast<Several<T, N>*>(to) = out;
+}
+
+// A position of the line `state, then tokens`; zeros where there is nothing.
+template <class T, int N>
+__device__ __forceinline__ void conv_line(const ConvArguments& p, int64_t batch, int64_t position, int64_t channel,
+                                          float (&out)[N]) {
+  const int64_t past = p.taps - 1;
+  Several<T, N> raw{};
+  if (position >= past) raw = conv_load<T, N>(p.x, batch, position - past, channel);
+  else if (position >= 0 && p.state.data != nullptr) raw = conv_load<T, N>(p.state, batch, position, channel);
+#pragma unroll
+  for (int i = 0; i < N; ++i) out[i] = to_float(raw.v[i]);
+}
+
+// Weights and bias of a thread's channels. TAPS are as many as registers hold; the last p.taps of them count.
+template <int N, int TAPS>
+struct ConvWeights {
+  float taps[TAPS][N], bias[N];
+  int first;  // tap that counts
+  __device__ ConvWeights(const ConvArguments& p, int64_t channel) : first(TAPS == 4 ? 0 : TAPS - int(p.taps)) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      bias[i] = p.bias != nullptr ? p.bias[channel + i] : 0.0f;
+#pragma unroll
+      for (int k = 0; k < TAPS; ++k)
+        taps[k][i] = k >= first ? p.weight[(channel + i) * p.taps + k - first] : 0.0f;
+    }
+  }
+  // 0 times infinity is no 0: a tap that does not count is left out. Four taps are known to count all.
+  __device__ bool counts(int k) const { return TAPS == 4 || k >= first; }
+};
+
+int conv_backward(const ConvArguments& p);
+
+}  // namespace longllava

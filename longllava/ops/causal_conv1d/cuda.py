@@ -1,0 +1,180 @@
+"""The causal convolution on an NVIDIA GPU by compiled CUDA kernels (csrc/causal_conv1d*.cu), as torch custom ops."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longllava.ops import native_cuda
+from longllava.ops.causal_conv1d.triton import windows
+from longllava.ops.native_cuda import address, plain, rowed, rows
+
+MAX_TAPS = 8
+RUN, BACKWARD_RUN = 32, 64  # CONV_RUN and CONV_BACKWARD_RUN of csrc/causal_conv1d_cuda.cuh
+FIELDS = struct.Struct("@39q")  # ConvArguments there
+NO_ROWS = (0, 0, 0)
+
+
+def why_not(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    *rest: Any,
+) -> str | None:
+    if weight.shape[1] > MAX_TAPS:
+        return f"takes at most {MAX_TAPS} taps, got {weight.shape[1]}"
+    if seq_idx is not None and _wants_gradients(x, weight, bias, state):
+        return "has no backward for seq_idx, and gradients are wanted"
+    return native_cuda.why_not(x=x, state=state)
+
+
+def _wants_gradients(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    call: Any = causal_conv1d
+    if not _wants_gradients(x, weight, bias, state) and type(x) is Tensor and not torch.compiler.is_compiling():
+        call = _forward
+    y, new_state = call(x, weight, bias, state, seq_idx, activation == "silu")
+    return y, new_state
+
+
+def run_(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, seq_idx: Tensor | None, activation: str | None
+) -> Tensor:
+    """`run` with the new state in place of `state`: at once where one thread reads and writes it, else by a copy."""
+    if x.shape[1] <= RUN and state.dtype is x.dtype and state.is_contiguous():
+        return _compute(x, weight, bias, state, seq_idx, activation == "silu", state)
+    y, new_state = _forward(x, weight, bias, state, seq_idx, activation == "silu")
+    state.copy_(new_state)
+    return y
+
+
+def _call(
+    entry: str, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool,
+    y: Tensor | None = None, state_out: Tensor | None = None, sources: Tensor | None = None, last: Tensor | None = None,
+    grad_y: Tensor | None = None, grad_state: Tensor | None = None, grad_x: Tensor | None = None,
+    grad_start: Tensor | None = None, grad_weight: Tensor | None = None, grad_bias: Tensor | None = None,
+) -> None:  # fmt: skip
+    batch, length, channels = x.shape
+    x, state, grad_y, grad_state = (rowed(t, x.dtype) for t in (x, state, grad_y, grad_state))  # type: ignore[assignment]
+    weight, bias = plain(weight), plain(bias)  # type: ignore[assignment]
+    tensors = (x, state, y, state_out, grad_y, grad_state, grad_x, grad_start)
+    first = [rows(t) for t in tensors]
+    arguments = FIELDS.pack(
+        FIELDS.size, native_cuda.DTYPES[x.dtype], batch, length, channels, weight.shape[1], silu,
+        native_cuda.is_wide(16, *tensors), native_cuda.stream(x), *(field for row in first[:4] for field in row),
+        address(weight), address(bias), address(sources), address(last),
+        *(field for row in first[4:] for field in row), address(grad_weight), address(grad_bias),
+    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        native_cuda.succeed(native_cuda.function(entry)(arguments), "causal_conv1d")
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    state_out = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
+    return _compute(x, weight, bias, state, seq_idx, silu, state_out), state_out
+
+
+def _compute(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+    state_out: Tensor,
+) -> Tensor:
+    """y; the new state goes to `state_out`."""
+    y = x.new_empty(x.shape)
+    if y.numel() == 0:
+        state_out.zero_() if state is None else state_out.copy_(state)
+        return y
+    sources, last = (None, None) if seq_idx is None else windows(seq_idx, weight.shape[1] - 1)
+    _call(
+        "longllava_cuda_conv_forward", x, weight, bias, state, silu, y=y, state_out=state_out,
+        sources=None if sources is None else sources.contiguous(), last=None if last is None else last.contiguous(),
+    )  # fmt: skip
+    return y
+
+
+def _backward(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and the initial state (zero-sized, fp32, where there is no bias)."""
+    batch, length, channels = x.shape
+    n_taps = weight.shape[1]
+    grad_x, grad_start = x.new_empty(x.shape), x.new_empty((batch, n_taps - 1, channels))
+    no_bias = x.new_empty(0, dtype=torch.float32)
+    if grad_x.numel() == 0:
+        grad_start = grad_start.zero_() if grad_state is None else grad_start.copy_(grad_state)
+        return grad_x, torch.zeros_like(weight), no_bias if bias is None else torch.zeros_like(bias), grad_start
+    n_runs = batch * -(-length // BACKWARD_RUN)
+    grad_weight = x.new_empty((n_runs, channels, n_taps), dtype=torch.float32)
+    grad_bias = x.new_empty((n_runs, channels), dtype=torch.float32)
+    _call(
+        "longllava_cuda_conv_backward", x, weight, bias, state, silu, grad_y=grad_y, grad_state=grad_state,
+        grad_x=grad_x, grad_start=grad_start, grad_weight=grad_weight, grad_bias=grad_bias,
+    )  # fmt: skip
+    weight_total = grad_weight.sum(0).to(weight.dtype)
+    return grad_x, weight_total, no_bias if bias is None else grad_bias.sum(0).to(bias.dtype), grad_start
+
+
+causal_conv1d = torch.library.custom_op("longllava::causal_conv1d_cuda", _forward, mutates_args=())
+causal_conv1d_backward = torch.library.custom_op("longllava::causal_conv1d_cuda_backward", _backward, mutates_args=())
+
+
+@causal_conv1d.register_fake
+def _(x, weight, bias, state, seq_idx, silu):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
+
+
+@causal_conv1d_backward.register_fake
+def _(grad_y, grad_state, x, weight, bias, state, silu):  # type: ignore[no-untyped-def]
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        x.new_empty(0, dtype=torch.float32) if bias is None else bias.new_empty(bias.shape),
+        x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2])),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, state, _, ctx.silu = inputs
+    ctx.state_dtype = None if state is None else state.dtype
+    ctx.save_for_backward(x, weight, bias, state)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None) -> tuple[Any, ...]:
+    x, weight, bias, state = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = torch.zeros_like(x)
+    grads = causal_conv1d_backward(grad_y, grad_state, x, weight, bias, state, ctx.silu)
+    grad_x, grad_weight, grad_bias, grad_initial = grads
+    initial = None if state is None else grad_initial.to(ctx.state_dtype)
+    return grad_x, grad_weight, None if bias is None else grad_bias, initial, None, None
+
+
+causal_conv1d.register_autograd(_differentiate, setup_context=_setup)
