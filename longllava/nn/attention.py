@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longllava.config import BackboneConfig
 from longllava.nn.cache import AttentionState, Segment, StaticAttentionState
 from longllava.nn.context import Context
+from longllava.nn.linear import Linear
 from longllava.nn.norm import RMSNorm
 from longllava.ops.attention import attention
 
@@ -21,10 +22,10 @@ class Attention(nn.Module):
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.q_proj = nn.Linear(config.width, self.n_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.width, self.n_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.width, self.n_kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.width, bias=False)
+        self.q_proj = Linear(config.width, self.n_heads * self.head_dim, bias=False)
+        self.k_proj = Linear(config.width, self.n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = Linear(config.width, self.n_kv_heads * self.head_dim, bias=False)
+        self.o_proj = Linear(self.n_heads * self.head_dim, config.width, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         # factor 1 + exp(s_h) log(keys seen) on the logits: a match that wins among 600 tokens must win among

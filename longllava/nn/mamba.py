@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longllava.config import BackboneConfig
 from longllava.nn.cache import MambaState, StaticMambaState
 from longllava.nn.context import Context
+from longllava.nn.linear import Linear
 from longllava.nn.norm import RMSNorm
 from longllava.ops.causal_conv1d import causal_conv1d, causal_conv1d_
 from longllava.ops.selective_scan import selective_scan, selective_scan_
@@ -25,19 +26,19 @@ class Mamba(nn.Module):
         super().__init__()
         width, inner, rank, states = config.width, config.d_inner(), config.dt_rank, config.state_size
         self.sizes = [rank, states, states]
-        self.in_proj = nn.Linear(width, 2 * inner, bias=config.proj_bias)
+        self.in_proj = Linear(width, 2 * inner, bias=config.proj_bias)
         self.conv_weight_EK = nn.Parameter(torch.empty(inner, config.conv_size))
         self.conv_bias_E = nn.Parameter(torch.zeros(inner)) if config.conv_bias else None
-        self.x_proj = nn.Linear(inner, rank + 2 * states, bias=False)
+        self.x_proj = Linear(inner, rank + 2 * states, bias=False)
         self.dt_norm = RMSNorm(rank, config.norm_eps)
         self.B_norm = RMSNorm(states, config.norm_eps)
         self.C_norm = RMSNorm(states, config.norm_eps)
-        self.dt_proj = nn.Linear(rank, inner, bias=False)
+        self.dt_proj = Linear(rank, inner, bias=False)
         # kept in fp32 whatever the model's dtype: they enter the fp32 recurrence
         self.dt_bias_E = nn.Parameter(torch.empty(inner))
         self.A_log_EN = nn.Parameter(torch.empty(inner, states))
         self.D_E = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, width, bias=config.proj_bias)
+        self.out_proj = Linear(inner, width, bias=config.proj_bias)
         self.known_A: tuple[tuple[int, int, torch.device], Tensor] | None = None
 
     def forward(self, x_BLD: Tensor, ctx: Context, state: MambaState | None = None) -> tuple[Tensor, MambaState]:

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from longllava.config import BackboneConfig
 from longllava.nn.context import Context
+from longllava.nn.linear import Linear
 from longllava.ops.fused import swiglu
 
 
 class SwiGLU(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.gate_proj = Linear(width, hidden, bias=False)
+        self.up_proj = Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, ctx: Context | None = None) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)

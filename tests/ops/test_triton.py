@@ -44,7 +44,9 @@ def interpreted(*options: str) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("part", ["scan and not spans", "spans", "conv", "attention or choose or in_place or vision"])
+@pytest.mark.parametrize(
+    "part", ["scan and not spans", "spans", "conv", "attention or choose or in_place or vision or few_rows"]
+)
 def test_kernels_in_the_interpreter(part: str) -> None:
     interpreted("-k", part)
 
