@@ -37,6 +37,7 @@ plan
 generation
 quant
 checkpoints
+plan_report
 data
 evals
 train

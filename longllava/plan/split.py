@@ -92,3 +92,9 @@ def filled(layer_bytes: Sequence[int], first_bytes: int, room: Sequence[int], sh
         used += size
         places.append(device)
     return places
+
+
+def fits(layer_bytes: Sequence[int], first_bytes: int, each_bytes: int, free: Mapping[str, int]) -> bool:
+    """Whether all the devices together hold it."""
+    room = [size - each_bytes for size in free.values()]
+    return min(room) > 0 and filled(layer_bytes, first_bytes, room, 1.0) is not None

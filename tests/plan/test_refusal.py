@@ -19,7 +19,10 @@ def nothing(*args, **options):
     raise AssertionError("it was allocated or read")
 
 
-REFUSED = r"^(prompt 1 of 1: )?[0-9,]+ tokens \(prompt and answer\)%s need .* of memory on cpu \(keys and values .*, 100.0 KB are free;"
+REFUSED = (
+    r"^(prompt 1 of 1: )?[0-9,]+ tokens \(prompt and answer\)%s need .* of memory on cpu \(keys and values .*,"
+    r" 100.0 KB are free;"
+)
 
 
 def little_memory(monkeypatch):
