@@ -3,11 +3,14 @@
     python benchmarks/efficiency.py --save benchmarks/results/efficiency-cpu.json
     python benchmarks/efficiency.py --model longllava-9b --device cuda       # random weights in the true shape
 
-Rows, each a process of its own: this library, and with --peer-tokens the same weights' shape in transformers' Jamba
-(its kernels where they are installed, else its torch path, which holds three (channels, tokens, 16) fp32 tensors per
-layer: give it as many tokens as fit). Below them the rows that the paper published, on an A100 of 80 GB with vLLM and
-Int8 (arXiv 2409.02889v3, table 1): other hardware, other software, for orientation only. Prefill is the time to the
-first token, tokens/s = (out - 1) / (time of all - prefill), memory is the process's peak (on a GPU, torch's).
+Rows, each a process of its own: this library, and with --peer-tokens transformers' Jamba beside it (its kernels where
+they are installed, else its torch path, which holds three (channels, tokens, 16) fp32 tensors per layer: give it as
+many tokens as fit). A trained model's peers read one folder in transformers' layout, so that both have the same
+weights, and the logits after the prompt are compared; what transformers' Jamba has no word for (nano's norms of queries
+and keys, its length scale) is left out of both. Random models have the same shape only. Below them the rows that the
+paper published, on an A100 of 80 GB with vLLM and Int8 (arXiv 2409.02889v3, table 1): other hardware, other software,
+for orientation only. Prefill is the time to the first token, tokens/s = (out - 1) / (time of all - prefill), memory is
+the process's peak (on a GPU, torch's).
 """
 
 import _environment  # noqa: F401
@@ -15,6 +18,7 @@ import _environment  # noqa: F401
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +30,7 @@ from longllava.cli import run
 from longllava.errors import InputError
 from longllava.evals.memory import PeakMemory
 
+Measured = tuple[float, float, list[float]]
 PUBLISHED = (
     # model, prefill s, tokens/s, GB
     ("Falcon-Mamba-V 7B (Mamba)", 14.3, 72.6, 32.1),
@@ -35,18 +40,17 @@ PUBLISHED = (
 )
 
 
-def measure_ours(task: dict[str, Any]) -> tuple[float, float]:
-    """Seconds to the first token, and of the others."""
+def measure_ours(task: dict[str, Any]) -> Measured:
+    """Seconds to the first token, and of the others; the logits of the first."""
     import torch
 
     from longllava.generation.sampling import Sampling
     from longllava.inputs.processor import Encoded
 
-    model = open_model(task["model"], task["device"], task["dtype"])
+    model = open_model(task["model"], task["device"], task["dtype"], int8=task["int8"])
     session = model.fresh(chunk_tokens=task["chunk_tokens"])
     reader = session.reader
-    highest = model.tokenizer.vocab_size
-    ids = torch.randint(3, highest, (task["tokens"],), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = token_ids(task)
     reader.read(Encoded(ids[:64]), (), reader.empty_state(64), 0)  # threads and buffers
     model.tokenizer.eos_id = -1  # no answer ends early
     started = time.perf_counter()
@@ -57,10 +61,18 @@ def measure_ours(task: dict[str, Any]) -> tuple[float, float]:
     first = time.perf_counter() - started
     if sum(1 for _ in drawn) != task["new_tokens"] - 1:
         raise InputError("decoding ended early")
-    return first, time.perf_counter() - started - first
+    seconds = time.perf_counter() - started - first
+    with torch.inference_mode():
+        return first, seconds, model.model.logits(hidden_1D)[0].float().tolist()
 
 
-def measure_transformers(task: dict[str, Any]) -> tuple[float, float]:
+def token_ids(task: dict[str, Any]) -> list[int]:
+    import torch
+
+    return torch.randint(3, task["highest"], (task["tokens"],), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def measure_transformers(task: dict[str, Any]) -> Measured:
     import torch
     from transformers import JambaConfig, JambaForCausalLM
     from transformers.utils import logging
@@ -68,6 +80,7 @@ def measure_transformers(task: dict[str, Any]) -> tuple[float, float]:
     from longllava.api import checked_device, checked_dtype
     from longllava.checkpoints.published import BACKBONE
 
+    logging.disable_progress_bar()
     logging.set_verbosity_error()  # it says at every layer which kernels are missing
     backbone = open_config(task["model"]).backbone
     device = checked_device(task["device"])
@@ -75,15 +88,19 @@ def measure_transformers(task: dict[str, Any]) -> tuple[float, float]:
     fields = {theirs: getattr(backbone, ours) for theirs, ours in BACKBONE.items()}
     fields |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "attn_implementation": "sdpa"}
     kernels = device.type == "cuda"
-    with torch.device(device):
-        model = JambaForCausalLM(JambaConfig(**fields, use_mamba_kernels=kernels))
-    model = model.to(checked_dtype(task["dtype"], device)).eval()
-    ids_1L = torch.randint(3, backbone.vocab_size, (1, task["tokens"]), generator=torch.Generator().manual_seed(0))
-    ids_1L = ids_1L.to(device)
+    config, dtype = JambaConfig(**fields, use_mamba_kernels=kernels), checked_dtype(task["dtype"], device)
+    if is_random(task["model"]):
+        with torch.device(device):
+            model = JambaForCausalLM(config)
+    else:
+        model = JambaForCausalLM.from_pretrained(task["model"], config=config, dtype=dtype).to(device)
+    model = model.to(dtype).eval()
+    ids_1L = torch.tensor([token_ids(task)], device=device)
     with torch.inference_mode():
         model(ids_1L[:, :64])
         started = time.perf_counter()
         out = model(ids_1L, use_cache=True, logits_to_keep=1)
+        logits_V = out.logits[0, -1]
         token_11 = out.logits[:, -1:].argmax(-1)
         token_11.item()
         first = time.perf_counter() - started
@@ -92,7 +109,26 @@ def measure_transformers(task: dict[str, Any]) -> tuple[float, float]:
             out = model(token_11, past_key_values=out.past_key_values, use_cache=True, position_ids=position_1[None])
             token_11 = out.logits[:, -1:].argmax(-1)
             token_11.item()
-    return first, time.perf_counter() - started - first
+    return first, time.perf_counter() - started - first, logits_V.float().tolist()
+
+
+def as_jamba(name: str, folder: Path) -> str:
+    """A trained model's language model as transformers writes it; what it has no word for is left out."""
+    import dataclasses
+
+    import torch
+
+    from longllava.checkpoints import find_folder, load_model, save_model
+    from longllava.inputs.tokenizer import Tokenizer
+    from longllava.model import Model
+
+    model = load_model(find_folder(name), dtype=torch.float32)
+    tokenizer = Tokenizer.from_folder(find_folder(name), model.config.prompt)
+    backbone = dataclasses.replace(model.config.backbone, qk_norm=False, log_length_scale=False)
+    config = dataclasses.replace(model.config, encoder=None, bridge=None, backbone=backbone, n_parameters=None)
+    plain = Model(config)
+    plain.load_state_dict({key: tensor for key, tensor in model.state_dict().items() if key in plain.state_dict()})
+    return str(save_model(plain, tokenizer, folder, scheme="jamba"))
 
 
 def open_config(name: str) -> Any:
@@ -115,7 +151,7 @@ WAYS = {"longllava": measure_ours, "transformers": measure_transformers}
 def measure(task: dict[str, Any]) -> dict[str, Any]:
     memory = PeakMemory()
     memory.start()
-    first, rest = WAYS[task["way"]](task)
+    first, rest, logits = WAYS[task["way"]](task)
     return {
         "way": task["way"],
         "tokens_in": task["tokens"],
@@ -123,6 +159,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "prefill_seconds": first,
         "tokens_per_second": (task["new_tokens"] - 1) / rest,
         "peak_bytes": memory.bytes(),
+        "logits": logits,
     }
 
 
@@ -132,6 +169,21 @@ def in_a_process_of_its_own(task: dict[str, Any]) -> dict[str, Any]:
     if done.returncode:
         raise InputError(f"{task['way']}: the measured process ended with code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def shown(task: dict[str, Any]) -> dict[str, Any]:
+    row = in_a_process_of_its_own(task)
+    print(line(row), flush=True)
+    return row
+
+
+def highest_id(name: str) -> int:
+    """Ids below it are tokens of ours (random models read with nano's tokenizer) and of transformers' alike."""
+    from longllava.checkpoints import find_folder
+    from longllava.inputs.tokenizer import Tokenizer
+
+    folder = find_folder("nano" if is_random(name) else name)
+    return Tokenizer.from_folder(folder, open_config(str(folder)).prompt).vocab_size
 
 
 def line(row: dict[str, Any]) -> str:
@@ -166,13 +218,14 @@ def chart(rows: list[dict[str, Any]], title: str, file: Any) -> None:
 
 
 def efficiency(
-    tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 100_000,
+    tokens: Annotated[int, typer.Option(min=0, help="Text tokens of the prompt; 0: only the peers' rows.")] = 100_000,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the answer.")] = 1000,
     peer_tokens: Annotated[str, typer.Option(help="Prompts for transformers and us, side by side; empty: none.")] = "",
     peer_new_tokens: Annotated[int, typer.Option(min=2, help="Their answers' tokens.")] = 32,
     model: Annotated[str, typer.Option(help="A shipped model, a folder, or a config (then random weights).")] = "nano",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; default: a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16; default: what the hardware is fast at.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Our rows with int8 weights.")] = False,
     chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens prefilled at a time.")] = 2048,
     save: Annotated[Path | None, typer.Option(help="JSON file; the chart lies beside it.")] = None,
     child: Annotated[str, typer.Option(hidden=True)] = "",
@@ -181,14 +234,27 @@ def efficiency(
     if child:
         print(json.dumps(measure(json.loads(child))))
         return
-    task = {"model": model, "device": device, "dtype": dtype, "chunk_tokens": chunk_tokens}
-    plan = [("longllava", tokens, new_tokens)]
-    for length in [int(part) for part in peer_tokens.split(",") if part.strip().isdigit()]:
-        plan += [("longllava", length, peer_new_tokens), ("transformers", length, peer_new_tokens)]
-    rows = []
-    for way, n_in, n_out in plan:
-        rows.append(in_a_process_of_its_own({**task, "way": way, "tokens": n_in, "new_tokens": n_out}))
-        print(line(rows[-1]), flush=True)
+    task = {"device": device, "dtype": dtype, "chunk_tokens": chunk_tokens, "int8": int8,
+            "highest": highest_id(model)}  # fmt: skip
+    lengths = [int(part) for part in peer_tokens.split(",") if part.strip().isdigit()]
+    rows = [] if lengths and not tokens else [
+        shown({**task, "model": model, "way": "longllava", "tokens": tokens, "new_tokens": new_tokens})
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        peer = model if is_random(model) or not lengths else as_jamba(model, Path(folder) / Path(model).name)
+        for length in lengths:
+            one = {**task, "model": peer, "tokens": length, "new_tokens": peer_new_tokens}
+            ours, theirs = (shown({**one, "way": way}) for way in ("longllava", "transformers"))
+            rows += [ours, theirs]
+            if peer != model:
+                error = max(abs(a - b) for a, b in zip(ours.pop("logits"), theirs.pop("logits"), strict=True))
+                ours["largest_difference_of_logits"] = error
+                first = theirs["prefill_seconds"] / ours["prefill_seconds"]
+                after = ours["tokens_per_second"] / theirs["tokens_per_second"]
+                print(f"  {first:.1f} times as fast to the first token, {after:.1f} times after it; the same weights,"
+                      f" logits differ by at most {error:.1e}", flush=True)  # fmt: skip
+    for row in rows:
+        row.pop("logits", None)
     print("published, on an A100 with vLLM and Int8 (100,000 in, 1,000 out):")
     for name, seconds, rate, gigabytes in PUBLISHED:
         print(f"{name:28} prefill {seconds:6.1f} s, then {rate:5.1f} tokens/s, {gigabytes:5.1f} GB")
@@ -196,7 +262,7 @@ def efficiency(
         from longllava.files import write_atomic, write_json
         from longllava.train.record import environment
 
-        weights = "random, in the true shape" if is_random(model) else "trained; transformers' row: random, same shape"
+        weights = "random, in the true shape" if is_random(model) else "trained; beside transformers without qk_norm"
         columns = ("model", "prefill_seconds", "tokens_per_second", "gigabytes")
         published = [dict(zip(columns, row, strict=True)) for row in PUBLISHED]
         report = {**environment(), "model": model, "weights": weights, "rows": rows, "published_on_a100": published}

@@ -71,6 +71,8 @@ def test_efficiency_from_the_command_line(tmp_path: Path) -> None:
     assert [(row["way"], row["tokens_in"], row["tokens_out"]) for row in report["rows"]] == [
         ("longllava", 40, 3), ("longllava", 24, 2), ("transformers", 24, 2)
     ]  # fmt: skip
+    assert report["rows"][1]["largest_difference_of_logits"] < 1e-3  # the same weights
+    assert "times as fast to the first token" in done.stdout
     assert all(row["prefill_seconds"] > 0 and row["tokens_per_second"] > 0 for row in report["rows"])
     assert len(report["published_on_a100"]) == 4 and "16.5 s" in done.stdout
     assert save.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -80,3 +82,16 @@ def test_wrong_numbers_are_one_sentence() -> None:
     done = run("scaling.py", "--images", "1,x")
     assert (done.returncode, done.stdout) == (1, "")
     assert "--images: got '1,x'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_int8_prefill_from_the_command_line(tmp_path: Path) -> None:
+    save = tmp_path / "int8_prefill.json"
+    done = run("int8_prefill.py", "--tokens", "70", "--rounds", "2", "--forms", "fp32,int8", "--save", str(save))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(save.read_text())
+    assert [row["form"] for row in report["rows"]] == ["fp32", "int8"] and report["tokens"] == 70
+    assert all(len(row["rounds"]) == 2 and row["seconds"] > 0 for row in report["rows"])
+    assert "x fp32" in done.stdout and "this processor has" in done.stdout
+    done = run("int8_prefill.py", "--forms", "fp32,int4")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--forms: got 'int4', allowed: fp32, bf16, int8, int8-bf16" in done.stderr
