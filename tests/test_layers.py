@@ -37,7 +37,7 @@ plan
 generation
 quant
 checkpoints
-plan_report
+choices plan_report
 data
 evals
 train

@@ -35,7 +35,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Say what a prompt takes (tokens, memory, operations), whether it fits, and how many pictures would."""
-    from longllava.api import checked_dtype
+    from longllava.choices import checked_dtype
     from longllava.plan_report import Plan, Request
 
     request = Request(images, tokens_per_image, text_tokens, max_new_tokens, checked_dtype(dtype, None), int8,
@@ -59,7 +59,7 @@ def devices(device: str | None, memory: str | None, gpus: int) -> dict[str, int]
         raise InputError("--gpus: say with --memory how much each of them has free")
     import torch
 
-    from longllava.api import checked_device
+    from longllava.choices import checked_device
 
     several = device is None and torch.cuda.is_available()
     names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if several else [str(checked_device(device))]
