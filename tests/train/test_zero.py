@@ -10,18 +10,16 @@ from typing import Any
 
 import pytest
 
-from longllava.errors import ConfigError, TrainingError
 from longllava.settings import save
-from longllava.train.config import engine_named, load_stage
+from longllava.train.config import load_stage
 from longllava.train.stage import run_stage
 from tests.tiny_world import world_config, write_foundation, write_stage
 from tests.train.test_processes import compare, launch
-from tests.train.test_stage import losses
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 FEW = {"needle": {"n_images": [2, 3], "n_questions": [1, 2], "weight": 1}, "facts": {"weight": 8}}
 FIRST = {"steps": 3, "row_length": 192, "rows": 4, "rows_at_once": 1, "learning_rate": 5e-3, "tasks": FEW}
-SECOND = FIRST | {"rows": 2, "row_length": 128}  # many a process has a row of text alone
+SECOND = FIRST | {"rows": 2, "row_length": 128}  # many a process then has a row of text alone
 
 
 @pytest.fixture
@@ -36,7 +34,8 @@ def plan(runs: Path, **changes: Any) -> dict[str, Any]:
     config = world_config()
     backbone = dataclasses.replace(config.backbone, n_experts=8, n_experts_per_token=1)
     save(dataclasses.replace(config, backbone=backbone), runs / "experts.json")
-    return {"model": str(runs / "experts.json"), "recipe": "nano/stage3", "start_from": {"encoder": "foundation-vision"},
+    return {"model": str(runs / "experts.json"), "recipe": "nano/stage3",
+            "start_from": {"encoder": "foundation-vision"},
             "frozen": ["backbone.embed_tokens"], "aids": {"router_weight": 0.01, "grounding_weight": 0.1},
             "gradient_checkpointing": True, "phases": [FIRST, SECOND]} | changes  # fmt: skip
 

@@ -1,0 +1,159 @@
+"""What a step of a stage takes of a device's memory, before anything is allocated: counted, not measured.
+
+Counts follow the code: what autograd keeps of one layer while it runs (again), what every layer keeps until then, what
+the engine holds of weights, gradients and AdamW. tests/train/test_memory.py compares them with what is allocated.
+T tokens of a forward, D width, E inner channels, N scan states, R rank of delta, F hidden width of an MLP, H heads, G
+key-value heads, K head size, V vocabulary, a bytes of an activation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from longllava.config import BackboneConfig, ModelConfig
+from longllava.data.features import BATCH
+from longllava.plan.memory import sized
+from longllava.plan.need import encoder_workspace
+from longllava.train.config import TrainConfig, engine_named
+
+FLOAT = 4
+LOSS_CHUNK = 2048  # train/loss.py
+SCAN_CHUNK = 32  # tokens between two scan states that are kept for the backward pass (csrc, and the GPU's kernels)
+# of deepspeed 0.19, in numbers: weights that ZeRO-3 has together at once, fetched ahead; gradients in a bucket
+LIVE, AHEAD, BUCKET = 1_000_000_000, 50_000_000, 500_000_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one process. weights, gradients, optimizer: all the time. kept: from a layer's forward to its backward.
+    layer: the one that runs. loss: of a chunk of positions. encoder: of the pictures it sees at once."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    kept: int
+    layer: int
+    loss: int
+    encoder: int
+    grows_with_backward: bool = False
+
+    def total(self) -> int:
+        """The peak: at the end of the forward pass all is kept, and gradients do not exist yet where they come and go
+        with a step; at the end of the backward pass it is the other way round."""
+        running = max(self.layer, self.loss, self.encoder)
+        held = max(self.kept, self.gradients) if self.grows_with_backward else self.kept + self.gradients
+        return self.weights + self.optimizer + self.gathered + held + running
+
+    def __str__(self) -> str:
+        names = [name for name in dataclasses.asdict(self) if name != "grows_with_backward"]
+        parts = ", ".join(f"{name} {sized(getattr(self, name))}" for name in names if getattr(self, name))
+        return f"{sized(self.total())} ({parts})"
+
+
+def estimate(config: TrainConfig, model: ModelConfig, world: int, value_bytes: int) -> Estimate:
+    """The largest of the stage's phases. value_bytes: of an activation, 2 for bfloat16."""
+    return max((of_phase(config, model, number, world, value_bytes) for number in range(len(config.phases))),
+               key=Estimate.total)  # fmt: skip
+
+
+def of_phase(config: TrainConfig, model: ModelConfig, number: int, world: int, value_bytes: int) -> Estimate:
+    phase, backbone = config.phases[number], model.backbone
+    mine = max(1, phase.rows // world)
+    rows = min(phase.rows_at_once or mine, mine)
+    n_tokens = rows * phase.row_length
+    learns = "backbone" in config.train_only
+    layers = [layer_bytes(backbone, i, n_tokens, value_bytes, learns) for i in range(backbone.n_layers)]
+    inputs = n_tokens * backbone.width * value_bytes
+    ends = bridge_bytes(model, n_tokens, value_bytes) + 3 * inputs  # embedded; the last norm and what is labelled
+    if phase.alignment_only:
+        layers, kept = [Layer(0, 0)], ends
+    elif config.gradient_checkpointing:
+        kept = ends + (0 if config.offload_activations else backbone.n_layers * inputs)
+    else:
+        kept = ends + sum(layer.saved for layer in layers)
+        layers = [Layer(0, layer.running) for layer in layers]
+    n_encoder = 0 if model.encoder is None or config.feature_cache else encoder_workspace(model.encoder, value_bytes)
+    return dataclasses.replace(
+        held_bytes(config, model, world, value_bytes),
+        kept=kept, layer=max(map(sum, layers)),
+        loss=0 if phase.alignment_only else LOSS_CHUNK * backbone.vocab_size * (3 * FLOAT + 2 * (value_bytes % FLOAT)),
+        encoder=BATCH * n_encoder,
+        grows_with_backward=engine_named(config) == "torch" and rows == mine,
+    )  # fmt: skip
+
+
+def held_bytes(config: TrainConfig, model: ModelConfig, world: int, value_bytes: int) -> Estimate:
+    """Weights, gradients and optimizer, as the engine shares them."""
+    sizes = parameters_of(model)
+    n_encoder = 0 if "encoder" in config.train_only else sizes.get("encoder", 0)
+    n_all, n_learned = sum(sizes.values()) - n_encoder, sum(sizes.get(part, 0) for part in config.train_only)
+    n_frozen_inside = sum(count for name, count in sizes_inside(model).items() if any(
+        f"{name}.".startswith(f"{prefix}.") for prefix in config.frozen))  # fmt: skip
+    n_learned -= n_frozen_inside
+    engine = engine_named(config)
+    if engine == "torch":  # weights stay fp32; products are taken of copies in a lower precision
+        copies = value_bytes * n_all if value_bytes < FLOAT else 0
+        return Estimate(FLOAT * (n_all + n_encoder) + copies, FLOAT * n_learned, 2 * FLOAT * n_learned, 0, 0, 0, 0, 0)
+    stage, share = int(engine.removeprefix("zero")), world
+    weights = value_bytes * n_all // (share if stage == 3 else 1)
+    gradients = value_bytes * n_learned // (share if stage >= 2 else 1) + value_bytes * min(n_learned, BUCKET)
+    gathered = value_bytes * min(n_all, LIVE + AHEAD) if stage == 3 else 0
+    optimizer = 0 if config.offload != "none" else 3 * FLOAT * n_learned // share
+    if config.offload == "all":
+        weights = 0
+    return Estimate(weights + FLOAT * n_encoder, gradients, optimizer, gathered, 0, 0, 0, 0)
+
+
+def parameters_of(model: ModelConfig) -> dict[str, int]:
+    """Part -> number of its parameters."""
+    sizes: dict[str, int] = {}
+    for name, count in sizes_inside(model).items():
+        part = name.partition(".")[0]
+        sizes[part] = sizes.get(part, 0) + count
+    return sizes
+
+
+def sizes_inside(model: ModelConfig) -> dict[str, int]:
+    import torch
+
+    from longllava.model import Model
+
+    with torch.device("meta"):
+        return {name: parameter.numel() for name, parameter in Model(model).named_parameters()}
+
+
+class Layer(NamedTuple):
+    """Bytes."""
+
+    saved: int
+    running: int
+
+
+def layer_bytes(config: BackboneConfig, layer: int, n_tokens: int, value_bytes: int, learns: bool = True) -> Layer:
+    """What autograd keeps of a layer's run, and what its backward pass takes beside it at its worst.
+
+    learns: whether its weights do. Those that do not need no inputs of their products.
+    """
+    width, inner, small = config.width, config.d_inner(), config.dt_rank + 2 * config.state_size
+    sums = (4 if learns else 2) * width
+    norm = (width if learns else 0) + (0 if value_bytes == FLOAT else 1.5 * width)  # the result; what was made in fp32
+    if config.mixers()[layer] == "attention":  # q, k, v, y
+        mixer = config.head_dim * (2 * config.n_heads + 2 * config.n_kv_heads)
+    else:  # x and z, convolved, delta, y; what delta, B and C come from: whole, cut, normed; scan states, in fp32
+        states = inner * config.state_size * FLOAT // (SCAN_CHUNK * value_bytes)
+        mixer = (5 if learns else 4) * inner + 3 * small + states
+    running = width + (2 if learns else 3) * config.mlp_width  # gradients of the result, of SiLU, product and gate
+    mlp = (4 if learns else 3) * config.mlp_width  # gate, up, SiLU, product
+    if config.has_experts(layer):  # a token's rows: sent, returned, sorted back; experts run one after the other
+        mlp, running = config.n_experts_per_token * (mlp + (3 if learns else 2) * width) - width, 6 * width
+    return Layer(*(int(n_tokens * value_bytes * count) for count in (2 * norm + mixer + sums + mlp, running)))
+
+
+def bridge_bytes(model: ModelConfig, n_tokens: int, value_bytes: int) -> int:
+    """Of rows that are pictures to the last token: features, the hidden layer before and after GELU, the result."""
+    if model.bridge is None or model.encoder is None:
+        return 0
+    return n_tokens * (model.encoder.width + 2 * model.bridge.hidden + model.backbone.width) * value_bytes

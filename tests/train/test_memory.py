@@ -1,0 +1,93 @@
+"""The estimate of a step's memory against what is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from longllava.config import BackboneConfig, BridgeConfig, EncoderConfig, ModelConfig
+from longllava.data.packing import Batch
+from longllava.model import Model
+from longllava.nn import Block, Context
+from longllava.settings import load
+from longllava.train.config import TrainConfig
+from longllava.train.forward import Forward
+from longllava.train.memory import estimate, layer_bytes
+from longllava.train.optimizer import build_optimizer, select_parts
+from tests.live_bytes import LiveBytes
+
+# LongLLaVA-9B's proportions, a 64th as wide
+SMALL = BackboneConfig(vocab_size=512, width=64, n_heads=4, n_kv_heads=1, head_dim=16, mlp_width=224, dt_rank=4)
+KINDS = {"mamba": (SMALL, 0), "attention": (SMALL, 4), "experts": (dataclasses.replace(SMALL, n_experts=16), 1)}
+
+
+def measured(config: BackboneConfig, layer: int, dtype: torch.dtype, learns: bool, n_tokens: int) -> tuple[int, int]:
+    """(kept by autograd, at most beside it) of a layer's forward and backward."""
+    torch.manual_seed(0)
+    block = Block(config, layer).train()
+    block.mixer.initialise_()
+    block.to(dtype).requires_grad_(learns)
+    x_BLD = torch.randn(1, n_tokens, config.width).to(dtype).requires_grad_()
+    gradient = torch.ones_like(x_BLD)
+    context = Context(torch.zeros(1, n_tokens, dtype=torch.int32))
+    with LiveBytes() as live:
+        y_BLD, state = block(x_BLD, context, None)
+        saved = live.now
+        y_BLD.backward(gradient.clone())
+    return saved, live.peak - saved
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_layer(kind: str, dtype: torch.dtype, learns: bool) -> None:
+    config, layer = KINDS[kind]
+    few, many = (measured(config, layer, dtype, learns, n_tokens) for n_tokens in (512, 1024))
+    saved, beside = (b - a for a, b in zip(few, many))  # without what does not grow with tokens
+    expected = layer_bytes(config, layer, 512, dtype.itemsize, learns)
+    assert expected.saved == pytest.approx(saved, rel=0.05)
+    assert sum(expected) == pytest.approx(saved + beside, rel=0.05)
+
+
+ENCODER = EncoderConfig(image_size=48, patch_size=8, width=32, n_layers=1, n_heads=2, mlp_width=64, select_layer=-1)
+
+
+def packed_row(n_tokens: int, tokens_per_image: int) -> tuple[Batch, torch.Tensor]:
+    """Samples of 512 tokens, pictures but for their last 64 tokens, half of which are learned; and features."""
+    at, number = torch.arange(n_tokens), 0
+    spans = []
+    for start in range(0, n_tokens, 512):
+        for place in range(start, start + 512 - 64 - tokens_per_image + 1, tokens_per_image):
+            spans.append((0, place, tokens_per_image, number))
+            number += 1
+    labels_BL = torch.where(at % 512 >= 480, 7, -100)[None]
+    batch = Batch(
+        torch.full((1, n_tokens), 5), labels_BL, (at // 512).int()[None], (at % 512)[None], torch.tensor(spans),
+        [str(i) for i in range(number)], torch.zeros(0, 4, dtype=torch.int64), n_tokens, int((labels_BL >= 0).sum()),
+        ["sample"] * (n_tokens // 512), ["source"] * (n_tokens // 512),
+    )  # fmt: skip
+    return batch, torch.randn(number, tokens_per_image, ENCODER.width)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_packed_step(checkpointing: bool) -> None:
+    backbone = dataclasses.replace(SMALL, n_layers=12)
+    config = ModelConfig(encoder=ENCODER, bridge=BridgeConfig(tokens_per_image=36, hidden=64), backbone=backbone)
+    stage = load(TrainConfig, {
+        "stage": "stage3", "model": "", "recipe": "", "phases": [{"steps": 1, "row_length": 2048}],
+        "train_only": ["bridge", "backbone"], "gradient_checkpointing": checkpointing,
+    })  # fmt: skip
+    with LiveBytes() as live:
+        model = Model(config)
+        model.initialise_()
+        model.backbone.gradient_checkpointing = checkpointing
+        optimizer = build_optimizer(select_parts(model, stage.train_only), stage.optimizer)
+        batch, features = packed_row(2048, 36)
+        forward = Forward(model, stage.aids)
+        for _ in range(2):  # the second step has the optimizer's state beside it
+            forward(batch, features, None)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert estimate(stage, config, 1, 4).total() == pytest.approx(live.peak, rel=0.1)
