@@ -23,9 +23,21 @@ template <class T, int N> struct alignas(N * sizeof(T)) Several { T v[N]; };
 template <class T> using Quad = Several<T, 4>;
 template <class T> using Pair = Several<T, 2>;
 
+// Two elements as they lie in memory, in one register where they fit: nothing is unpacked until it is used.
+template <class T> struct PairBits { uint32_t bits; };
+template <> struct alignas(8) PairBits<float> { float x, y; };
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
+
+__device__ __forceinline__ float2 to_floats(PairBits<float> x) { return make_float2(x.x, x.y); }
+__device__ __forceinline__ float2 to_floats(PairBits<bf16> x) {
+  return make_float2(__uint_as_float(x.bits << 16), __uint_as_float(x.bits & 0xffff0000u));
+}
+__device__ __forceinline__ float2 to_floats(PairBits<fp16> x) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&x.bits));
+}
 
 template <class T> __device__ __forceinline__ T from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }

@@ -15,12 +15,13 @@ template <int CHANNELS, bool FLAGS>
 struct Walker {
   using Shared = BackwardShared<CHANNELS>;
   Shared& shared;
-  const int id, n_chunks;
+  const int id;
   const BackLane own;
+  BackTile tile;
   float a[2][4], g[2][4], sum_A[2][4];  // A log2(e); gradient of the state; gradient of A
 
   __device__ Walker(const ScanArguments& p, const Place& at, Shared& shared, int id, int n_chunks)
-      : shared(shared), id(id), n_chunks(n_chunks), own(id) {
+      : shared(shared), id(id), own(id), tile(BackTile::first_walked(n_chunks)) {
     const float* end = p.n_spans > 1 ? p.pieces : p.grad_end;
     if (end != nullptr) end += (at.batch * p.n_spans + at.span) * p.channels * p.states;
 #pragma unroll
@@ -52,10 +53,8 @@ struct Walker {
     return *reinterpret_cast<const float4*>(&shared.rows[slot][k][own.group * 4 + is_C * SCAN_STATES]);
   }
 
-  // The i-th tile walked backward.
-  __device__ void walk(int i) {
-    const BackTile tile = BackTile::walked(n_chunks, i);
-    const int buffer = i & 1;
+  // Goes back through the next tile.
+  __device__ void walk(int buffer) {
     float before[BACK_TOKENS + 1][2][4], decay[BACK_TOKENS][2][4];
     int resets[BACK_TOKENS] = {};
 #pragma unroll
@@ -107,6 +106,7 @@ struct Walker {
       put_sums(buffer, 2, k, grad_d);
       put_outputs(buffer, k, 0, grad_B);
     }
+    tile.next_walked();
   }
 
   __device__ void store(const ScanArguments& p, const Place& at) const {
@@ -120,8 +120,8 @@ struct Walker {
   }
 };
 
-template <class T, int CHANNELS, bool FLAGS>
-__global__ void __launch_bounds__(CHANNELS * 4) scan_backward(const __grid_constant__ ScanArguments p) {
+template <class T, int CHANNELS, bool FLAGS, bool WIDE>
+__global__ void __launch_bounds__(CHANNELS * 4, 1) scan_backward(const __grid_constant__ ScanArguments p) {
   using Shared = BackwardShared<CHANNELS>;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const Place at(p, CHANNELS);
@@ -129,12 +129,12 @@ __global__ void __launch_bounds__(CHANNELS * 4) scan_backward(const __grid_const
   const int n_tiles = n_chunks * BACK_TILES;
   const int id = threadIdx.x % Shared::WALKERS;
   if (threadIdx.x < Shared::WALKERS) {
-    Preparer<T, CHANNELS, FLAGS> preparer(p, at, shared, id, n_chunks);
+    Preparer<T, CHANNELS, FLAGS, WIDE> preparer(p, at, shared, id, n_chunks);
     for (int i = 0; i <= n_tiles + BACK_DELAY; ++i) {
-      if (i >= 1 && i <= n_tiles) preparer.walk(i - 1);
-      if (i < n_tiles) preparer.prepare(i);
-      if (i > BACK_DELAY) preparer.finish(i - BACK_DELAY - 1);
-      if (i >= BACK_DELAY && i < n_tiles + BACK_DELAY) preparer.ask(i - BACK_DELAY);
+      if (i >= 1 && i <= n_tiles) preparer.walk();
+      if (i < n_tiles) preparer.prepare();
+      if (i > BACK_DELAY) preparer.finish(i & 1);
+      if (i >= BACK_DELAY && i < n_tiles + BACK_DELAY) preparer.ask();
       meet<CHANNELS * 4>();
     }
     // what each of the four threads of a channel pair has added up
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(CHANNELS * 4) scan_backward(const __grid_const
   } else {
     Walker<CHANNELS, FLAGS> walker(p, at, shared, id, n_chunks);
     for (int i = 0; i <= n_tiles + BACK_DELAY; ++i) {
-      if (i >= BACK_DELAY && i < n_tiles + BACK_DELAY) walker.walk(i - BACK_DELAY);
+      if (i >= BACK_DELAY && i < n_tiles + BACK_DELAY) walker.walk((i + 1) & 1);
       meet<CHANNELS * 4>();
     }
     walker.store(p, at);

@@ -10,8 +10,8 @@ inline int64_t scan_blocks(const ScanArguments& p, int channels) {
   return p.batch * p.n_spans * ((p.channels + channels - 1) / channels);
 }
 
-template <class T, int CHANNELS, bool FLAGS> int scan_backward_as(const ScanArguments& p) {
-  return launch(scan_backward<T, CHANNELS, FLAGS>, scan_blocks(p, CHANNELS), CHANNELS * 4,
+template <class T, int CHANNELS, bool FLAGS, bool WIDE> int scan_backward_as(const ScanArguments& p) {
+  return launch(scan_backward<T, CHANNELS, FLAGS, WIDE>, scan_blocks(p, CHANNELS), CHANNELS * 4,
                 sizeof(BackwardShared<CHANNELS>), p.stream, p);
 }
 
@@ -21,8 +21,9 @@ template <class T> int scan_backward_of(const ScanArguments& p) {
     if (error == 0) error = scan_join(p, p.grad_end, nullptr, true);
     if (error != 0) return error;
   }
-  if (p.block == 32) return p.flags == nullptr ? scan_backward_as<T, 32, false>(p) : scan_backward_as<T, 32, true>(p);
-  return p.flags == nullptr ? scan_backward_as<T, 64, false>(p) : scan_backward_as<T, 64, true>(p);
+  if (p.block == 32) return scan_backward_as<T, 32, true, false>(p);
+  if (!p.wide) return scan_backward_as<T, 64, true, false>(p);
+  return p.flags == nullptr ? scan_backward_as<T, 64, false, true>(p) : scan_backward_as<T, 64, true, true>(p);
 }
 
 }  // namespace longllava

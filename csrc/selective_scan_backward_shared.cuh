@@ -1,6 +1,8 @@
 // What the two kinds of warps of the scan's backward kernel (selective_scan_backward.cuh) hand to each other.
 #pragma once
 
+#include <type_traits>
+
 #include "selective_scan_cuda.cuh"
 
 namespace longllava {
@@ -26,16 +28,42 @@ struct BackwardShared {
   float outputs[2][BACK_TOKENS][LANES][BACK_OUTPUTS];       // each lane's part of the gradients of B and C
 };
 
-// Tiles in the order in which they are prepared (chunks from the last, tokens forward), or walked backward.
-struct BackTile {
-  int token, slot, state_slot;  // first token from the span's first; places in the rings
-  __device__ static BackTile at(int n_chunks, int chunk, int tile) {
-    const int place = chunk * BACK_TILES + tile;
-    return {((n_chunks - 1 - chunk) * BACK_TILES + tile) * BACK_TOKENS, place % BACK_RING, place % (2 * BACK_TILES)};
+// Tokens of a span of one tensor, at one column. Their distance in bytes fits 32 bits: an address is one product.
+template <class T>
+struct Tokens {
+  T* first;
+  int bytes;
+  __device__ Tokens(T* first, int64_t step) : first(first), bytes(int(step * sizeof(T))) {}
+  __device__ T* at(int token) const {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + int64_t(token) * bytes);
   }
-  __device__ static BackTile prepared(int n_chunks, int i) { return at(n_chunks, i / BACK_TILES, i % BACK_TILES); }
-  __device__ static BackTile walked(int n_chunks, int i) {
-    return at(n_chunks, i / BACK_TILES, BACK_TILES - 1 - i % BACK_TILES);
+};
+
+// A tile of a span: its first token from the span's first, its number in its chunk, its places in the rings. The next
+// one is found by steps: products and remainders would be computed by every thread of a warp.
+struct BackTile {
+  int token, number, slot, state_slot;
+
+  // In the order of preparing: chunks from the last, tokens forward.
+  __device__ static BackTile first_prepared(int n_chunks) { return {(n_chunks - 1) * SCAN_CHUNK, 0, 0, 0}; }
+  __device__ void next_prepared() {
+    token += BACK_TOKENS;
+    slot = slot + 1 == BACK_RING ? 0 : slot + 1;
+    state_slot = (state_slot + 1) % (2 * BACK_TILES);
+    if (++number == BACK_TILES) number = 0, token -= 2 * SCAN_CHUNK;
+  }
+
+  // In the order of walking backward.
+  __device__ static BackTile first_walked(int n_chunks) {
+    return {n_chunks * SCAN_CHUNK - BACK_TOKENS, BACK_TILES - 1, BACK_TILES - 1, BACK_TILES - 1};
+  }
+  __device__ void next_walked() {
+    token -= BACK_TOKENS, slot -= 1, state_slot -= 1;
+    if (--number < 0) number = BACK_TILES - 1, slot += 2 * BACK_TILES, state_slot += 2 * BACK_TILES;
+    if (slot < 0) slot += BACK_RING;
+    if (slot >= BACK_RING) slot -= BACK_RING;
+    state_slot %= 2 * BACK_TILES;
   }
 };
 

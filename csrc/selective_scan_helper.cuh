@@ -188,11 +188,11 @@ struct Helper {
   __device__ void store(T* to, const Quad<T>& four) const {
     if (FAST || p.wide) {
       if (n_channels > 0) *reinterpret_cast<Quad<T>*>(to) = four;
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if (j < n_channels) to[j] = four.v[j];
+      for (int j = 0; j < 4; ++j)
+        if (j < n_channels) to[j] = four.v[j];
+    }
   }
 
   // Of the values as they are stored. The 16 lanes of a token find their largest, one of them tells.

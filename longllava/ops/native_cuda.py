@@ -104,11 +104,11 @@ def rows(x: Tensor | None) -> tuple[int, int, int]:
 
 
 def rowed(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`x` itself if it is of `dtype` and its last axis is contiguous, else a copy that is."""
+    """`x` itself if it is of `dtype`, its last axis contiguous and its tokens at most 1 GB apart, else a copy that is."""
     if x is None:
         return None
     x = x.to(dtype)
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return x if (x.stride(-1) == 1 or x.shape[-1] <= 1) and x.stride(-2) < 2**28 else x.contiguous()
 
 
 def plain(x: Tensor | None) -> Tensor | None:

@@ -157,6 +157,9 @@ template <class T, int N> struct alignas(N * sizeof(T)) Several { T v[N]; };
 template <class T> using Quad = Several<T, 4>;
 template <class T> using Pair = Several<T, 2>;
 
+template <class T> struct PairBits { uint32_t bits; };
+template <> struct alignas(8) PairBits<float> { float x, y; };
+
 inline float to_float(float x) { return x; }
 inline float to_float(fp16 x) { return float(x); }
 inline float to_float(bf16 x) {
@@ -164,6 +167,12 @@ inline float to_float(bf16 x) {
   float y;
   std::memcpy(&y, &bits, 4);
   return y;
+}
+
+template <class T> inline float2 to_floats(PairBits<T> x) {
+  T both[2];
+  std::memcpy(both, &x, sizeof(both));
+  return {to_float(both[0]), to_float(both[1])};
 }
 
 template <class T> inline T from_float(float x) { return T(x); }
