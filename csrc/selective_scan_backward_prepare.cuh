@@ -35,8 +35,8 @@ struct Preparer {
         row(at.batch * p.length + at.begin), exists(channel < p.channels),
         flags(FLAGS && p.flags != nullptr ? p.flags + row : nullptr), gated(p.z.data != nullptr), soft(p.softplus != 0),
         u(input(p.u, channel)), delta(input(p.delta, channel)), z(input(p.z, channel)),
-        grad_y(input(p.grad_y, channel)), rows(input(is_C() ? p.C : p.B, id % SCAN_STATES)), grad_u(output(p.grad_u)), grad_delta(output(p.grad_delta)),
-        grad_z(output(p.grad_z)),
+        grad_y(input(p.grad_y, channel)), rows(input(is_C() ? p.C : p.B, id % SCAN_STATES)),
+        grad_u(output(p.grad_u)), grad_delta(output(p.grad_delta)), grad_z(output(p.grad_z)),
         grad_rows((is_C() ? p.grad_C : p.grad_B) +
                       (at.channel / CHANNELS * p.batch * p.length + row) * p.states + id % SCAN_STATES,
                   p.states),

@@ -104,7 +104,7 @@ def rows(x: Tensor | None) -> tuple[int, int, int]:
 
 
 def rowed(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`x` itself if it is of `dtype`, its last axis contiguous and its tokens at most 1 GB apart, else a copy that is."""
+    """`x` itself if it is of `dtype`, its last axis contiguous and its tokens at most 1 GB apart, else such a copy."""
     if x is None:
         return None
     x = x.to(dtype)
