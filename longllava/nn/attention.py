@@ -13,7 +13,7 @@ from longllava.nn.cache import AttentionState, Segment, StaticAttentionState
 from longllava.nn.context import Context
 from longllava.nn.linear import Linear
 from longllava.nn.norm import RMSNorm
-from longllava.ops.attention import attention
+from longllava.ops.attention import attention, merge
 
 INT8_BLOCK = 8192  # keys that are dequantised at a time: 34 MB in bfloat16 at 8 heads of 128, with their values
 
@@ -87,11 +87,7 @@ def attend_segments(
         )
     parts = [attend(q_BLHK, segment, seq_idx_BL, causal=False) for segment in shared]
     parts.append(attend(q_BLHK, own, seq_idx_BL, causal=state.causal))
-    lse_PBLH = torch.stack([lse for _, lse in parts])
-    # rows that see nothing anywhere (padding) have only -inf: their weights are set to zero, not NaN
-    weights_PBLH = torch.softmax(lse_PBLH, dim=0).nan_to_num(0.0)
-    merged = sum(y.float() * w[..., None] for (y, _), w in zip(parts, weights_PBLH, strict=True))
-    return merged.to(q_BLHK.dtype)
+    return merge(parts)[0].to(q_BLHK.dtype)
 
 
 def attend(q_BLHK: Tensor, segment: Segment, seq_idx_BL: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:

@@ -231,8 +231,19 @@ def test_attention_in_blocks_of_keys_is_attention(n_before, causal) -> None:
     parts = cudnn.pieces(q, k, v, 0.2, causal, square, cudnn.by_triton)
     assert {size & (size - 1) for size in sizes} == {0} and max(sizes) <= 16 * 8
     truth = attention_reference.run(q.double(), k.double(), v.double(), 0.2, causal, None, None, True)
-    for got, expected in zip(cudnn.merged(parts), truth):
+    for got, expected in zip(attention.merged(parts), truth):
         assert error(got, expected) < 1e-5
+
+
+def test_attention_merges_what_was_not_seen() -> None:
+    parts = [(torch.randn(1, 20, 2, 8), torch.randn(1, 20, 2)) for _ in range(3)]
+    for n, (y, lse) in enumerate(parts):
+        for gone in (5, 6 + n):  # query 5 saw nothing anywhere
+            y[0, gone], lse[0, gone] = 0, -torch.inf
+    y, lse = attention.merged(parts)
+    truth, truth_lse = attention_op.merge(parts)
+    assert torch.allclose(y, truth, atol=1e-6) and torch.allclose(lse, truth_lse, atol=1e-6)
+    assert (y[0, 5] == 0).all() and (lse[0, 5] == -torch.inf).all()
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from longllava.ops import triton_support, upstream_support
 from longllava.ops.attention import reference, triton
-from longllava.ops.triton_support import OPTIONS
+from longllava.ops.attention.triton import Part
 
 UNIT = 4096  # queries come in multiples of it: fewer would not pay, other lengths would need plans of their own
 LARGEST = 16  # of a block of keys, in lengths of the chunk
-Part = tuple[Tensor, Tensor]  # y (B, L, H, K), lse (B, L, H)
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, scale: float = 0.0, causal: bool = True, *rest: Any) -> str | None:
@@ -59,7 +58,7 @@ def run(
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     parts = pieces(q, k, v, scale, causal, by_cudnn, by_triton)
-    return parts[0] if len(parts) == 1 else merged(parts)
+    return parts[0] if len(parts) == 1 else triton.merged(parts)
 
 
 def pieces(
@@ -99,20 +98,6 @@ def by_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Par
 def by_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
     y, lse = triton.run(q, k, v, scale, causal, None, None, True)
     assert lse is not None
-    return y, lse
-
-
-def merged(parts: list[Part]) -> Part:
-    from longllava.ops.attention.triton_kernels import merge_several
-
-    ys, lses = tuple(y.contiguous() for y, _ in parts), tuple(lse.contiguous() for _, lse in parts)
-    y, lse = torch.empty_like(ys[0]), torch.empty_like(lses[0])
-    dim = y.shape[3]
-    with torch.cuda.device_of(y):
-        merge_several[(-(-lse.numel() // 16),)](
-            ys, lses, y, lse, lse.numel(), DIM=dim, PADDED=max(16, 1 << (dim - 1).bit_length()), BLOCK_M=16,
-            num_warps=4, **OPTIONS,
-        )  # fmt: skip
     return y, lse
 
 

@@ -19,6 +19,7 @@ MAX_HEAD_DIM = 256
 BLOCK_S = 64  # keys
 MIN_SPAN = 256  # keys: shorter spans would spend more on their merge
 PROGRAMS_WANTED = 2  # a processor
+Part = tuple[Tensor, Tensor]  # y (B, L, H, K), lse (B, L, H)
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
@@ -87,6 +88,29 @@ def _forward(
             merge[(-(-rows // 16),)](
                 parts, part_lse, y, lse, rows, n_splits, BLOCK_M=16, **shape, num_warps=4
             )  # fmt: skip
+    return y, lse
+
+
+def why_not_merge(parts: list[Part]) -> str | None:
+    if torch.is_grad_enabled() and any(x.requires_grad for part in parts for x in part):
+        return "has no backward, and gradients are wanted"
+    if torch.compiler.is_compiling():
+        return "is not traced"
+    return triton_support.why_not(y=parts[0][0], lse=parts[0][1])
+
+
+def merged(parts: list[Part]) -> Part:
+    """`merge` in one pass."""
+    from longllava.ops.attention.triton_kernels import merge_several
+
+    ys, lses = tuple(y.contiguous() for y, _ in parts), tuple(lse.contiguous() for _, lse in parts)
+    y, lse = torch.empty_like(ys[0]), torch.empty_like(lses[0])
+    dim = y.shape[3]
+    with torch.cuda.device_of(y):
+        merge_several[(-(-lse.numel() // 16),)](
+            ys, lses, y, lse, lse.numel(), DIM=dim, PADDED=max(16, 1 << (dim - 1).bit_length()), BLOCK_M=16,
+            num_warps=4, **OPTIONS,
+        )  # fmt: skip
     return y, lse
 
 

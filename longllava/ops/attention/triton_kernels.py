@@ -153,7 +153,7 @@ def merge(
 def merge_several(
     parts, lses, y, lse, n_rows, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """Tuples of y (rows, DIM), any float, and of lse (rows) over disjoint keys to one of each. Some part is seen."""
+    """Tuples of y (rows, DIM), any float, and of lse (rows) over disjoint keys to one of each."""
     row_M = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_M = row_M < n_rows
     d_D = tl.arange(0, PADDED)
@@ -161,6 +161,7 @@ def merge_several(
     top_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for i in tl.static_range(len(lses)):
         top_M = tl.maximum(top_M, tl.load(lses[i] + row_M, mask=mask_M, other=0))
+    top_M = tl.where(top_M == float("-inf"), 0.0, top_M)  # nothing seen: y is 0, and lse -inf
     acc_MD = tl.zeros([BLOCK_M, PADDED], tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.static_range(len(lses)):
@@ -168,6 +169,8 @@ def merge_several(
         part_MD = tl.load(parts[i] + row_M[:, None] * DIM + d_D[None], mask=mask_MD, other=0)
         acc_MD += part_MD.to(tl.float32) * weight_M[:, None]
         sum_M += weight_M
+    seen_M = sum_M > 0
+    sum_M = tl.where(seen_M, sum_M, 1.0)
     y_MD = acc_MD / sum_M[:, None]
     tl.store(y + row_M[:, None] * DIM + d_D[None], y_MD.to(y.dtype.element_ty), mask=mask_MD)
-    tl.store(lse + row_M, top_M + tl.log2(sum_M) * LN2, mask=mask_M)
+    tl.store(lse + row_M, tl.where(seen_M, top_M + tl.log2(sum_M) * LN2, float("-inf")), mask=mask_M)
