@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from longllava.config import BackboneConfig
 from longllava.nn import Block, Context, State
+from longllava.nn.linear import Linear
 from longllava.nn.norm import RMSNorm
 from longllava.nn.recompute import recomputed
 
@@ -33,7 +34,7 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width, _weight=weight_VD)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.final_norm = RMSNorm(config.width, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
         self.layer_devices: list[torch.device] | None = None  # where layers are that are not all on one device
         self.gradient_checkpointing = self.offload_activations = False
 
