@@ -83,6 +83,7 @@ class AidsConfig:
 
 ENGINES = ("auto", "torch", "zero1", "zero2", "zero3")
 OFFLOADS = ("none", "optimizer", "all")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,8 @@ class TrainConfig:
     stage's model is their mean (none: the weights after the last step). window: steps planned together. evaluate:
     tasks of the curriculum that are measured after the last step, with eval_questions each. preset: which one was
     laid over the file; its stages lie in runs/<model>-<preset>.
+
+    report_to: where numbers go beside log.jsonl: tensorboard, trackio, wandb (offline unless WANDB_MODE is set).
 
     engine: "torch" (one process, or DDP), or DeepSpeed's ZeRO: "zero1" shares the optimizer's state among the
     processes, "zero2" also gradients, "zero3" also weights. "auto": what `accelerate launch` was told, else torch.
@@ -133,6 +136,7 @@ class TrainConfig:
     window: int = 64
     save_every: int = 200
     log_every: int = 10
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     evaluate: list[str] = field(default_factory=list)
     eval_questions: int = 200
     preset: str = ""
@@ -140,6 +144,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive(self, "window", "save_every", "log_every", "eval_questions")
         one_of(self, "dtype", ("auto", "bfloat16", "float32"))
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise ConfigError(f"report_to: got {name!r}, allowed: {', '.join(TRACKERS)}")
         one_of(self, "engine", ENGINES)
         one_of(self, "offload", OFFLOADS)
         if self.offload == "all" and self.engine != "zero3":

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from longllava.data.features import FeatureCache, encode_references, encoder_cache
+from longllava.data.features import BATCH, FeatureCache, encode_references, encoder_cache
 from longllava.data.images import open_picture
 from longllava.data.packing import Batch, Cursor, Item, Misfit, Plan, build_batch, plan_window
 from longllava.data.recipes import Recipe
@@ -115,6 +115,9 @@ class Pictures:
         if self.trains:
             pixels_N3SS = self.processor.pixels([open_picture(reference) for reference in references])
             return pixels_N3SS.to(self.device)
-        return encode_references(
-            references, self.model, self.processor, tokens=self.tokens, device=self.device, dtype=self.dtype
-        )
+        pieces = [  # a row of 40,960 tokens may show 280 pictures, whose activations would be most of the memory
+            encode_references(references[at : at + BATCH], self.model, self.processor, tokens=self.tokens,
+                              device=self.device, dtype=self.dtype)
+            for at in range(0, len(references), BATCH)
+        ]  # fmt: skip
+        return torch.cat(pieces)

@@ -56,10 +56,14 @@ class Forward(nn.Module):
             aligned = self.alignment(images_NMD, batch)
             if aligned is not None:
                 reported["alignment"] = aligned
-        answers = answer_loss(model.backbone.logits, hidden_BLD, batch.labels_BL)
+        names, source_BL = sources_of(batch)
+        answers = answer_loss(model.backbone.logits, hidden_BLD, batch.labels_BL, groups_BL=source_BL,
+                              n_groups=len(names))  # fmt: skip
         loss = answers.total
         weights = self.weights()
         measured = {"loss": answers.total.detach(), "accuracy": answers.n_right}
+        for name, total, n_labels in zip(names, answers.of_group, answers.n_of_group):
+            measured |= {f"loss/{name}": total, f"labels/{name}": n_labels}
         for name, value in reported.items():
             # aids are means, the answers' loss is a sum that is divided by its labels later
             measured[name] = value.detach() * batch.n_labels
@@ -92,3 +96,12 @@ class Forward(nn.Module):
         if loss.requires_grad:
             return loss
         return loss + 0 * sum(p.flatten()[0] for p in self.model.parameters() if p.requires_grad)
+
+
+def sources_of(batch: Batch) -> tuple[list[str], Tensor]:
+    """Names of the sources of a batch, and which of them each token is of."""
+    names = sorted(set(batch.sources))
+    numbers = torch.tensor([names.index(source) for source in batch.sources], device=batch.ids_BL.device)
+    n_samples_B = batch.seq_idx_BL.amax(1).long() + 1
+    first_B = n_samples_B.cumsum(0) - n_samples_B
+    return names, numbers[(first_B[:, None] + batch.seq_idx_BL.long()).clamp(0, len(numbers) - 1)]

@@ -1,29 +1,34 @@
-"""What a run writes while it trains: a bar on the terminal, log.jsonl, TensorBoard events."""
+"""What a run writes while it trains: a bar on the terminal, log.jsonl, and what its trackers keep."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from longllava.evals.memory import PeakMemory
 from longllava.files import write_text
+from longllava.train.trackers import open_trackers
 
 
 class TrainingLog:
     """One record every `log_every` steps. Records after `step` (of a run that was cut off) are dropped."""
 
-    def __init__(self, folder: Path, *, step: int, total_steps: int, label: str, active: bool = True):
+    def __init__(
+        self, folder: Path, *, step: int, total_steps: int, label: str, active: bool = True,
+        report_to: Sequence[str] = ("tensorboard",), settings: dict[str, Any] | None = None,
+    ):  # fmt: skip
         self.active = active
         if not active:
             return
+        self.trackers = open_trackers(report_to, folder, step, label, settings or {})
         self.path = folder / "log.jsonl"
         drop_after(self.path, step)
         self.file = self.path.open("a", encoding="utf-8")
-        self.events = open_events(folder / "tensorboard", step)
         self.bar = open_bar(total_steps, step, label)
         self.started, self.first_step, self.total_steps = time.monotonic(), step, total_steps
 
@@ -33,15 +38,15 @@ class TrainingLog:
             self.bar.update(step - self.bar.n)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
-        """step: finished steps. Numbers of the record go to all three; the rest to log.jsonl only."""
+        """step: finished steps. Numbers of the record go to the trackers too, the rest to log.jsonl only."""
         if not self.active:
             return
         self.file.write(json.dumps({"step": step, **record}) + "\n")
         self.file.flush()
-        for name, value in record.items():
-            if self.events is not None and isinstance(value, (int, float)):
-                self.events.add_scalar(name, value, step)
-        shown = {name: f"{value:.4g}" for name, value in record.items() if isinstance(value, float)}
+        numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+        for tracker in self.trackers:
+            tracker.write(step, numbers)
+        shown = {name: f"{value:.4g}" for name, value in numbers.items() if type(value) is float and "/" not in name}
         if self.bar is not None:
             self.bar.set_postfix(shown)
         else:
@@ -68,8 +73,8 @@ class TrainingLog:
         if not self.active:
             return
         self.file.close()
-        if self.events is not None:
-            self.events.close()
+        for tracker in self.trackers:
+            tracker.close()
         if self.bar is not None:
             self.bar.close()
 
@@ -88,15 +93,6 @@ def drop_after(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-def open_events(folder: Path, step: int) -> Any:
-    """A TensorBoard writer, or None where tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-
-
 def open_bar(total_steps: int, step: int, label: str) -> Any:
     """A bar on a terminal; None elsewhere, where `write` prints lines instead."""
     if not sys.stderr.isatty():
@@ -107,23 +103,29 @@ def open_bar(total_steps: int, step: int, label: str) -> Any:
 
 
 class Meter:
-    """Sums since the last record: means over labels, tokens a second (not counting encoding of pictures)."""
+    """Sums since the last record: means over labels, by source too; tokens a second (not counting encoding of
+    pictures that are kept); memory at most; and the share of `peak` operations a second that all processes have.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, peak: float = 0.0) -> None:
         self.sums: dict[str, Any] = {}
-        self.n_tokens = self.n_labels = 0
-        self.seconds = 0.0
+        self.n_tokens = self.n_labels = self.n_operations = 0
+        self.seconds, self.peak = 0.0, peak
+        self.memory = PeakMemory()
+        self.memory.start()
         self.resume()
 
     def resume(self) -> None:
         """The time since the last `add` went to something else."""
         self.last = time.monotonic()
 
-    def add(self, measured: dict[str, Any], n_tokens: int, n_labels: int) -> None:
+    def add(self, measured: dict[str, Any], n_tokens: int, n_labels: int, n_operations: int = 0) -> None:
+        """n_operations: floating point operations that the batch needed."""
         for name, value in measured.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.n_tokens += n_tokens
         self.n_labels += n_labels
+        self.n_operations += n_operations
         self.seconds += time.monotonic() - self.last
         self.resume()
 
@@ -132,13 +134,21 @@ class Meter:
 
         gather: a list of this process's objects to that of all processes' (accelerate.utils.gather_object).
         """
-        mine = ({name: float(value) for name, value in self.sums.items()}, self.n_labels, self.n_tokens)
+        own = {name: float(value) for name, value in self.sums.items()}
+        own |= {"n_labels": self.n_labels, "n_tokens": self.n_tokens, "n_operations": self.n_operations}
         sums: dict[str, float] = {}
-        n_labels = n_tokens = 0
-        for own, labels, tokens in gather([mine]):
-            sums |= {name: sums.get(name, 0.0) + value for name, value in own.items()}
-            n_labels, n_tokens = n_labels + labels, n_tokens + tokens
-        record = {name: value / max(1, n_labels) for name, value in sums.items()}
-        record["tokens_per_second"] = n_tokens / max(1e-9, self.seconds)
-        self.sums, self.n_tokens, self.n_labels, self.seconds = {}, 0, 0, 0.0
+        highest = 0
+        for of_one, n_bytes in gather([(own, self.memory.bytes())]):
+            sums |= {name: sums.get(name, 0.0) + value for name, value in of_one.items()}
+            highest = max(highest, n_bytes)
+        n_labels, n_tokens, n_operations = (sums.pop(name) for name in ("n_labels", "n_tokens", "n_operations"))
+        by_source = {name.removeprefix("labels/"): sums.pop(name) for name in list(sums) if name.startswith("labels/")}
+        record = {name: value / max(1, by_source.get(name.removeprefix("loss/"), n_labels) if "/" in name else n_labels)
+                  for name, value in sums.items()}  # fmt: skip
+        seconds = max(1e-9, self.seconds)
+        record |= {"tokens_per_second": n_tokens / seconds, "memory_mb": round(highest / 1e6, 1)}
+        if self.peak:
+            record["mfu"] = n_operations / seconds / self.peak
+        self.sums, self.n_tokens, self.n_labels, self.n_operations, self.seconds = {}, 0, 0, 0, 0.0
+        self.memory.start()
         return record

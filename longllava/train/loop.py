@@ -27,7 +27,9 @@ from longllava.train.engines import open_engine
 from longllava.train.feed import Feed, Pictures
 from longllava.train.forward import Forward
 from longllava.train.log import Meter, TrainingLog
+from longllava.train.memory import estimate
 from longllava.train.optimizer import select_parts
+from longllava.train.speed import Cost, peak_operations
 from longllava.train.state import average_weights, compare, frozen_marks, keep_weights
 
 NOT_FINITE_IN_A_ROW = 10  # a run that diverged must end in an error, not run on without learning
@@ -79,10 +81,14 @@ def train(
     pictures = Pictures(config, model, processor, engine.device, dtype)
 
     with (
-        TrainingLog(folder, step=step, total_steps=total, label=config.stage, active=chief) as log,
+        TrainingLog(folder, step=step, total_steps=total, label=config.stage, active=chief,
+                    report_to=config.report_to, settings=facts) as log,
         Signals() as signals,
     ):
-        meter = Meter()
+        peak, source = peak_operations(engine.device, dtype)
+        meter, cost = Meter(peak * engine.world), Cost(config, model.config)
+        need = estimate(config, model.config, engine.world, dtype.itemsize)
+        log.say(f"{config.stage}: estimated memory of a process {need}; mfu is of {peak:.3g} operations/s, {source}")
         if step:
             log.say(f"{config.stage}: goes on after step {step}")
         for start, plan in feed.windows():
@@ -102,7 +108,7 @@ def train(
                               phase.tokens_per_image, phase.alignment_only)  # fmt: skip
                     measured = engine.run(inputs, scale=1 / max(1, n_labels), last=index == len(batches) - 1)
                     bad += [] if math.isfinite(measured["loss"]) else batch.sample_ids
-                    meter.add(measured, batch.n_tokens, batch.n_labels)
+                    meter.add(measured, batch.n_tokens, batch.n_labels, cost.of(batch))
                 rate = learning_rate(phase, inside)
                 norm = engine.step(rate)
                 step += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -31,8 +33,18 @@ def environment() -> dict[str, Any]:
         "longllava": __version__, "torch": torch.__version__, "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}", "processor": processor(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(), "commit": commit(), "command": command(),
+        "threads": torch.get_num_threads(), "commit": commit(), "command": command(), "packages": packages(),
     }  # fmt: skip
+
+
+def packages() -> dict[str, str]:
+    """Versions of what a run's numbers may depend on."""
+    found = {}
+    for name in ("accelerate", "deepspeed", "numpy", "peft", "pillow", "safetensors", "tokenizers", "transformers",
+                 "triton"):  # fmt: skip
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def command() -> str:

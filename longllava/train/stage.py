@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from longllava.model import Model
 
 # what may differ between a run and its going on
-FREE = ("output", "preset", "save_every", "log_every", "evaluate", "eval_questions", "device", "feature_cache",
-        "engine", "offload", "gradient_checkpointing", "offload_activations")  # fmt: skip
+FREE = ("output", "preset", "save_every", "log_every", "report_to", "evaluate", "eval_questions", "device",
+        "feature_cache", "engine", "offload", "gradient_checkpointing", "offload_activations")  # fmt: skip
 
 
 def main(path: str | Path, overrides: Sequence[str] = ()) -> None:

@@ -1,0 +1,112 @@
+"""What a run tells while it trains: losses of each source, operations, memory, and the trackers by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longllava.data.packing import build_batch, encode_sample
+from longllava.errors import ConfigError, TrainingError
+from longllava.plan.operations import scan_operations
+from longllava.settings import load
+from longllava.shipped import shipped
+from longllava.train.config import AidsConfig, TrainConfig, load_stage
+from longllava.train.forward import Forward
+from longllava.train.log import Meter, TrainingLog
+from longllava.train.speed import Cost
+from tests.tiny_world import world_model, world_samples
+
+
+def batch_of(n: int, per_row: int) -> tuple[Any, Any]:
+    model, processor = world_model()
+    items = [dataclasses.replace(encode_sample(sample, processor, 4), source=f"source{number % 3}")
+             for number, sample in enumerate(world_samples("nano/stage2", n))]  # fmt: skip
+    rows = [items[at : at + per_row] for at in range(0, n, per_row)]
+    return model.train(), build_batch(rows, max(sum(map(len, row)) for row in rows) + 5, 0)
+
+
+def test_losses_of_the_sources_are_those_of_their_samples_alone() -> None:
+    model, batch = batch_of(6, 2)
+    pictures = torch.randn(len(batch.refs), 16, 16)
+    forward = Forward(model, AidsConfig())
+    _, measured = forward(batch, pictures, 4)
+    names = ["source0", "source1", "source2"]
+    assert sum(float(measured[f"loss/{name}"]) for name in names) == pytest.approx(float(measured["loss"]), rel=1e-5)
+    assert sum(int(measured[f"labels/{name}"]) for name in names) == batch.n_labels
+    at = torch.tensor([batch.sources.index(name) for name in names])  # samples 0, 1, 2: rows 0, 0, 1
+    for name, number in zip(names, at.tolist()):
+        row, place = divmod(number, 2)
+        alone = dataclasses.replace(batch, labels_BL=torch.where(
+            (torch.arange(3)[:, None] == row) & (batch.seq_idx_BL == place), batch.labels_BL, -100))  # fmt: skip
+        others = [3 + i for i in range(3) if batch.sources[3 + i] == name]
+        for other in others:
+            row, place = divmod(other, 2)
+            same = (torch.arange(3)[:, None] == row) & (batch.seq_idx_BL == place)
+            alone.labels_BL[same] = batch.labels_BL[same]
+        assert float(forward(alone, pictures, 4)[1]["loss"]) == pytest.approx(float(measured[f"loss/{name}"]), rel=1e-5)
+
+
+def test_a_record_divides_by_the_labels_of_each_source_over_all_processes() -> None:
+    meter = Meter(peak=100.0)
+    meter.add({"loss": 6.0, "loss/a": 2.0, "labels/a": 1, "loss/b": 4.0, "labels/b": 3}, 10, 4, 50)
+    meter.seconds = 2.0
+    twice = meter.take(lambda values: values * 2)
+    assert twice["loss"] == 1.5 and twice["loss/a"] == 2.0 and twice["loss/b"] == pytest.approx(4 / 3)
+    assert twice["tokens_per_second"] == 10 and twice["mfu"] == 0.5
+    assert twice["memory_mb"] > 50 and "labels/a" not in twice
+    meter.add({"loss": 1.0}, 1, 1)
+    assert meter.take()["loss"] == 1.0  # begins anew
+
+
+def test_operations_are_those_of_torchs_products() -> None:
+    """Counted by torch, which sees no scan and no attention of the compiled kernels: those are taken away."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, batch = batch_of(4, 4)
+    stage = load(TrainConfig, {"stage": "s", "model": "", "recipe": "", "train_only": ["bridge", "backbone"],
+                               "phases": [{"steps": 1, "row_length": 8}]})  # fmt: skip
+    pictures = torch.randn(len(batch.refs), 4, 16)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = Forward(model, AidsConfig())(batch, pictures, 4)
+        loss.backward()
+    cost = Cost(stage, model.config)
+    backbone = model.config.backbone
+    cost.token -= 3 * 2 * scan_operations(backbone)
+    cost.pair = 0
+    padded = batch.ids_BL.numel() - batch.n_tokens
+    recomputed = 2 * backbone.vocab_size * backbone.width * batch.n_labels  # the loss makes logits again
+    assert cost.of(batch) + padded * cost.token + recomputed == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers_are_called_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+    fake = types.ModuleType(name)
+    fake.init = lambda **options: calls.append(("init", options))
+    fake.log = lambda numbers, step: calls.append(("log", (numbers, step)))
+    fake.finish = lambda: calls.append(("finish", None))
+    monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with TrainingLog(tmp_path, step=0, total_steps=3, label="stage1", report_to=[name], settings={"seed": 4}) as log:
+        log.write(2, {"loss": 0.5, "note": "words"})
+    assert [what for what, _ in calls] == ["init", "log", "finish"]
+    assert calls[0][1]["project"] == "longllava" and calls[0][1]["config"] == {"seed": 4}
+    assert calls[1][1] == ({"loss": 0.5}, 2)
+    assert os.environ["WANDB_MODE"] == "offline"
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 2, "loss": 0.5, "note": "words"}
+
+
+def test_a_tracker_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(TrainingError, match="wandb cannot be imported .*; pip install wandb, or leave it out"):
+        TrainingLog(tmp_path, step=0, total_steps=3, label="stage1", report_to=["wandb"])
+    with pytest.raises(ConfigError, match="report_to: got 'wanda', allowed: tensorboard, wandb, trackio"):
+        load_stage(shipped("configs", "train/nano/stage1.yaml"), ["report_to=[wanda]"])
