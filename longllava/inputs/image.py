@@ -33,12 +33,15 @@ LOADING = threading.Lock()  # Pillow's, of one picture in two threads, fails
 T = TypeVar("T")
 
 
-def open_image(source: Any, *, wanted_side: int | None = None, open_reference: Callable | None = None) -> Image.Image:
+def open_image(
+    source: Any, *, wanted_side: int | None = None, open_reference: Callable | None = None, used_once: bool = False
+) -> Image.Image:
     """Any image source as an RGB PIL image of its own.
 
     source: a path, the bytes of a file, a PIL image, a numpy array (H, W, 3) uint8, a function that makes one of
     these, or "scheme:..." which `open_reference` turns into one. wanted_side: big JPEGs are decoded to no less than
-    one and a half of this. Of a file with several pictures the first is taken, and a warning says so.
+    one and a half of this. used_once: what only looks at the result may get the caller's own image, or that of a file
+    that is closed. Of a file with several pictures the first is taken, and a warning says so.
     Raises: InputError naming the reason (not the source: see `named`).
     """
 
@@ -49,7 +52,7 @@ def open_image(source: Any, *, wanted_side: int | None = None, open_reference: C
         if wanted_side and image.format == "JPEG":
             factor = 1.5 * wanted_side / max(image.size)
             image.draft(image.mode, (math.ceil(image.width * factor), math.ceil(image.height * factor)))
-        return rgb(image)
+        return rgb(image, copied=not used_once)
 
     return visit(source, open_reference, decoded)
 
@@ -62,11 +65,16 @@ def upright_size(source: Any, open_reference: Callable | None = None) -> tuple[i
             image.load()  # Pillow turns these itself; from which moment on its size says so depends on its version
         return image.size[::-1] if upright_by(image) in SIDEWAYS else image.size
 
-    return visit(source, open_reference, size)
+    return visit(source, open_reference, size, checked=False)
 
 
-def visit(source: Any, open_reference: Callable | None, use: Callable[[Image.Image], T]) -> T:
-    """What `use` makes of a source's picture, whose size was checked and whose pixels may not be decoded yet."""
+def visit(
+    source: Any, open_reference: Callable | None, use: Callable[[Image.Image], T], checked: bool = True
+) -> T:
+    """What `use` makes of a source's picture, whose size was checked and whose pixels may not be decoded yet.
+
+    checked: by its checksums too, which takes reading the whole file.
+    """
     from PIL import Image
 
     if callable(source) and not isinstance(source, Image.Image):
@@ -82,7 +90,7 @@ def visit(source: Any, open_reference: Callable | None, use: Callable[[Image.Ima
     if hasattr(source, "__array_interface__"):
         return use(from_array(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return decode(io.BytesIO(source), use)
+        return decode(io.BytesIO(source), use, checked)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"expected a path, bytes, a PIL image or an array, got {type(source).__name__}")
     if is_address(os.fspath(source)):
@@ -94,7 +102,7 @@ def visit(source: Any, open_reference: Callable | None, use: Callable[[Image.Ima
         raise InputError("not a regular file")
     try:
         with path.open("rb") as file:
-            return decode(file, use)
+            return decode(file, use, checked)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}") from None
 
@@ -110,14 +118,14 @@ def is_reference(text: str) -> bool:
     return named_so and not os.path.exists(text)  # not Path.exists, which raises where a name is too long
 
 
-def decode(file: Any, use: Callable[[Image.Image], T]) -> T:
+def decode(file: Any, use: Callable[[Image.Image], T], checked: bool) -> T:
     """Open a picture file: size checked from the header, before any pixel is decoded."""
     from PIL import Image
 
     with one_sentence():
         with Image.open(file, formats=FORMATS) as image:
             check_size(*image.size)
-            if image.format != "PNG":
+            if image.format != "PNG" or not checked:
                 return use(image)
             image.verify()  # its checksums, which Pillow does not look at when it decodes; 1 GB a second
         file.seek(0)
@@ -162,8 +170,8 @@ def from_array(array: Any) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels)).copy()
 
 
-def rgb(image: Image.Image) -> Image.Image:
-    """Any mode to a new RGB image, upright."""
+def rgb(image: Image.Image, copied: bool = True) -> Image.Image:
+    """Any mode to an RGB image, upright; a new one where that is asked for."""
     from PIL import Image
 
     image.load()  # which turns a TIFF and says so in its EXIF block
@@ -175,10 +183,10 @@ def rgb(image: Image.Image) -> Image.Image:
         result = Image.new("RGB", image.size, (255, 255, 255))
         result.paste(with_alpha, mask=with_alpha.getchannel("A"))
     else:
-        result = image.convert("RGB")
+        result = image if image.mode == "RGB" else image.convert("RGB")
     if orientation in TURNS:
         result = result.transpose(Image.Transpose[TURNS[orientation]])
-    return result.copy() if result is image else result
+    return result.copy() if copied and result is image else result
 
 
 def upright_by(image: Image.Image) -> int:
@@ -231,7 +239,8 @@ def square(image: Image.Image, side: int, mean: Sequence[float]) -> Tensor:
         slab = (
             image if end - start == short else image.crop((0, start, width, end) if wide else (start, 0, end, height))
         )
-        slab_13HW = torch.from_numpy(np.array(slab)).permute(2, 0, 1)[None]
+        # the batch's axis first: with another stride torch takes it for planes, which take twice as long
+        slab_13HW = torch.from_numpy(np.array(slab))[None].permute(0, 3, 1, 2)
         place_13HW = canvas_13HW.narrow(2 if wide else 3, before + start, end - start)
         place_13HW.copy_(resized(slab_13HW, (end - start, side) if wide else (side, end - start)))
     return resized(canvas_13HW, (side, side))[0]
@@ -239,7 +248,8 @@ def square(image: Image.Image, side: int, mean: Sequence[float]) -> Tensor:
 
 def square_pixels(source: Any, side: int, mean: Sequence[float], open_reference: Callable | None = None) -> Tensor:
     """Image source -> uint8 (3, side, side)."""
-    return square(open_image(source, wanted_side=side, open_reference=open_reference), side, mean)
+    image = open_image(source, wanted_side=side, open_reference=open_reference, used_once=True)
+    return square(image, side, mean)
 
 
 @contextlib.contextmanager
