@@ -204,9 +204,9 @@ def test_frames_without_times_come_one_after_the_other(tmp_path):
 
 
 def test_a_codec_that_cannot_be_decoded(tmp_path):
-    path = write_video(tmp_path / "a.mp4", [20 * i for i in range(12)])
-    path.write_bytes(path.read_bytes().replace(b"mp4v", b"zzzz"))
-    with pytest.raises(InputError, match=r"a\.mp4: its video is of a codec that PyAV cannot decode"):
+    path = write_video(tmp_path / "a.mkv", [20 * i for i in range(12)])
+    path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/ASP", b"V_NOBODY/KNOWS/"))
+    with pytest.raises(InputError, match=r"a\.mkv: its video is of a codec that PyAV cannot decode"):
         read_frames(path)
 
 
