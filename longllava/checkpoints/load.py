@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longllava.checkpoints.adapters import is_adapter, load_adapted
 from longllava.checkpoints.folders import ASSETS as ASSETS
 from longllava.checkpoints.folders import CONFIG, find_folder, listed
 from longllava.checkpoints.int8 import Quantiser, damaged_scales, int8_config
@@ -53,7 +54,7 @@ def load_model(
     dtype: of the weights; None keeps what is stored. SSM parameters (A_log, D, dt bias) stay fp32.
     allow_missing: prefixes of parameters that keep their fresh values when the folder has none of them.
     int8: quantise floats while they are read; never more than one of them is held. A folder of int8 weights is loaded
-    as what it is.
+    as what it is. A folder of peft is the model it was trained on, with the adapters in the weights.
     device_map: layers over several devices, "auto" or a table (see plan/split.py), instead of `device`.
     Raises: CheckpointError listing what is missing, unexpected, of wrong shape, or not finite.
     """
@@ -62,6 +63,8 @@ def load_model(
     from longllava.quant import build_model
 
     folder = find_folder(folder)
+    if is_adapter(folder):
+        return load_adapted(folder, device=device, dtype=dtype, int8=int8, device_map=device_map)
     stored = read_config(folder)
     config = int8_config(stored, folder, int8)
     if allow_missing:  # fresh values have to exist

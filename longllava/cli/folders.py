@@ -1,4 +1,4 @@
-"""`longllava convert`, `downcycle` and `quantize`: model folders into other model folders."""
+"""`longllava convert`, `downcycle`, `quantize`, `merge` ...: model folders into other model folders."""
 
 from __future__ import annotations
 
@@ -117,3 +117,15 @@ def torch_dtype(name: str | None):
     if name is not None and name not in DTYPES:
         raise InputError(f"dtype: got {name!r}, allowed: {', '.join(DTYPES)}")
     return None if name is None else getattr(torch, name)
+
+
+def merge(
+    base: Annotated[str, typer.Argument(help="The model that the adapter was trained on.")],
+    adapter: Annotated[str, typer.Argument(help="Folder of peft: a LoRA stage's model.")],
+    target: Annotated[str, typer.Argument(help="Folder to write the whole model into.")],
+    dtype: Annotated[str | None, typer.Option(help="Stored dtype; default: as the base's.")] = None,
+) -> None:
+    """Put an adapter, and the bridge that was trained with it, into the weights of its model."""
+    from longllava.checkpoints.adapters import merge as run
+
+    print(run(base, adapter, target, dtype=torch_dtype(dtype)))

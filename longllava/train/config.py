@@ -11,6 +11,7 @@ from typing import Any
 from longllava.errors import ConfigError
 from longllava.settings import build as build_config
 from longllava.settings import divides, one_of, positive, read_mapping, set_override
+from longllava.train.lora import LoraConfig
 
 PARTS = ("encoder", "bridge", "backbone")
 
@@ -83,7 +84,6 @@ class AidsConfig:
 
 ENGINES = ("auto", "torch", "zero1", "zero2", "zero3")
 OFFLOADS = ("none", "optimizer", "all")
-TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,8 @@ class TrainConfig:
     tasks of the curriculum that are measured after the last step, with eval_questions each. preset: which one was
     laid over the file; its stages lie in runs/<model>-<preset>.
 
-    report_to: where numbers go beside log.jsonl: tensorboard, trackio, wandb (offline unless WANDB_MODE is set).
+    lora: parts that learn through adapters alone (train/lora.py). frozen_dtype: "int8" holds a frozen language model in
+    8 bits, through which the bridge's gradients go; the stage's model has it as it was.
 
     engine: "torch" (one process, or DDP), or DeepSpeed's ZeRO: "zero1" shares the optimizer's state among the
     processes, "zero2" also gradients, "zero3" also weights. "auto": what `accelerate launch` was told, else torch.
@@ -128,6 +129,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     aids: AidsConfig = field(default_factory=AidsConfig)
     average_phases: list[int] = field(default_factory=list)
+    lora: LoraConfig | None = None
+    frozen_dtype: str = "float32"
     engine: str = "auto"
     offload: str = "none"
     gradient_checkpointing: bool = False
@@ -136,7 +139,6 @@ class TrainConfig:
     window: int = 64
     save_every: int = 200
     log_every: int = 10
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     evaluate: list[str] = field(default_factory=list)
     eval_questions: int = 200
     preset: str = ""
@@ -144,9 +146,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive(self, "window", "save_every", "log_every", "eval_questions")
         one_of(self, "dtype", ("auto", "bfloat16", "float32"))
-        for name in self.report_to:
-            if name not in TRACKERS:
-                raise ConfigError(f"report_to: got {name!r}, allowed: {', '.join(TRACKERS)}")
+        one_of(self, "frozen_dtype", ("float32", "int8"))
+        if self.frozen_dtype == "int8" and "backbone" in self.train_only:
+            raise ConfigError("frozen_dtype: int8 is for a frozen language model; take backbone out of train_only")
+        if self.lora is not None:
+            for part in self.lora.parts:
+                if part not in self.train_only:
+                    raise ConfigError(f"lora.parts: {part!r} is not in train_only, where all that learns is named")
+            if self.average_phases:
+                raise ConfigError("average_phases: a mean of adapters is not the mean of what they do; leave it out")
         one_of(self, "engine", ENGINES)
         one_of(self, "offload", OFFLOADS)
         if self.offload == "all" and self.engine != "zero3":
@@ -197,7 +205,11 @@ def engine_named(config: TrainConfig) -> str:
 
 def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The stage that the YAML at `path` describes, with overrides as in `read_stage`. Raises: ConfigError."""
-    return build_config(TrainConfig, read_stage(path, overrides), str(path))
+    data = read_stage(path, overrides)
+    beside = Path(path).parent / str(data.get("recipe", ""))
+    if beside.is_file():  # a recipe may be named as it lies beside its stage
+        data["recipe"] = str(beside)
+    return build_config(TrainConfig, data, str(path))
 
 
 def read_stage(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from longllava.errors import TrainingError
 from longllava.train.config import OptimizerConfig
+from longllava.train.lora import learned_names
 
 NOT_DECAYED = ("A_log_EN",)  # two-dimensional, but a rate, not a weight (Mamba's `_no_weight_decay`)
 
@@ -16,7 +17,8 @@ NOT_DECAYED = ("A_log_EN",)  # two-dimensional, but a rate, not a weight (Mamba'
 def select_parts(model: nn.Module, parts: Iterable[str], frozen: Iterable[str] = ()) -> list[tuple[str, nn.Parameter]]:
     """Let only these parts train; the others are frozen, in eval mode. Returns what trains, by name.
 
-    frozen: modules or parameters inside those parts that do not ("backbone.embed_tokens").
+    frozen: modules or parameters inside those parts that do not ("backbone.embed_tokens"). Of a part with adapters
+    (train/lora.py) these alone train.
     Raises: TrainingError for names that the model does not have.
     """
     wanted = set(parts)
@@ -26,6 +28,8 @@ def select_parts(model: nn.Module, parts: Iterable[str], frozen: Iterable[str] =
             part.eval()
         for parameter in part.parameters():
             parameter.requires_grad_(name in wanted)
+        if name in wanted:
+            freeze_beside_adapters_(part)
     missing = wanted - {name for name, _ in model.named_children()}
     if missing:
         raise TrainingError(f"train_only: the model has no part {', '.join(sorted(missing))}")
@@ -36,6 +40,18 @@ def select_parts(model: nn.Module, parts: Iterable[str], frozen: Iterable[str] =
         for parameter in inside:
             parameter.requires_grad_(False)
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def freeze_beside_adapters_(part: nn.Module) -> None:
+    """Where a part has adapters, all else of it is as if it did not train; batch norm's means too."""
+    names = [name for name, _ in part.named_parameters()]
+    if len(adapters := learned_names(names)) == len(names):
+        return
+    for name, parameter in part.named_parameters():
+        parameter.requires_grad_(name in adapters)
+    for module in part.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def build_optimizer(parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:

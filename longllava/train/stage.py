@@ -11,27 +11,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longllava.checkpoints import find_folder, save_model, shipped_models
-from longllava.checkpoints.load import read_entries
-from longllava.config import ModelConfig
+from longllava.config import Int8Config, ModelConfig
 from longllava.data.recipes import Recipe
 from longllava.errors import TrainingError
 from longllava.files import write_json
 from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
+from longllava.quant import quantize_
+from longllava.quant.layers import NEVER
 from longllava.settings import load, read_mapping
 from longllava.shipped import shipped
 from longllava.train.config import PARTS, TrainConfig, engine_named, load_stage
+from longllava.train.lora import add_adapters_, base_of, save_adapter
+from longllava.train.parts import read_part
 from longllava.train.record import RECORD, environment, read_record
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from longllava.evals.curriculum_task import Task
     from longllava.model import Model
 
 # what may differ between a run and its going on
-FREE = ("output", "preset", "save_every", "log_every", "report_to", "evaluate", "eval_questions", "device",
-        "feature_cache", "engine", "offload", "gradient_checkpointing", "offload_activations")  # fmt: skip
+FREE = ("output", "preset", "save_every", "log_every", "evaluate", "eval_questions", "device", "feature_cache",
+        "engine", "offload", "gradient_checkpointing", "offload_activations")  # fmt: skip
 
 
 def main(path: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -71,12 +72,16 @@ def run_stage(config: TrainConfig) -> Path:
         print(f"{config.stage} is finished; its model is in {final}. Delete {folder} to train it again.")
         return final
     folders = start_folders(config, model_config)
+    base = base_of(config.init_from, folders, model_config) if config.lora else ""
     processor = Processor(model_config, load_tokenizer(model_config, folders))
-    if engine_named(config) == "zero3" and not is_chief():
-        model = empty_model(model_config)
+    if engine_named(config) == "zero3" and not is_chief() and config.frozen_dtype == "float32":
+        model = empty_model(config, model_config)
     else:
         model = build_start(config, model_config, folders, processor.tokenizer)
+    if config.frozen_dtype == "int8":
+        quantize_(model, Int8Config(parts=("backbone",), dynamic_from=NEVER))  # gradients need the inputs as they are
     recipe = Recipe.load(config.recipe if Path(config.recipe).is_file() else shipped("data_recipes", config.recipe))
+    recipe.write_rejected(folder / "quarantine.txt")
     facts = resume_facts(config)
     write_json(
         folder / "config.json",
@@ -87,10 +92,14 @@ def run_stage(config: TrainConfig) -> Path:
     trained = train(config, model, processor, recipe, folder, facts)
     if not is_chief():
         return final
-    if engine_named(config) != "torch":  # ZeRO keeps the weights in pieces
+    if engine_named(config) != "torch" or config.frozen_dtype == "int8":  # ZeRO keeps the weights in pieces
         model = build_start(config, model_config, folders, processor.tokenizer)
     model.load_state_dict(trained, strict=False)
-    save_model(model, processor.tokenizer, final)
+    if config.lora is not None:
+        save_adapter(model, processor.tokenizer, trained, config.lora, base, final)
+    else:
+        save_model(model, processor.tokenizer, final)
+    recipe.write_rejected(folder / "quarantine.txt")  # with what was found since
     record = {
         "stage": config.stage,
         "model": model_config.name,
@@ -99,6 +108,7 @@ def run_stage(config: TrainConfig) -> Path:
         "start_from": config.start_from,
         "trained": config.train_only,
         "frozen": config.frozen,
+        **({"lora": dataclasses.asdict(config.lora), "base": base} if config.lora else {}),
         "recipe": config.recipe,
         "seed": config.seed,
         "aids": dataclasses.asdict(config.aids),
@@ -240,10 +250,12 @@ def build_start(
         wrong = [*unexpected, *(name for name in missing if not name.endswith("num_batches_tracked"))]
         if wrong:
             raise TrainingError(f"{folder}: its {part} is of another model; they differ in {', '.join(wrong[:8])}")
+    if config.lora is not None:
+        add_adapters_(model, config.lora, config.seed)
     return model
 
 
-def empty_model(model_config: ModelConfig) -> Model:
+def empty_model(config: TrainConfig, model_config: ModelConfig) -> Model:
     """Of sizes alone: memory that is not written to takes no room. The first process's weights are sent into it."""
     import torch
 
@@ -251,25 +263,14 @@ def empty_model(model_config: ModelConfig) -> Model:
 
     with torch.device("meta"):
         model = Model(model_config)
-    return model.to_empty(device="cpu")
+    model = model.to_empty(device="cpu")
+    if config.lora is not None:
+        add_adapters_(model, config.lora, config.seed)
+    return model
 
 
 def is_chief() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def read_part(folder: Path, part: str) -> dict[str, Tensor]:
-    """The tensors of one part, in fp32, without the part's name."""
-    from safetensors.torch import load_file
-
-    own = folder / f"{part}.safetensors"
-    files = [own] if own.is_file() else sorted({entry.file for entry in read_entries(folder).values()})
-    tensors = {}
-    for file in files:
-        for key, tensor in load_file(file).items():
-            if key.startswith(f"{part}."):
-                tensors[key[len(part) + 1 :]] = tensor.float() if tensor.is_floating_point() else tensor
-    return tensors
 
 
 def resume_facts(config: TrainConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from longllava.data.features import fingerprint
 from longllava.data.packing import Cursor
 from longllava.errors import TrainingError
 from longllava.files import write_atomic
+from longllava.train.lora import learned_names
 
 
 @dataclass
@@ -48,12 +49,18 @@ def apply_weights(state: TrainingState, model: nn.Module, parts: list[str]) -> N
     for part in parts:
         prefix = part + "."
         mine = {key[len(prefix) :]: value for key, value in state.tensors.items() if key.startswith(prefix)}
+        module = getattr(model, part)
         try:
-            getattr(model, part).load_state_dict(mine)
+            missing, unexpected = module.load_state_dict(mine, strict=False)
         except RuntimeError as error:
-            raise TrainingError(
-                f"checkpoint of step {state.step} is of another model: {' '.join(str(error).split())}"
-            ) from None
+            raise of_another_model(state, " ".join(str(error).split())) from None
+        missing = sorted(learned_names(module.state_dict()) & set(missing))
+        if missing or unexpected:
+            raise of_another_model(state, f"of its {part}, it lacks {missing[:8]} and has {unexpected[:8]} beyond")
+
+
+def of_another_model(state: TrainingState, why: str) -> TrainingError:
+    return TrainingError(f"checkpoint of step {state.step} is of another model: {why}")
 
 
 def apply(state: TrainingState, model: nn.Module, parts: list[str], optimizer: torch.optim.Optimizer) -> None:
@@ -72,9 +79,16 @@ def apply(state: TrainingState, model: nn.Module, parts: list[str], optimizer: t
 
 
 def trained_tensors(model: nn.Module, parts: list[str]) -> dict[str, Tensor]:
-    """The weights of the parts that train, by their names in the model; buffers (batch norm's means) too."""
-    return {f"{part}.{name}": tensor for part in parts
-            for name, tensor in getattr(model, part).state_dict().items()}  # fmt: skip
+    """The weights of the parts that train, by their names in the model; buffers (batch norm's means) too.
+
+    Of a part with adapters these alone.
+    """
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        state = getattr(model, part).state_dict()
+        kept = learned_names(state)
+        tensors |= {f"{part}.{name}": state[name] for name in state if name in kept}
+    return tensors
 
 
 def keep_weights(folder: Path, tensors: dict[str, Tensor], phase: int) -> None:

@@ -23,6 +23,7 @@ from longllava.model import Model
 from longllava.train.config import TrainConfig
 from longllava.train.engines import Parameters, gathered, scaled, shared
 from longllava.train.forward import Forward
+from longllava.train.lora import learned_names
 from longllava.train.optimizer import build_optimizer, set_learning_rate
 from longllava.train.state import TrainingState, apply_weights
 
@@ -174,7 +175,9 @@ class Zero:
         masters = {name: (parameter, None) for name, parameter in self.parameters}
         tensors = {}
         for part in self.parts:
-            for name, tensor in getattr(self.model, part).state_dict(keep_vars=True, prefix=f"{part}.").items():
+            state = getattr(self.model, part).state_dict(keep_vars=True, prefix=f"{part}.")
+            kept = learned_names(state)
+            for name, tensor in ((name, state[name]) for name in state if name in kept):
                 if name in masters:
                     tensors[name] = self.whole_master(*masters[name])
                 else:

@@ -38,7 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("set")
     text = datasets.Value("string")
-    features = datasets.Features({"id": text, "image": datasets.Image(), "conversations": [{"from": text, "value": text}]})
+    turns = [{"from": text, "value": text}]
+    features = datasets.Features({"id": text, "image": datasets.Image(), "conversations": turns})
     for shard in range(N_SHARDS):
         numbers = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
         rows = [{**record(1), "id": str(n), "image": {"bytes": png(n), "path": None}} for n in numbers]

@@ -1,0 +1,155 @@
+"""LoRA adapters as peft keeps them, read and put into a model's weights; peft is not needed for that.
+
+A folder of peft: adapter_config.json and adapter_model.safetensors, in which the adapter of the module M is
+base_model.model.M.lora_A.weight (r, in) and base_model.model.M.lora_B.weight (out, r), and modules that were trained
+whole (modules_to_save, here the bridge) stand under base_model.model.NAME. A weight becomes W + scale * B A, with
+scale = alpha / r (Hu et al. 2021, arXiv:2106.09685).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longllava.checkpoints.folders import listed
+from longllava.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from longllava.model import Model
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# what peft's LoRA can do beyond W + scale * B A
+PLAIN = {"use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none", "rank_pattern": {},
+         "alpha_pattern": {}, "alora_invocation_tokens": None, "layer_replication": None}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """pairs: module -> (A, B). whole: parameter -> its value. base: the model it was trained on, as it was named."""
+
+    scale: float
+    base: str
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    whole: dict[str, Tensor]
+
+
+def is_adapter(folder: str | Path) -> bool:
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Raises: CheckpointError naming the file and what it holds."""
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    tensors = read_weights(folder)
+    alone = []
+    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+        module = name.removesuffix(".lora_A.weight")
+        other = tensors.pop(f"{module}.lora_B.weight", None)
+        if other is None or other.shape[1] != tensors[name].shape[0]:
+            alone.append(module)
+        else:
+            pairs[module.removeprefix(PREFIX)] = (tensors.pop(name), other)
+    alone += [name for name in tensors if ".lora_" in name]
+    if alone:
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: adapters without a fitting other half: {listed(alone)}")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: r is {rank!r} and lora_alpha {alpha!r}, expected numbers")
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    base = str(config.get("base_model_name_or_path") or "")
+    return Adapter(scale, base, pairs, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: peft_type is {found!r}; LORA alone is read")
+    for name, plain in PLAIN.items():
+        if config.get(name, plain) not in (plain, None):
+            raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {name} is {config[name]!r}; merge it with peft itself")
+    return config
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; a folder of peft holds {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def merge_(model: Model, adapter: Adapter, where: str | Path) -> None:
+    """Put an adapter into a model's weights, in fp32 and rounded once; nothing is changed where it does not fit.
+
+    Raises: CheckpointError naming what the model does not have.
+    """
+    import torch
+
+    parameters = dict(model.named_parameters())
+    wanted: dict[str, tuple[int, ...]] = {
+        f"{module}.weight": (b.shape[0], a.shape[1]) for module, (a, b) in adapter.pairs.items()
+    }
+    wanted |= {name: tuple(tensor.shape) for name, tensor in adapter.whole.items()}
+    wrong = [name for name, shape in wanted.items()
+             if name not in parameters or tuple(parameters[name].shape) != tuple(shape)]  # fmt: skip
+    if wrong:
+        raise CheckpointError(
+            f"{where}: the adapter is of another model: {listed(wrong)}; it was trained on {adapter.base!r}"
+        )
+    with torch.no_grad():
+        for module, (a, b) in adapter.pairs.items():
+            weight = parameters[f"{module}.weight"]
+            weight.copy_(weight.float() + adapter.scale * (b.float() @ a.float()).to(weight.device))
+        for name, tensor in adapter.whole.items():
+            parameters[name].copy_(tensor)
+
+
+def load_adapted(folder: Path, *, int8: Any = None, **where: Any) -> Model:
+    """The model that an adapter was trained on, with it in the weights. where: as load_model takes it."""
+    from longllava.checkpoints.load import load_model
+
+    if int8 is not None:
+        raise CheckpointError(f"{folder}: adapters go into weights of floats; merge first, then load with int8")
+    adapter = read_adapter(folder)
+    if not adapter.base:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path names no model; merge it by hand")
+    model = load_model(adapter.base, **where)
+    merge_(model, adapter, folder)
+    return model
+
+
+def merge(base: str | Path, folder: str | Path, target: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Write the model that `base` and an adapter of it make together. dtype: stored; None: as the base's.
+
+    Raises: CheckpointError, before anything is written, where they do not belong together.
+    """
+    from longllava.checkpoints.folders import find_folder
+    from longllava.checkpoints.load import load_model
+    from longllava.checkpoints.save import save_model
+    from longllava.inputs.tokenizer import Tokenizer
+
+    adapter = read_adapter(folder)
+    source = find_folder(base)
+    if source.resolve() == Path(target).resolve() or Path(folder).resolve() == Path(target).resolve():
+        raise CheckpointError(f"{target}: would be written over what it is made of; name another folder")
+    model = load_model(source, dtype=dtype)
+    merge_(model, adapter, folder)
+    return save_model(model, Tokenizer.from_folder(source, model.config.prompt), target)

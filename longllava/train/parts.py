@@ -1,0 +1,31 @@
+"""Reading one part of a model folder, as a stage starts from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longllava.checkpoints import find_folder
+from longllava.checkpoints.load import read_entries
+from longllava.checkpoints.published import read_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def read_part(folder: Path, part: str) -> dict[str, Tensor]:
+    """The tensors of one part, in fp32, without the part's name."""
+    from safetensors.torch import load_file
+
+    own = folder / f"{part}.safetensors"
+    files = [own] if own.is_file() else sorted({entry.file for entry in read_entries(folder).values()})
+    tensors = {}
+    for file in files:
+        for key, tensor in load_file(file).items():
+            if key.startswith(f"{part}."):
+                tensors[key[len(part) + 1 :]] = tensor.float() if tensor.is_floating_point() else tensor
+    if not tensors and part == "encoder" and (folder / "config.json").is_file():
+        encoder = read_config(folder).encoder
+        if encoder is not None and encoder.weights is not None:  # a frozen encoder is stored once
+            return read_part(find_folder(encoder.weights), part)
+    return tensors

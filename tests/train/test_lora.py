@@ -1,0 +1,218 @@
+"""LoRA: what learns, what is kept, that a run goes on, and that merged weights answer as the adapters did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from longllava.api import LongLLaVA
+from longllava.checkpoints import load_model
+from longllava.checkpoints.adapters import merge, merge_, read_adapter
+from longllava.errors import CheckpointError, ConfigError, TrainingError
+from longllava.inputs.tokenizer import Tokenizer
+from longllava.train import loop
+from longllava.train import stage as stage_module
+from longllava.train.config import load_stage
+from longllava.train.stage import run_stage
+from tests.tiny_world import TOKENIZER, world_samples, write_foundation, write_stage
+
+RATE = {"phases": [{"steps": 4, "row_length": 192, "rows": 1, "learning_rate": 2e-2}]}
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGLLAVA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PRESET", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """runs/base/model is the model that adapters are trained on."""
+    runs = write_foundation(tmp_path / "runs")
+    (runs / "foundation-text").rename(runs / "base")
+    (runs / "base/model/training.json").write_text('{"stage": "base"}')
+    return runs
+
+
+def lora_stage(runs: Path, **changes: Any) -> Path:
+    keys = {"stage": "own", "start_from": {"all": "base"}, "lora": {"rank": 4, "alpha": 8}, **RATE, **changes}
+    return write_stage(runs, **keys)
+
+
+def trained_model(runs: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[LongLLaVA, Path]:
+    """The model with its adapters as training left it, and the folder that was written."""
+    kept = {}
+    real = stage_module.save_adapter
+    monkeypatch.setattr(stage_module, "save_adapter", lambda model, *rest: real(kept.setdefault("model", model), *rest))
+    folder = run_stage(load_stage(lora_stage(runs, **changes)))
+    model = kept["model"].eval()
+    return LongLLaVA(model, Tokenizer.from_folder(TOKENIZER, model.config.prompt)), folder
+
+
+def answers(talker: LongLLaVA, n: int = 5) -> list[tuple[str, float]]:
+    """A few answers, and how likely each of their first words is."""
+    found = []
+    for sample in world_samples("nano/stage2", n):
+        question, images = sample.turns[0].text, list(sample.images)
+        likely = talker.score(question, sample.turns[1].text, images=images).log_probabilities[0]
+        found.append((talker.generate(question, images=images, max_new_tokens=6), likely))
+    return found
+
+
+@pytest.mark.parametrize("parts", [["backbone"], ["encoder"], ["encoder", "backbone"]])
+def test_merged_and_reloaded_it_answers_as_with_its_adapters(runs, monkeypatch, parts: list[str]) -> None:
+    before = answers(LongLLaVA.from_pretrained(runs / "base/model", dtype="float32"))
+    train_only = [*parts, "bridge"]
+    talker, folder = trained_model(runs, monkeypatch, train_only=train_only, lora={"rank": 4, "parts": parts})
+    learned = answers(talker)
+    assert [likely for _, likely in learned] != pytest.approx([likely for _, likely in before], abs=1e-3)
+    merged = merge(runs / "base/model", folder, runs / "merged")
+    for where in (merged, folder):  # a whole model; and the adapters' folder itself, merged as it is read
+        again = answers(LongLLaVA.from_pretrained(where, dtype="float32"))
+        assert [text for text, _ in again] == [text for text, _ in learned]
+        assert [likely for _, likely in again] == pytest.approx([likely for _, likely in learned], abs=1e-4)
+    base, whole = load_model(runs / "base/model").state_dict(), load_model(merged).state_dict()
+    changed = {name.split(".")[0] for name in base if not torch.equal(base[name], whole[name])}
+    assert changed == set(train_only)
+
+
+def test_the_folder_is_one_of_peft(runs, monkeypatch) -> None:
+    peft = pytest.importorskip("peft")
+    talker, folder = trained_model(runs, monkeypatch)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["modules_to_save"]) == ("LORA", 4, ["bridge"])
+    names = load_file(folder / "adapter_model.safetensors")
+    assert all(name.startswith("base_model.model.") for name in names)
+    assert not any("lm_head" in name or "embed" in name for name in names)
+    base = load_model(runs / "base/model")
+    theirs = peft.PeftModel.from_pretrained(base, str(folder)).eval()
+    sample = world_samples("nano/stage2", 1)[0]
+    mine = answers(talker, 1)
+    inside = LongLLaVA(base, talker.tokenizer)  # peft changes the model it is given in place
+    score = inside.score(sample.turns[0].text, sample.turns[1].text, images=list(sample.images))
+    assert score.log_probabilities[0] == pytest.approx(mine[0][1], abs=1e-5)
+    assert theirs is not None
+
+
+def test_only_adapters_and_the_bridge_are_kept_and_changed(runs, monkeypatch) -> None:
+    talker, folder = trained_model(runs, monkeypatch, lora={"rank": 4, "targets": ["in_proj", "q_proj"]})
+    kept = load_file(folder.parent / "checkpoints/step-00000004/model.safetensors")
+    assert {name.split(".")[0] for name in kept} == {"bridge", "backbone"}
+    inside = [name for name in kept if name.startswith("backbone")]
+    assert all(".lora_" in name and name.split(".lora_")[0].endswith(("in_proj", "q_proj")) for name in inside)
+    start = load_file(runs / "base/model/model.safetensors")
+    for name, tensor in talker.model.state_dict().items():
+        plain = name.replace(".base_layer", "")
+        if ".lora_" not in name and not name.startswith("bridge"):
+            assert torch.equal(tensor, start[plain]), name
+    record = json.loads((folder / "training.json").read_text())
+    assert record["base"] == str(runs / "base/model") and record["lora"]["rank"] == 4
+
+
+def test_a_run_with_adapters_goes_on_bit_for_bit(runs, monkeypatch) -> None:
+    lora = {"rank": 4, "dropout": 0.2}
+    whole = run_stage(load_stage(lora_stage(runs, stage="whole", lora=lora, save_every=1)))
+    real, n_calls = loop.Forward.forward, []
+
+    def forward(self, *arguments):
+        n_calls.append(1)
+        if len(n_calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(loop.Forward, "forward", forward)
+    path = lora_stage(runs, stage="cut", lora=lora, save_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(load_stage(path))
+    cut = run_stage(load_stage(path))
+    assert (cut / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+    for settings, message in (({"rank": 8}, "lora"), ({"rank": 4, "dropout": 0.2, "targets": ["in_proj"]}, "lora")):
+        path = lora_stage(runs, stage="cut", lora=settings, save_every=1)
+        (cut / "training.json").unlink(missing_ok=True)
+        with pytest.raises(TrainingError, match=message):
+            run_stage(load_stage(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"parts": ["bridge"]}}, "lora.parts: got 'bridge', allowed: encoder, backbone; the bridge is"),
+        ({"lora": {"parts": []}}, "lora.parts: the list is empty"),
+        ({"lora": {"parts": ["encoder"]}}, "lora.parts: 'encoder' is not in train_only"),
+        ({"lora": {"dropout": 1.0}}, "lora.dropout: got 1.0"),
+        ({"lora": {"rank": 0}}, "rank: got 0, must be above 0"),
+        ({"lora": {"ranks": 2}}, "unknown key 'ranks'; did you mean 'rank'"),
+        ({"average_phases": [0]}, "a mean of adapters is not the mean"),
+        ({"lora": {"targets": ["q_porj"]}}, "lora.targets: no layer is called 'q_porj'; have down_proj, dt_proj"),
+        ({"start_from": {"backbone": "base"}}, "lora: adapters belong to one model.* got backbone from"),
+        ({"frozen_dtype": "int8"}, "frozen_dtype: int8 is for a frozen language model"),
+    ],
+)
+def test_what_cannot_be_trained_so_is_one_sentence(runs, changes: dict, message: str) -> None:
+    with pytest.raises((ConfigError, TrainingError), match=message) as raised:
+        run_stage(load_stage(lora_stage(runs, **changes)))
+    assert "\n" not in str(raised.value) and not (runs / "own").exists()
+
+
+def test_adapters_that_do_not_fit_change_nothing(runs, monkeypatch, tmp_path: Path) -> None:
+    _, folder = trained_model(runs, monkeypatch)
+    base = load_model(runs / "base/model")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+
+    def spoiled(name: str, tensors: dict | None, **keys: Any) -> Path:
+        other = tmp_path / name
+        other.mkdir()
+        (other / "adapter_config.json").write_text(json.dumps({**config, **keys}))
+        if tensors is not None:
+            save_file(tensors, other / "adapter_model.safetensors")
+        return other
+
+    first = next(iter(name for name in tensors if ".lora_A." in name))
+    wide = {**tensors, first: torch.zeros(4, 999)}
+    unknown = {name.replace("layers.0.", "layers.9."): tensor for name, tensor in tensors.items()}
+    half = {name: tensor for name, tensor in tensors.items() if name != first}
+    for other, message in (
+        (spoiled("wide", wide), "the adapter is of another model: backbone.*; it was trained on"),
+        (spoiled("unknown", unknown), "of another model: backbone.layers.9."),
+        (spoiled("half", half), "adapters without a fitting other half: base_model.model.backbone"),
+        (spoiled("dora", tensors, use_dora=True), "use_dora is True; merge it with peft itself"),
+        (spoiled("ia3", tensors, peft_type="IA3"), "peft_type is 'IA3'; LORA alone is read"),
+        (spoiled("empty", None), "adapter_model.safetensors: no such file"),
+        (spoiled("rank", tensors, r="four"), "r is 'four'"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            merge_(base, read_adapter(other), other)
+        with pytest.raises(CheckpointError, match=message):
+            merge(runs / "base/model", other, tmp_path / "out")
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+    assert not (tmp_path / "out").exists()
+    for target in (folder, runs / "base/model"):
+        with pytest.raises(CheckpointError, match="would be written over what it is made of"):
+            merge(runs / "base/model", folder, target)
+
+
+# --- a frozen language model in 8 bits
+
+
+def test_the_bridge_learns_through_a_language_model_in_8_bits(runs) -> None:
+    keys = {"stage": "first", "start_from": {"all": "base"}, "train_only": ["bridge"], **RATE}
+    floats = run_stage(load_stage(write_stage(runs, **keys, output=str(runs / "floats"))))
+    small = run_stage(load_stage(write_stage(runs, **keys, output=str(runs / "small"), frozen_dtype="int8")))
+    start, plain, eight = (load_file(one / "model.safetensors") for one in (runs / "base/model", floats, small))
+    assert eight.keys() == start.keys()  # a whole model of floats, as it was but for its bridge
+    changed = {name.split(".")[0] for name in start if not torch.equal(start[name], eight[name])}
+    assert changed == {"bridge"}
+    steps = [torch.cat([(one[name] - start[name]).flatten() for name in start if name.startswith("bridge")])
+             for one in (plain, eight)]  # fmt: skip
+    assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.9
+    logs = [[json.loads(line)["loss"] for line in (runs / name / "log.jsonl").read_text().splitlines()]
+            for name in ("floats", "small")]  # fmt: skip
+    assert logs[0] == pytest.approx(logs[1], rel=0.01) and logs[0] != logs[1]
