@@ -28,6 +28,7 @@ class FakeModel:
     """Stands for longllava.api.LongLLaVA: records the calls, answers in three pieces."""
 
     calls: list[tuple] = []
+    asked: dict = {}
 
     @classmethod
     def from_pretrained(cls, name: str, device: str | None = None, int8: bool = False) -> FakeModel:
@@ -42,6 +43,7 @@ class FakeModel:
         assert stream
         assert keep
         self.calls.append(("ask", question, images, video))
+        FakeModel.asked = settings
         return iter(["a ", "red ", "panda"])
 
     def generate(self, prompt, *, stream=False, **settings):
@@ -60,7 +62,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     return FakeModel.calls
 
 
-GREEDY = {"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+GREEDY = {"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "stop": []}
 READING = {"fps": 1.0, "max_frames": 1024, "tiles": None, "allow_hosts": []}
 
 
@@ -77,7 +79,9 @@ def test_help_shows_defaults_and_loads_no_torch() -> None:
         assert default in done.stdout
 
 
-@pytest.mark.parametrize("name", ["generate", "chat", "train", "eval", "convert", "downcycle", "quantize", "world", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["generate", "chat", "train", "eval", "convert", "downcycle", "quantize", "world", "doctor"]
+)
 def test_every_command_has_help(name: str) -> None:
     result = CliRunner().invoke(app, [name, "--help"])
     assert result.exit_code == 0
@@ -134,6 +138,28 @@ def test_how_media_are_read(calls: list[tuple]) -> None:
     assert calls[-1] == ("generate", "What?", {**GREEDY, **reading, "images": [address], "video": None})
     assert CliRunner().invoke(app, ["chat", *arguments], input="What?").exit_code == 0
     assert ("session", reading) in calls
+
+
+def test_how_answers_are_drawn_and_end(calls: list[tuple]) -> None:
+    drawn = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "seed": 4, "stop": ["\n", "you>"]}
+    arguments = [
+        "--temperature",
+        "0.7",
+        "--top-p",
+        "0.9",
+        "--top-k",
+        "5",
+        "--seed",
+        "4",
+        "--stop",
+        "\n",
+        "--stop",
+        "you>",
+    ]
+    assert CliRunner().invoke(app, ["generate", "What?", *arguments]).exit_code == 0
+    assert calls[-1] == ("generate", "What?", {**GREEDY, **READING, **drawn, "images": None, "video": None})
+    assert CliRunner().invoke(app, ["chat", *arguments], input="What?").exit_code == 0
+    assert FakeModel.asked == drawn
 
 
 def test_an_error_is_one_sentence_and_code_1(

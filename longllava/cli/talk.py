@@ -39,6 +39,8 @@ Int8 = Annotated[bool, typer.Option("--int8", help="Quantise the linear layers w
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest of this total mass.")]
+TopK = Annotated[int, typer.Option(min=0, help="Sample from so many of the likeliest; 0: from any.")]
+Stop = Annotated[list[str], typer.Option(help="Text that ends an answer. Repeatable.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 
 
@@ -62,7 +64,9 @@ def generate(
     max_new_tokens: NewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
+    top_k: TopK = 0,
     seed: Seed = 0,
+    stop: Stop = [],  # noqa: B006  typer copies it
     stream: Annotated[bool, typer.Option(help="Print the answer while it is made.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
@@ -74,7 +78,9 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
+        "top_k": top_k,
         "seed": seed,
+        "stop": stop,
     }
     media: dict[str, Any] = {"images": pictures or None, "video": video}
     reading: Reading = {"fps": fps, "max_frames": max_frames, "tiles": tiles, "allow_hosts": allow_host}
@@ -103,7 +109,9 @@ def chat(
     max_new_tokens: NewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
+    top_k: TopK = 0,
     seed: Seed = 0,
+    stop: Stop = [],  # noqa: B006  typer copies it
 ) -> None:
     """Talk about pictures. Lines that begin with / are commands: /help lists them."""
     from rich.console import Console
@@ -112,7 +120,9 @@ def chat(
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
+        "top_k": top_k,
         "seed": seed,
+        "stop": stop,
     }
     reading: Reading = {"fps": fps, "max_frames": max_frames, "tiles": tiles, "allow_hosts": allow_host}
     console = Console()
