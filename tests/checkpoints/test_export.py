@@ -19,7 +19,7 @@ from longllava.config import PUBLISHED_PROMPT, BackboneConfig, BridgeConfig, Enc
 from longllava.errors import CheckpointError, ConfigError
 from longllava.model import Model
 from longllava.nn import Context
-from tests.tiny import SPECIALS, tiny_config, tiny_model, tiny_pictures, tiny_tokenizer
+from tests.tiny import SPECIALS, tiny_config, tiny_model, tiny_pictures, tiny_tokenizer, vocabulary
 
 STOCK = """
 import json, sys
@@ -42,7 +42,13 @@ for name, (folder, talk, pictures) in json.loads(sys.argv[1]).items():
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     tokenizer = getattr(processor, "tokenizer", processor)
     answer = tokenizer.decode(ids[0, logits.shape[1]:], skip_special_tokens=True)
-    found[name] = {**inputs, "logits": logits, "answer": answer, "class": type(model).__name__}
+    pair = [talk, [{"role": "user", "content": talk[0]["content"][:2]}]]
+    rows = [processor.apply_chat_template(one, **how) for one in pair]
+    padded = processor.apply_chat_template(pair, padding=True, **how)
+    with torch.no_grad():
+        alone, together = torch.cat([model(**row).logits[:, -1] for row in rows]), model(**padded).logits[:, -1]
+    found[name] = {**inputs, "logits": logits, "answer": answer, "class": type(model).__name__,
+                   "padding": (alone - together).abs().max().item()}
 assert not [name for name in sys.modules if name.startswith("longllava")], "stock was promised"
 torch.save(found, sys.argv[2])
 """
@@ -64,6 +70,8 @@ def plain(n_experts=1, prompt=None, backbone=None, **changes):
     words_VD = (model.backbone.lm_head or model.backbone.embed_tokens).weight
     with torch.no_grad():  # answers in words and letters, as tiny_model's
         words_VD[len(SPECIALS) : len(SPECIALS) + 256] = 0
+        spare_ID = words_VD[len(vocabulary()) :]  # rows that no token has would often be the likeliest
+        spare_ID.copy_(4 * words_VD[len(vocabulary()) - 1 - len(spare_ID) : len(vocabulary()) - 1])
     return LongLLaVA(model, tiny_tokenizer(prompt))
 
 
@@ -125,6 +133,7 @@ def test_stock_transformers_answers_the_same(libraries, found, name):
     assert theirs["class"] == ("JambaForCausalLM" if name == "jamba" else "LlavaForConditionalGeneration")
     assert theirs["input_ids"].tolist() == [ids]
     torch.testing.assert_close(theirs["logits"], logits, rtol=0, atol=1e-4)
+    assert theirs["padding"] < 1e-4  # a padded row is what it is alone: padding is no picture
     assert theirs["answer"] == library.generate(filled, max_new_tokens=12) != ""
 
 
