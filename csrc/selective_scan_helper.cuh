@@ -11,7 +11,8 @@ constexpr int SCAN_PITCH = SCAN_CHANNELS + 8;  // of a row of partial sums: four
 template <class T, int TOKENS, int DEPTH>
 struct ForwardShared {
   static constexpr int RING = DEPTH + 3;  // one being finished, one in work, one being prepared, DEPTH on their way
-  float2 steps[2][TOKENS][SCAN_CHANNELS];        // d, d u
+  float d[2][TOKENS][SCAN_CHANNELS];             // steps
+  float x[2][TOKENS][SCAN_CHANNELS];             // d u
   float rows[2][TOKENS][2 * SCAN_STATES];        // B, C
   float partial[2][TOKENS][4][SCAN_PITCH];       // each lane's part of C . h
   T raw[RING][3][TOKENS][SCAN_CHANNELS];         // u, delta, z
@@ -147,9 +148,8 @@ struct Helper {
         d[j] = is_real ? d[j] : 0.0f;
         x[j] = d[j] * to_float(u.v[j]);
       }
-      float4* to = reinterpret_cast<float4*>(&shared.steps[buffer][t][group * 4]);
-      to[0] = make_float4(d[0], x[0], d[1], x[1]);
-      to[1] = make_float4(d[2], x[2], d[3], x[3]);
+      *reinterpret_cast<float4*>(&shared.d[buffer][t][group * 4]) = make_float4(d[0], d[1], d[2], d[3]);
+      *reinterpret_cast<float4*>(&shared.x[buffer][t][group * 4]) = make_float4(x[0], x[1], x[2], x[3]);
     }
   }
 

@@ -30,51 +30,81 @@ struct Main {
     }
   }
 
-  __device__ void load_steps(const Shared& shared, int buffer, int t, float (&d)[2 * PER_THREAD]) const {
+  // This thread's channels of a token, from a tile's d or x.
+  __device__ void load(const float (&tile)[TOKENS][SCAN_CHANNELS], int t, float (&out)[PER_THREAD]) const {
     if (PER_THREAD == 2) {
-      const float4 four = *reinterpret_cast<const float4*>(&shared.steps[buffer][t][channel]);
-      d[0] = four.x, d[1] = four.y, d[2 * PER_THREAD - 2] = four.z, d[2 * PER_THREAD - 1] = four.w;
+      const float2 two = *reinterpret_cast<const float2*>(&tile[t][channel]);
+      out[0] = two.x, out[PER_THREAD - 1] = two.y;
     } else {
-      const float2 two = shared.steps[buffer][t][channel];
-      d[0] = two.x, d[1] = two.y;
+      out[0] = tile[t][channel];
     }
   }
 
+  __device__ void decays(const float (&d)[PER_THREAD], float (&out)[PER_THREAD][4]) const {
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; ++i)
+#pragma unroll
+      for (int s = 0; s < 4; ++s) out[i][s] = fast_exp2(d[i] * a[i][s]);
+  }
+
+  // A tile. The decays of GROUP tokens are computed while the GROUP before is worked on, and handed over through the
+  // end of a loop that is not unrolled: else the compiler puts each exponential just before its use, and a lone warp
+  // waits for it. Steps are loaded two groups ahead, the rest one token.
+  static constexpr int GROUP = 4, N_GROUPS = TOKENS / GROUP;
   __device__ void advance(Shared& shared, int buffer, uint32_t resets) {
     const float* row = &shared.rows[buffer][0][lane_group * 4];
     float4 b = *reinterpret_cast<const float4*>(row), c = *reinterpret_cast<const float4*>(row + SCAN_STATES);
-    float d[2 * PER_THREAD];
-    load_steps(shared, buffer, 0, d);
+    float x[PER_THREAD], d[GROUP][PER_THREAD], decay[GROUP][PER_THREAD][4];
+    load(shared.x[buffer], 0, x);
 #pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-      float4 next_b = b, next_c = c;
-      float next_d[2 * PER_THREAD] = {};
-      if (t + 1 < TOKENS) {  // asked for a token ahead
-        next_b = *reinterpret_cast<const float4*>(row + (t + 1) * 2 * SCAN_STATES);
-        next_c = *reinterpret_cast<const float4*>(row + (t + 1) * 2 * SCAN_STATES + SCAN_STATES);
-        load_steps(shared, buffer, t + 1, next_d);
-      }
-      const float bs[4] = {b.x, b.y, b.z, b.w}, cs[4] = {c.x, c.y, c.z, c.w};
-      if (!FAST && (resets >> t & 1) != 0) empty();
-      float y[PER_THREAD];
+    for (int t = 0; t < GROUP; ++t) load(shared.d[buffer], t, d[t]);
 #pragma unroll
-      for (int i = 0; i < PER_THREAD; ++i) {
-        y[i] = 0.0f;
+    for (int t = 0; t < GROUP; ++t) {
+      decays(d[t], decay[t]);
+      load(shared.d[buffer], min(GROUP, TOKENS - GROUP) + t, d[t]);
+    }
+#pragma unroll 1
+    for (int group = 0; group < N_GROUPS; ++group) {
+      const int after = min(group + 2, N_GROUPS - 1) * GROUP;
+#pragma unroll
+      for (int t = 0; t < GROUP; ++t) {
+        const int token = group * GROUP + t, following = min(token + 1, TOKENS - 1);
+        const float4 next_b = *reinterpret_cast<const float4*>(row + following * 2 * SCAN_STATES);
+        const float4 next_c = *reinterpret_cast<const float4*>(row + following * 2 * SCAN_STATES + SCAN_STATES);
+        float next_x[PER_THREAD];
+        load(shared.x[buffer], following, next_x);
+        if (!FAST && (resets >> token & 1) != 0) empty();
+        const float bs[4] = {b.x, b.y, b.z, b.w}, cs[4] = {c.x, c.y, c.z, c.w};
+        float y[PER_THREAD];
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
-          h[i][s] = fmaf(fast_exp2(d[2 * i] * a[i][s]), h[i][s], d[2 * i + 1] * bs[s]);
-          y[i] = s == 0 ? h[i][s] * cs[s] : fmaf(h[i][s], cs[s], y[i]);
-        }
-        if (STATES_ONLY) sum[i] += d[2 * i];
-      }
-      if (!STATES_ONLY) {
-        float* to = &shared.partial[buffer][t][lane_group][channel];
-        if (PER_THREAD == 2) *reinterpret_cast<float2*>(to) = make_float2(y[0], y[PER_THREAD - 1]);
-        else to[0] = y[0];
-      }
-      b = next_b, c = next_c;
 #pragma unroll
-      for (int i = 0; i < 2 * PER_THREAD; ++i) d[i] = next_d[i];
+          for (int i = 0; i < PER_THREAD; ++i) {
+            h[i][s] = fmaf(decay[t][i][s], h[i][s], x[i] * bs[s]);
+            decay[t][i][s] = fast_exp2(d[t][i] * a[i][s]);
+            y[i] = s == 0 ? h[i][s] * cs[s] : fmaf(h[i][s], cs[s], y[i]);
+          }
+        }
+        load(shared.d[buffer], after + t, d[t]);
+        put(shared, buffer, token, y);
+        b = next_b, c = next_c;
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; ++i) x[i] = next_x[i];
+      }
+    }
+  }
+
+  __device__ void put(Shared& shared, int buffer, int token, const float (&y)[PER_THREAD]) {
+    float* to = &shared.partial[buffer][token][lane_group][channel];
+    if (STATES_ONLY) {
+      float d[PER_THREAD];
+      load(shared.d[buffer], token, d);
+#pragma unroll
+      for (int i = 0; i < PER_THREAD; ++i) sum[i] += d[i];
+    } else if (PER_THREAD == 2) {
+      *reinterpret_cast<float2*>(to) = make_float2(y[0], y[PER_THREAD - 1]);
+    } else {
+      to[0] = y[0];
     }
   }
 
