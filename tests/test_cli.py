@@ -80,7 +80,7 @@ def test_help_shows_defaults_and_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["generate", "chat", "train", "eval", "convert", "downcycle", "quantize", "world", "doctor"]
+    "name", ["generate", "chat", "train", "eval", "convert", "downcycle", "quantize", "export", "world", "doctor"]
 )
 def test_every_command_has_help(name: str) -> None:
     result = CliRunner().invoke(app, [name, "--help"])
