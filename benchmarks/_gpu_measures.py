@@ -12,6 +12,7 @@ import torch
 from _limits import decode_limit, prompt_limit, settle
 from _models import key_value_bytes
 from _peers import jamba_times, vision_times
+from scaling import random_pixels, slope
 from torch import Tensor
 
 from longllava.evals.memory import PeakMemory
@@ -40,10 +41,8 @@ class Run:
         self.report: dict[str, Any] = {**environment(), "model": name, "weights": drawn, "rows": []}
         self.memory = PeakMemory()
         side = model.model.config.encoder.image_size
-        generator = torch.Generator().manual_seed(0)
-        # smooth pictures of noise: what they show does not change the time
-        few = torch.randint(0, 256, (50, 3, side, side), dtype=torch.uint8, generator=generator).to(self.device)
-        self.pixels = list(few.repeat(N_PIXELS // 50, 1, 1, 1))
+        few = random_pixels(side, self.device)
+        self.pixels = list(few.repeat(4, 1, 1, 1)[:N_PIXELS])
 
     def note(self, **facts: Any) -> None:
         self.report |= facts
@@ -290,4 +289,11 @@ class Run:
                 self.add(row="transformers Jamba", **row)
 
     def finish(self) -> None:
-        self.note(finished=True)
+        """Log-log slopes of seconds over pictures, from 100 on."""
+        slopes = {}
+        read = [row for row in self.report["rows"] if row["row"] == "prompt" and row["images"] and "seconds" in row]
+        for key in sorted({(row["weights"], row["tokens"]) for row in read}):
+            found = slope([row for row in read if (row["weights"], row["tokens"]) == key], "seconds")
+            if found is not None:
+                slopes[f"{key[0]}, {key[1]} tokens a picture"] = found
+        self.note(slopes=slopes, finished=True)

@@ -2,12 +2,14 @@
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --images 1,10,100,1000,3000 --tokens 36 --save benchmarks/results/scaling-cpu.json
-    python benchmarks/scaling.py --model longllava-9b --device cuda        # random weights in the true shape
+    python benchmarks/scaling.py --model longllava-9b --device cuda --pixels device --int8    # random weights
 
 Each point is a process of its own: load, read the pictures from PNG files (64 different ones, each decoded and
 encoded as often as it stands in the prompt), answer with one token. Seconds are of reading and answering, memory is
-the process's peak (on a GPU, torch's). A point that would take more than --budget seconds, judged by the one before
-it, is not measured, and the table says so. Writes the points, log-log slopes and, beside the JSON, a chart.
+the process's peak (on a GPU, torch's). With --pixels device the pictures are pixels where the model is, and on a GPU
+each point has the least seconds that its arithmetic takes at rates measured there; gpu_first_token.py measures many
+prompts in one process. A point that would take more than --budget seconds, judged by the one before it, is not
+measured, and the table says so. Writes the points, log-log slopes and, beside the JSON, a chart.
 """
 
 import _environment  # noqa: F401
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from _limits import ceilings, prompt_limit
 from _models import is_random, key_value_bytes, open_model
 
 from longllava.cli import run
@@ -42,9 +45,17 @@ def write_pictures(folder: Path) -> None:
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
     """One point, in a process that does nothing else."""
-    model = open_model(task["model"], task["device"], task["dtype"], task["tokens"])
-    paths = [Path(task["folder"]) / f"{number % N_FILES}.png" for number in range(task["images"])]
+    model = open_model(task["model"], task["device"], task["dtype"], task["tokens"], int8=task["int8"])
+    device = model.fresh().reader.device
+    rates = ceilings(device) if device.type == "cuda" else None
+    if task["pixels"] == "device":
+        different = random_pixels(model.model.config.encoder.image_size, device)
+        paths: list[Any] = [different[number % len(different)] for number in range(task["images"])]
+    else:
+        paths = [Path(task["folder"]) / f"{number % N_FILES}.png" for number in range(task["images"])]
     model.session(images=paths[:1]).ask("What is this?", max_new_tokens=1)  # threads, buffers and imports
+    if rates is not None:  # kernels are compiled for long prompts too
+        model.session(images=(paths * 300)[:300]).ask("What is this?", max_new_tokens=1)
     memory = PeakMemory()
     memory.start()
     started = time.perf_counter()
@@ -52,7 +63,10 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     read = time.perf_counter() - started
     album.ask("What number is on the last picture?", max_new_tokens=1)
     answered = time.perf_counter() - started - read
-    return {
+    point: dict[str, Any] = {}
+    if rates is not None:
+        point["limit"] = prompt_limit(model.model.config, album.n_tokens, task["images"], rates, task["int8"])["total"]
+    return point | {
         "images": task["images"],
         "tokens_per_image": task["tokens"],
         "prompt_tokens": album.n_tokens,
@@ -62,6 +76,13 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "peak_bytes": memory.bytes(),
         "key_value_bytes": album.n_tokens * key_value_bytes(model),
     }
+
+
+def random_pixels(side: int, device: Any) -> Any:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (256, 3, side, side), dtype=torch.uint8, generator=generator).to(device)
 
 
 def in_a_process_of_its_own(task: dict[str, Any]) -> dict[str, Any]:
@@ -143,6 +164,8 @@ def scaling(
     model: Annotated[str, typer.Option(help="A shipped model, a folder, or a config (then random weights).")] = "nano",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; default: a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16; default: what the hardware is fast at.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="With int8 weights.")] = False,
+    pixels: Annotated[str, typer.Option(help="files: PNG files are read; device: pixels lie there.")] = "files",
     budget: Annotated[float, typer.Option(help="Seconds that one point may take.")] = 120.0,
     save: Annotated[Path | None, typer.Option(help="JSON file; the chart lies beside it.")] = None,
     child: Annotated[str, typer.Option(hidden=True)] = "",
@@ -151,6 +174,8 @@ def scaling(
     if child:
         print(json.dumps(measure(json.loads(child))))
         return
+    if pixels not in ("files", "device"):
+        raise InputError(f"--pixels: got {pixels!r}, allowed: files, device")
     sizes, poolings = numbers(images, "--images"), numbers(tokens, "--tokens")
     points: list[dict[str, Any]] = []
     slopes: dict[str, Any] = {}
@@ -160,7 +185,7 @@ def scaling(
             own: list[dict[str, Any]] = []
             for n in sizes:
                 task = {"images": n, "tokens": per_image, "model": model, "device": device, "dtype": dtype,
-                        "folder": folder}  # fmt: skip
+                        "folder": folder, "int8": int8, "pixels": pixels}  # fmt: skip
                 if (expected := expected_seconds(own[-1] if own else None, n)) > budget:
                     reason = f"up to {expected:,.0f} s, budget {budget:,.0f}" if expected < math.inf else "as before"
                     own.append({"images": n, "tokens_per_image": per_image, "not_measured": reason})
@@ -177,7 +202,15 @@ def scaling(
         from longllava.train.record import environment
 
         weights = "random, in the true shape" if is_random(model) else "trained"
-        report = {**environment(), "model": model, "weights": weights, "slopes": slopes, "points": points}
+        weights += ", int8" if int8 else ""
+        report = {
+            **environment(),
+            "model": model,
+            "weights": weights,
+            "pixels": pixels,
+            "slopes": slopes,
+            "points": points,
+        }
         print(write_json(save, report))
         where = f"{report['device'] if report['device'] != 'cpu' else report['processor']}, {report['threads']} threads"
         print(write_atomic(save.with_suffix(".png"), lambda file: chart(points, f"{model} on {where}", file)))

@@ -95,3 +95,29 @@ def test_int8_prefill_from_the_command_line(tmp_path: Path) -> None:
     done = run("int8_prefill.py", "--forms", "fp32,int4")
     assert (done.returncode, done.stdout) == (1, "")
     assert "--forms: got 'int4', allowed: fp32, bf16, int8, int8-bf16" in done.stderr
+
+
+@pytest.mark.long
+def test_scaling_of_pixels_that_are_there(tmp_path: Path) -> None:
+    save = tmp_path / "scaling.json"
+    done = run("scaling.py", "--images", "2", "--tokens", "4", "--pixels", "device", "--save", str(save))
+    assert done.returncode == 0, done.stderr
+    (point,) = json.loads(save.read_text())["points"]
+    assert point["prompt_tokens"] > 8 and point["seconds_to_read"] > 0 and "limit" not in point
+
+
+@pytest.mark.long
+def test_first_token_from_the_command_line(tmp_path: Path) -> None:
+    """All that needs no GPU: prompts, decoding, sessions, files."""
+    save = tmp_path / "first.json"
+    done = run("gpu_first_token.py", "--model", "nano", "--device", "cpu", "--weights", "bf16", "--prompts", "2x4,30",
+               "--once", "", "--batches", "2", "--answer", "8", "--files", "2", "--no-peer",
+               "--save", str(save))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(save.read_text())
+    rows = report["rows"]
+    assert [row["row"] for row in rows] == ["prompt", "prompt", "decode", "files", "session", "decode"]
+    assert rows[1]["prompt_tokens"] == 30 and rows[0]["prompt_tokens"] > 8 and report["finished"]
+    assert all(row["seconds"] > 0 and row["limit"] == sum(v for k, v in row["limit_parts"].items() if k != "total")
+               for row in rows[:2])  # fmt: skip
+    assert rows[2]["rows"] == 1 and rows[2]["tokens_per_second"] > 0
