@@ -10,7 +10,7 @@ namespace {
 
 struct Choice {
   Isa isa = Isa::portable;
-  bool bf16 = false;
+  bool bf16 = false, vnni = false;
   char error[256] = "";
 
   Choice() {
@@ -37,6 +37,7 @@ struct Choice {
     }
 #if defined(__x86_64__)
     bf16 = isa == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+    vnni = isa == Isa::avx512 && __builtin_cpu_supports("avx512vnni");
 #endif
   }
 };
@@ -50,6 +51,7 @@ const Choice& choice() {
 
 Isa chosen_isa() { return choice().isa; }
 bool has_avx512_bf16() { return choice().bf16; }
+bool has_avx512_vnni() { return choice().vnni; }
 
 }  // namespace longllava
 

@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#define LONGLLAVA_ABI 1  // longllava/ops/native.py holds the same number
+#define LONGLLAVA_ABI 2  // longllava/ops/native.py holds the same number
 #define LONGLLAVA_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace longllava {
@@ -21,6 +21,7 @@ enum class Isa { portable, avx2, avx512 };
 
 Isa chosen_isa();          // best form the processor runs, or the one LONGLLAVA_ISA names
 bool has_avx512_bf16();    // true only when the AVX-512 form is in use and the processor has AVX512_BF16
+bool has_avx512_vnni();    // the same of AVX512_VNNI
 
 }  // namespace longllava
 

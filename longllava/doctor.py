@@ -41,10 +41,26 @@ def attention_call(make: Make) -> tuple:
     return make(1, 33, 8, 64), make(1, 40, 2, 64), make(1, 40, 2, 64), 0.125, True, None, None, False
 
 
+def int8_call(make: Make) -> tuple:
+    """33 rows of 64, quantised on the way, to 40 outputs."""
+    weight, scale = make(40, 64).mul(30).clamp(-127, 127).char(), make(40).abs()
+    return make(33, 64), weight, scale, make(40), None, None, "dynamic", scale.dtype
+
+
 CALLS: dict[str, Callable[[Make], tuple]] = {
     "selective_scan": scan_call,
     "causal_conv1d": conv_call,
     "attention": attention_call,
+    "int8_linear": int8_call,
+    "quantize_rows": lambda make: (make(33, 64), None),
+    "rms_norm": lambda make: (make(33, 64), make(64), 1e-6, make(33, 64), False),
+    "swiglu": lambda make: (make(33, 64), make(33, 64), None, False),
+}
+# Where an op's backends are, if not in the folder of its name as BACKENDS.
+PLACES = {
+    "quantize_rows": ("int8_linear", "QUANTIZE_BACKENDS"),
+    "rms_norm": ("fused", "RMS_NORM_BACKENDS"),
+    "swiglu": ("fused", "SWIGLU_BACKENDS"),
 }
 
 
@@ -92,7 +108,8 @@ def examine_op(op: str) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     call = CALLS[op](lambda *shape: torch.randn(*shape, generator=generator).to(device))
-    backends = importlib.import_module(f"longllava.ops.{op}").BACKENDS
+    folder, name = PLACES.get(op, (op, "BACKENDS"))
+    backends = getattr(importlib.import_module(f"longllava.ops.{folder}"), name)
     truth = backends[-1].run(*call)
     try:
         uses = choose(op, backends, *call).name

@@ -95,7 +95,7 @@ def test_a_library_of_another_interface_is_a_reason(fresh) -> None:
     needs_library()
     fresh.setattr(native, "_loaded", None)
     fresh.setattr(native, "ABI", 99)
-    assert "speak interface 1, this longllava needs 99" in str(native.why_not())
+    assert "speak interface 2, this longllava needs 99" in str(native.why_not())
 
 
 def test_a_struct_of_another_size_is_refused() -> None:

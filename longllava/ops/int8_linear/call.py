@@ -3,16 +3,17 @@ those, everything else goes straight to the backend."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longllava.ops.dispatch import Backend, choose
-from longllava.ops.int8_linear import reference, triton
+from longllava.ops.int8_linear import cpu, reference, triton
 
 # best first; the last is the judge
-MODULES = (("triton", triton), ("reference", reference))
+MODULES = (("triton", triton), ("cpu", cpu), ("reference", reference))
 BACKENDS = tuple(Backend(name, module.run, module.why_not) for name, module in MODULES)
 QUANTIZE_BACKENDS = tuple(Backend(name, module.quantize_rows, module.why_not_quantize) for name, module in MODULES)
 
@@ -48,8 +49,9 @@ def _multiply(
     backend: str | None,
 ) -> Tensor:
     args = (x, weight, scale, bias, x_scale, offsets, mode, dtype)
-    with torch.no_grad():
-        y_TN: Tensor = choose("int8_linear", BACKENDS, *args, forced=backend).run(*args)
+    chosen = choose("int8_linear", BACKENDS, *args, forced=backend)
+    with torch.set_grad_enabled(False) if torch.is_grad_enabled() else nullcontext():
+        y_TN: Tensor = chosen.run(*args)
     return y_TN
 
 

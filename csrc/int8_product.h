@@ -1,0 +1,306 @@
+// Int8 products in registers: how they are taken, how weights are packed for them, and a worker's tasks.
+//
+// A step multiplies DEPTH inputs of one row by DEPTH inputs of each of a vector's outputs and adds to int32. Weights are
+// packed [step][output][DEPTH], so that a vector of weights is one load; rows stay as they are, DEPTH inputs are
+// broadcast. A tile of ROWS x VECTORS vectors of sums stays in registers: per step VECTORS loads and ROWS broadcasts feed
+// ROWS x VECTORS products. Rows lie an odd number of cache lines apart, or 4,096 inputs would all fall into one set.
+// Include from *_kernels.cpp only.
+#pragma once
+
+#include "int8_rows.h"
+
+#if defined(__SSE2__) && !defined(__AVX2__)
+#include <emmintrin.h>
+#endif
+
+namespace longllava {
+namespace LONGLLAVA_FORM {
+
+#if defined(__AVX512F__)
+constexpr int ROWS = 12, VECTORS = 2;  // 24 of 32 registers
+#else
+constexpr int ROWS = 6, VECTORS = 2;  // 12 of 16
+#endif
+constexpr int FEWER_ROWS = 3, TILE_OUTPUTS = VECTORS * WIDTH;
+
+// int16 in pairs: exact in every form, 2 x 128 x 128 fits easily.
+struct Pairs {
+  typedef int16_t Element;
+  static constexpr int DEPTH = 2;
+  static constexpr int32_t OFFSET = 0;
+
+  LONGLLAVA_INLINE ivec add(ivec sum, ivec weights, ivec x) {
+#if defined(__AVX512F__)
+    return sum + (ivec)_mm512_madd_epi16((__m512i)weights, (__m512i)x);
+#elif defined(__AVX2__)
+    return sum + (ivec)_mm256_madd_epi16((__m256i)weights, (__m256i)x);
+#elif defined(__SSE2__)
+    return sum + (ivec)_mm_madd_epi16((__m128i)weights, (__m128i)x);
+#else
+    return sum + ((weights << 16) >> 16) * ((x << 16) >> 16) + (weights >> 16) * (x >> 16);
+#endif
+  }
+  // WIDTH pairs of one output's weights; `n` of its inputs are there.
+  LONGLLAVA_INLINE ivec weights(const int8_t* from, int64_t n) {
+    int8_t some[2 * WIDTH] = {};
+    if (n < 2 * WIDTH) {
+      __builtin_memcpy(some, from, n);
+      from = some;
+    }
+#if defined(__AVX512F__)
+    return (ivec)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+    return (ivec)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+    int16_t wide[2 * WIDTH];
+    for (int i = 0; i < 2 * WIDTH; ++i) wide[i] = from[i];
+    ivec out;
+    __builtin_memcpy(&out, wide, sizeof out);
+    return out;
+#endif
+  }
+};
+
+// int8 in fours, weights as unsigned numbers 128 too large: what the processor's instruction multiplies. 128 times the
+// row's sum comes off at the end; sums are counted modulo 2^32, so that only the result has to fit.
+struct Fours {
+  typedef int8_t Element;
+  static constexpr int DEPTH = 4;
+  static constexpr int32_t OFFSET = 128;
+
+  LONGLLAVA_INLINE ivec add(ivec sum, ivec weights, ivec x) {
+#if defined(LONGLLAVA_VNNI)
+    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
+#else
+    uvec total = (uvec)sum;
+    for (int shift = 0; shift < 32; shift += 8)
+      total += (((uvec)weights >> shift) & 0xffu) * (uvec)((ivec)((uvec)x << (24 - shift)) >> 24);
+    return (ivec)total;
+#endif
+  }
+  LONGLLAVA_INLINE ivec weights(const int8_t* from, int64_t n) {
+    uvec out{};
+    if (n >= 4 * WIDTH) {
+      __builtin_memcpy(&out, from, sizeof out);
+    } else {
+      int8_t some[4 * WIDTH] = {};
+      __builtin_memcpy(some, from, n);
+      __builtin_memcpy(&out, some, sizeof out);
+    }
+    return (ivec)(out ^ 0x80808080u);
+  }
+};
+
+// Weights of `n_outputs` outputs from `weight`, `n_inputs` of each: panels of TILE_OUTPUTS, square by square.
+template <class Dot>
+LONGLLAVA_INLINE void pack(const int8_t* weight, int64_t row, int64_t n_outputs, int64_t n_inputs,
+                           typename Dot::Element* packed) {
+  constexpr int across = WIDTH * Dot::DEPTH;  // inputs of a square
+  const int64_t panel = int8_round_up(n_inputs, across) * TILE_OUTPUTS;
+  for (int64_t n = 0; n < n_outputs; n += TILE_OUTPUTS, packed += panel)
+    for (int64_t k = 0; k < n_inputs; k += across)
+      for (int v = 0; v < VECTORS; ++v) {
+        vec square[WIDTH];
+        for (int i = 0; i < WIDTH; ++i) {
+          const int64_t output = n + v * WIDTH + i;
+          const int8_t* from = weight + output * row + k;
+          square[i] = output < n_outputs ? bits<vec>(Dot::weights(from, n_inputs - k)) : vec{};
+        }
+        transpose(square);
+        typename Dot::Element* to = packed + (k * TILE_OUTPUTS + v * across);
+        for (int i = 0; i < WIDTH; ++i) __builtin_memcpy(to + i * TILE_OUTPUTS * Dot::DEPTH, &square[i], sizeof(vec));
+      }
+}
+
+// sums += rows of x times a panel.
+template <class Dot, int R>
+LONGLLAVA_INLINE void multiply(const typename Dot::Element* x, int64_t pitch, const typename Dot::Element* panel,
+                               int64_t n_steps, ivec (&sums)[R][VECTORS]) {
+  const typename Dot::Element* three[R / 3];  // rows in threes: one address each, the pitch once and twice
+#pragma GCC unroll 4
+  for (int i = 0; i < R / 3; ++i) three[i] = x + 3 * i * pitch;
+  for (int64_t step = 0; step < n_steps; ++step, panel += TILE_OUTPUTS * Dot::DEPTH) {
+    ivec weights[VECTORS];
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) __builtin_memcpy(&weights[j], panel + j * WIDTH * Dot::DEPTH, sizeof(ivec));
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      int32_t one;
+      __builtin_memcpy(&one, three[i / 3] + i % 3 * pitch, sizeof one);
+      const ivec broadcast = ivec{} + one;
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; ++j) sums[i][j] = Dot::add(sums[i][j], weights[j], broadcast);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < R / 3; ++i) three[i] += Dot::DEPTH;
+  }
+}
+
+// What a tile needs beside its numbers. `sums` holds what earlier blocks of inputs gave; it is not touched where the
+// first block is the last.
+struct Tile {
+  const float* row_scale;
+  const int32_t* row_sum;
+  const float *scale, *bias;
+  int32_t* sums;
+  int64_t sums_row;
+  bool first, last;  // block of inputs
+  int rows, outputs;
+  void* y;
+  int64_t y_dtype, y_row;
+};
+
+template <class Out>
+LONGLLAVA_INLINE void write_some(Out* to, vec y, int lanes) {
+  if (lanes >= WIDTH) store(to, y);
+  else if (lanes > 0) store_some(to, y, lanes);
+}
+
+template <class Dot, int R>
+__attribute__((noinline)) static void tile(const typename Dot::Element* x, int64_t pitch, const typename Dot::Element* panel, int64_t n_steps,
+                 const Tile& t) {
+  ivec sums[R][VECTORS] = {};
+  if (!t.first)
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < VECTORS; ++j) __builtin_memcpy(&sums[i][j], t.sums + i * t.sums_row + j * WIDTH, sizeof(ivec));
+  multiply<Dot, R>(x, pitch, panel, n_steps, sums);
+  if (!t.last) {
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < VECTORS; ++j) __builtin_memcpy(t.sums + i * t.sums_row + j * WIDTH, &sums[i][j], sizeof(ivec));
+    return;
+  }
+  vec scale[VECTORS], bias[VECTORS];
+  for (int j = 0; j < VECTORS; ++j) {
+    const int lanes = t.outputs - j * WIDTH;
+    scale[j] = lanes >= WIDTH ? load(t.scale + j * WIDTH) : load_some(t.scale + j * WIDTH, lanes > 0 ? lanes : 0);
+    bias[j] = vec{};
+    if (t.bias != nullptr)
+      bias[j] = lanes >= WIDTH ? load(t.bias + j * WIDTH) : load_some(t.bias + j * WIDTH, lanes > 0 ? lanes : 0);
+  }
+  for (int i = 0; i < R && i < t.rows; ++i) {
+    const uint32_t offset = Dot::OFFSET == 0 ? 0u : uint32_t(Dot::OFFSET) * uint32_t(t.row_sum[i]);
+    for (int j = 0; j < VECTORS; ++j) {
+      const vec whole = __builtin_convertvector((ivec)((uvec)sums[i][j] - offset), vec);
+      const vec y = whole * scale[j] * t.row_scale[i] + bias[j];
+      const int64_t place = i * t.y_row + j * WIDTH;
+      if (t.y_dtype == DTYPE_FLOAT32) write_some(static_cast<float*>(t.y) + place, y, t.outputs - j * WIDTH);
+      else write_some(static_cast<uint16_t*>(t.y) + place, y, t.outputs - j * WIDTH);
+    }
+  }
+}
+
+// Rows begin .. end - 1, quantised at x (the first of them), by a block of packed weights.
+template <class Dot>
+LONGLLAVA_INLINE void multiply_block(const Int8Plan& plan, const typename Dot::Element* x, const float* row_scale,
+                                     const int32_t* row_sum, int64_t begin, int64_t end, int64_t expert,
+                                     int64_t output, int64_t n_outputs, int64_t input, int64_t n_inputs,
+                                     const typename Dot::Element* packed, int32_t* sums) {
+  const Int8Arguments& a = plan.args;
+  const int64_t panel = int8_round_up(n_inputs, WIDTH * Dot::DEPTH) * TILE_OUTPUTS;
+  const int64_t n_steps = (n_inputs + Dot::DEPTH - 1) / Dot::DEPTH, place = expert * a.outputs + output;
+  const int64_t element = a.y_dtype == DTYPE_FLOAT32 ? 4 : 2;
+  Tile t{};
+  t.first = input == 0;
+  t.last = input + n_inputs == a.inputs;
+  t.sums_row = plan.step_outputs;
+  t.y_dtype = a.y_dtype;
+  t.y_row = a.outputs;
+  for (int64_t row = begin; row < end;) {
+    // a few rows at the end go in threes, unless a whole tile costs no more
+    const bool few = end - row <= ROWS / 2;
+    const int64_t most = few ? FEWER_ROWS : ROWS;
+    t.rows = int(end - row < most ? end - row : most);
+    const int64_t i = row - begin;
+    t.row_scale = row_scale + i;
+    t.row_sum = row_sum + i;
+    for (int64_t n = 0; n < n_outputs; n += TILE_OUTPUTS) {
+      t.outputs = int(n_outputs - n < TILE_OUTPUTS ? n_outputs - n : TILE_OUTPUTS);
+      t.scale = a.scale + place + n;
+      t.bias = a.bias != nullptr ? a.bias + place + n : nullptr;
+      t.sums = sums + i * plan.step_outputs + n;
+      t.y = static_cast<char*>(a.y) + (row * a.outputs + output + n) * element;
+      const typename Dot::Element* from = x + i * plan.pitch + input;
+      const typename Dot::Element* weights = packed + n / TILE_OUTPUTS * panel;
+      if (few) tile<Dot, FEWER_ROWS>(from, plan.pitch, weights, n_steps, t);
+      else tile<Dot, ROWS>(from, plan.pitch, weights, n_steps, t);
+    }
+    row += t.rows;
+  }
+}
+
+template <class Dot>
+LONGLLAVA_INLINE void quantise_rows(const Int8Plan& plan, int64_t begin, int64_t end, typename Dot::Element* out,
+                                    float* scale, int32_t* sum) {
+  for (int64_t row = begin; row < end; ++row, out += plan.pitch, ++scale, ++sum) {
+    *sum = prepare_row(plan.args, row, out, scale);
+    for (int64_t k = plan.args.inputs; k % Dot::DEPTH != 0; ++k) out[k] = 0;
+  }
+}
+
+template <class Dot>
+LONGLLAVA_INLINE void pack_all(const Int8Plan& plan) {
+  const Int8Arguments& a = plan.args;
+  pack<Dot>(a.weight, a.inputs, a.outputs, a.inputs, reinterpret_cast<typename Dot::Element*>(plan.packed));
+}
+
+// Small weights, packed for all: a task is some rows.
+template <class Dot>
+LONGLLAVA_INLINE void small_task(const Int8Plan& plan, int64_t task, char* slot) {
+  typedef typename Dot::Element Element;
+  const Int8Arguments& a = plan.args;
+  const int64_t begin = task * INT8_SMALL_CHUNK;
+  const int64_t end = begin + INT8_SMALL_CHUNK < a.rows ? begin + INT8_SMALL_CHUNK : a.rows;
+  Element* x = reinterpret_cast<Element*>(slot);
+  float* scale = reinterpret_cast<float*>(slot + (INT8_SMALL_CHUNK + ROWS) * plan.pitch * int64_t(sizeof(Element)));
+  int32_t* sum = reinterpret_cast<int32_t*>(scale + INT8_SMALL_CHUNK + ROWS);
+  quantise_rows<Dot>(plan, begin, end, x, scale, sum);
+  multiply_block<Dot>(plan, x, scale, sum, begin, end, 0, 0, a.outputs, 0, a.inputs,
+                      reinterpret_cast<const Element*>(plan.packed), sum);
+}
+
+// Large weights: a task is a block of outputs, packed in the worker's slot, for a chunk of an expert's rows.
+template <class Dot>
+LONGLLAVA_INLINE void large_task(const Int8Plan& plan, int64_t task, char* slot) {
+  typedef typename Dot::Element Element;
+  const Int8Arguments& a = plan.args;
+  const int32_t* rows = plan.row_tasks + task / plan.n_outputs_steps * 3;
+  const int64_t expert = rows[0], begin = rows[1], end = rows[2];
+  const int64_t output = task % plan.n_outputs_steps * plan.step_outputs;
+  const int64_t n_outputs = a.outputs - output < plan.step_outputs ? a.outputs - output : plan.step_outputs;
+  const int8_t* weight = a.weight + (expert * a.outputs + output) * a.inputs;
+  Element* packed = reinterpret_cast<Element*>(slot);
+  int32_t* sums = reinterpret_cast<int32_t*>(slot + plan.packed_bytes);
+  const Element* x = static_cast<const Element*>(plan.quantised) + begin * plan.pitch;
+  for (int64_t input = 0; input < a.inputs; input += plan.step_inputs) {
+    const int64_t n_inputs = a.inputs - input < plan.step_inputs ? a.inputs - input : plan.step_inputs;
+    pack<Dot>(weight + input, a.inputs, n_outputs, n_inputs, packed);
+    multiply_block<Dot>(plan, x, plan.row_scale + begin, plan.row_sum + begin, begin, end, expert, output, n_outputs,
+                        input, n_inputs, packed, sums);
+  }
+}
+
+// A worker takes tasks until none is left. Rows are quantised by all before the first product: whoever comes early
+// waits for what others have begun.
+template <class Dot>
+LONGLLAVA_INLINE void work(Int8Plan& plan, int64_t number) {
+  typedef typename Dot::Element Element;
+  char* slot = plan.slots + number * plan.slot_bytes;
+  if (!plan.small) {
+    const int64_t rows = plan.args.rows;
+    for (int64_t begin; (begin = __atomic_fetch_add(&plan.next_rows, INT8_SMALL_CHUNK, __ATOMIC_RELAXED)) < rows;) {
+      const int64_t end = begin + INT8_SMALL_CHUNK < rows ? begin + INT8_SMALL_CHUNK : rows;
+      quantise_rows<Dot>(plan, begin, end, static_cast<Element*>(plan.quantised) + begin * plan.pitch,
+                         plan.row_scale + begin, plan.row_sum + begin);
+      __atomic_fetch_add(&plan.done_rows, end - begin, __ATOMIC_RELEASE);
+    }
+    while (__atomic_load_n(&plan.done_rows, __ATOMIC_ACQUIRE) < rows) {
+    }
+  }
+  for (int64_t task; (task = __atomic_fetch_add(&plan.next_task, 1, __ATOMIC_RELAXED)) < plan.n_tasks;) {
+    if (plan.small) small_task<Dot>(plan, task, slot);
+    else large_task<Dot>(plan, task, slot);
+  }
+}
+
+}  // namespace LONGLLAVA_FORM
+}  // namespace longllava

@@ -1,0 +1,161 @@
+// Rows of floats to int8 by the rule of longllava/ops/quantized.py: absmax / 127, to the nearest, ties to even; rows of
+// zeros (below 2^-100) have scale 1, rows with NaN or infinity scale NaN and values 0. Include from *_kernels.cpp only.
+#pragma once
+
+#include "int8_linear.h"
+
+namespace longllava {
+namespace LONGLLAVA_FORM {
+
+// One vector of a row. GCC 12 makes many instructions of a __builtin_convertvector.
+LONGLLAVA_INLINE vec load_row(const float* p) { return load(p); }
+LONGLLAVA_INLINE vec load_row(const uint16_t* p) {  // bfloat16
+#if defined(__AVX512F__)
+  return bits<vec>((uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) << 16);
+#elif defined(__AVX2__)
+  return bits<vec>((uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) << 16);
+#else
+  return load(p);
+#endif
+}
+
+LONGLLAVA_INLINE ivec larger(ivec a, ivec b) {
+#if defined(__AVX512F__)
+  return (ivec)_mm512_maskz_max_epi32(0xffff, (__m512i)a, (__m512i)b);  // unmasked, GCC 12 warns in its own header
+#elif defined(__AVX2__)
+  return (ivec)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Halves of a vector are folded onto each other until one lane is left.
+template <class Fold>
+LONGLLAVA_INLINE int32_t fold_lanes(ivec x, Fold fold) {
+#pragma GCC unroll 4
+  for (int half = WIDTH / 2; half > 0; half /= 2) {
+#if defined(__clang__)
+    ivec moved = x;
+    for (int i = 0; i < half; ++i) moved[i] = x[i + half];
+#else
+    ivec from;
+    for (int i = 0; i < WIDTH; ++i) from[i] = i ^ half;
+    const ivec moved = __builtin_shuffle(x, from);
+#endif
+    x = fold(x, moved);
+  }
+  return x[0];
+}
+
+// |x| as bits, integers of the same order with NaN above infinity: a maximum loses neither.
+template <class T>
+LONGLLAVA_INLINE uint32_t largest_bits(const T* x, int64_t n) {
+  ivec most[4] = {};
+  int64_t k = 0;
+  for (; k + 4 * WIDTH <= n; k += 4 * WIDTH)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) most[i] = larger(most[i], bits<ivec>(load_row(x + k + i * WIDTH)) & 0x7fffffff);
+  for (; k + WIDTH <= n; k += WIDTH) most[0] = larger(most[0], bits<ivec>(load_row(x + k)) & 0x7fffffff);
+  if (k < n) most[0] = larger(most[0], bits<ivec>(load_some(x + k, int(n - k))) & 0x7fffffff);
+  const ivec all = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+  return uint32_t(fold_lanes(all, [](ivec a, ivec b) { return larger(a, b); }));
+}
+
+struct RowScale {
+  float scale, factor;  // values are factor times x; 0 where nothing is seen
+};
+
+LONGLLAVA_INLINE RowScale scale_of(uint32_t largest) {
+  if (largest >= 0x7f800000u) return {__builtin_nanf(""), 0.0f};
+  const float absmax = bits<float>(largest);
+  if (absmax < 0x1p-100f) return {1.0f, 0.0f};
+  return {absmax / 127.0f, 127.0f / absmax};
+}
+
+// To the nearest integer, ties to even, within -127 .. 127.
+LONGLLAVA_INLINE ivec nearest(vec x, float factor) {
+  const vec scaled = minimum(splat(127.0f), maximum(splat(-127.0f), x * factor));
+#if defined(__AVX512F__)
+  return (ivec)_mm512_maskz_cvtps_epi32(0xffff, (__m512)scaled);
+#elif defined(__AVX2__)
+  return (ivec)_mm256_cvtps_epi32((__m256)scaled);
+#else
+  return bits<ivec>(scaled + splat(12582912.0f)) - 0x4b400000;  // 1.5 * 2^23 more leaves it in the lowest bits
+#endif
+}
+
+LONGLLAVA_INLINE void narrow(int8_t* out, ivec values) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)values));
+#elif defined(__AVX2__)
+  const __m128i low = _mm256_castsi256_si128((__m256i)values), high = _mm256_extracti128_si256((__m256i)values, 1);
+  const __m128i halves = _mm_packs_epi32(low, high);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(halves, halves));
+#else
+  for (int i = 0; i < WIDTH; ++i) out[i] = int8_t(values[i]);
+#endif
+}
+
+LONGLLAVA_INLINE void narrow(int16_t* out, ivec values) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)values));
+#elif defined(__AVX2__)
+  const __m128i low = _mm256_castsi256_si128((__m256i)values), high = _mm256_extracti128_si256((__m256i)values, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_packs_epi32(low, high));
+#else
+  for (int i = 0; i < WIDTH; ++i) out[i] = int16_t(values[i]);
+#endif
+}
+
+// One row of floats; returns the sum of its values. Out is int8_t or int16_t.
+template <class T, class Out>
+LONGLLAVA_INLINE int32_t quantise_row(const T* x, int64_t n, const float* absmax, Out* out, float* scale) {
+  const uint32_t largest = absmax != nullptr ? bits<uint32_t>(*absmax) & 0x7fffffffu : largest_bits(x, n);
+  const RowScale row = scale_of(largest);
+  *scale = row.scale;
+  if (row.factor == 0.0f) {
+    __builtin_memset(out, 0, n * sizeof(Out));
+    return 0;
+  }
+  ivec sum{};
+  int64_t k = 0;
+  for (; k + WIDTH <= n; k += WIDTH) {
+    const ivec values = nearest(load_row(x + k), row.factor);
+    sum += values;
+    narrow(out + k, values);
+  }
+  if (k < n) {
+    const ivec values = nearest(load_some(x + k, int(n - k)), row.factor);
+    sum += values;
+    Out some[WIDTH];
+    narrow(some, values);
+    __builtin_memcpy(out + k, some, (n - k) * sizeof(Out));
+  }
+  return fold_lanes(sum, [](ivec a, ivec b) { return a + b; });
+}
+
+template <class Out>
+LONGLLAVA_INLINE int32_t copy_row(const int8_t* x, int64_t n, Out* out) {
+  int32_t total = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    out[k] = x[k];
+    total += x[k];
+  }
+  return total;
+}
+
+// Row `row` of x, quantised if it is not yet.
+template <class Out>
+LONGLLAVA_INLINE int32_t prepare_row(const Int8Arguments& a, int64_t row, Out* out, float* scale) {
+  const float* absmax = a.absmax != nullptr ? a.absmax + row : nullptr;
+  if (a.x_dtype == DTYPE_INT8) {
+    *scale = a.x_scale[row];
+    return copy_row(static_cast<const int8_t*>(a.x) + row * a.x_row, a.inputs, out);
+  }
+  if (a.x_dtype == DTYPE_FLOAT32)
+    return quantise_row(static_cast<const float*>(a.x) + row * a.x_row, a.inputs, absmax, out, scale);
+  return quantise_row(static_cast<const uint16_t*>(a.x) + row * a.x_row, a.inputs, absmax, out, scale);
+}
+
+}  // namespace LONGLLAVA_FORM
+}  // namespace longllava

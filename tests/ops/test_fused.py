@@ -1,0 +1,107 @@
+"""Norm with residual, and SwiGLU: their numbers, int8 output, gradients. Their kernels: int8_interpreted.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longllava.errors import BackendError, LongLLaVAError
+from longllava.ops.fused import Quantized, rms_norm, swiglu
+from longllava.ops.int8_linear import quantize_rows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_is_the_formula_in_the_published_order(dtype) -> None:
+    x, residual, weight = torch.randn(2, 5, 48).to(dtype), torch.randn(2, 5, 48).to(dtype), torch.randn(48).to(dtype)
+    y, total = rms_norm(x, weight, 1e-5, residual)
+    assert torch.equal(total, residual + x) and total.dtype == y.dtype == dtype
+    wide = total.double()
+    normed = (wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).to(dtype)
+    torch.testing.assert_close(y, normed * weight, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    alone, same = rms_norm(total, weight, 1e-5)
+    assert torch.equal(alone, y) and same is total
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_is_the_formula_rounded_once(dtype) -> None:
+    both = torch.randn(3, 4, 2 * 33).to(dtype)
+    gate, up = both.double().chunk(2, -1)
+    truth = gate * torch.sigmoid(gate) * up
+    y = swiglu(both)
+    assert y.dtype == dtype and y.shape == (3, 4, 33)
+    torch.testing.assert_close(y.double(), truth, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    assert torch.equal(swiglu(both[..., :33], both[..., 33:]), y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_output_is_the_quantisation_of_the_other(dtype) -> None:
+    x, residual, weight = torch.randn(2, 5, 48).to(dtype), torch.randn(2, 5, 48).to(dtype), torch.randn(48).to(dtype)
+    x[0, 0], residual[0, 0], x[0, 1, 3] = 0, 0, torch.nan
+    pairs = [
+        (rms_norm(x, weight, 1e-5, residual, quantized=q)[0], swiglu(x, residual, quantized=q)) for q in (False, True)
+    ]
+    for plain, quantized in zip(*pairs):
+        expected = quantize_rows(plain, backend="reference")
+        assert isinstance(quantized, Quantized) and quantized.dtype == dtype
+        assert torch.equal(quantized.values, expected.values)
+        assert torch.equal(quantized.scale.nan_to_num(7), expected.scale.nan_to_num(7))
+        assert quantized.scale[0, 1].isnan()
+    known = swiglu(x, residual, swiglu(x, residual).float().abs().amax(-1), quantized=True)
+    assert torch.equal(known.values, pairs[1][1].values)
+
+
+def test_gradients() -> None:
+    x, residual, weight = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 8), (3, 8), (8,))
+    )
+    torch.autograd.gradcheck(lambda *args: rms_norm(args[0], args[2], 1e-6, args[1]), (x, residual, weight))
+    torch.autograd.gradcheck(lambda *args: swiglu(*args), (x, residual))
+    y, total = rms_norm(x, weight, 1e-6, residual, quantized=True)
+    assert not y.values.is_floating_point() and total.requires_grad
+
+
+def test_rows_of_no_length_and_no_rows() -> None:
+    for shape in ((0, 8), (2, 0), (0, 0)):
+        x = torch.ones(shape)
+        for quantized in (False, True):
+            for y in (
+                rms_norm(x, x.new_ones(shape[1]), 1e-6, x, quantized=quantized)[0],
+                swiglu(x, x, quantized=quantized),
+            ):
+                assert (y.values if isinstance(y, Quantized) else y).shape == shape
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    x = torch.ones(2, 8)
+    for call, words in (
+        (lambda: rms_norm(x, torch.ones(7), 1e-6), r"weight must be \(8,\), got \(7,\)"),
+        (lambda: rms_norm(x, torch.ones(8), 1e-6, x[:1]), r"residual must be \(2, 8\)"),
+        (lambda: rms_norm(x, torch.ones(8), 1e-6, x.half()), "residual must be .* in torch.float32, got .*float16"),
+        (lambda: swiglu(torch.ones(2, 7)), r"must be \(\.\.\., 2 F\), got \(2, 7\)"),
+        (lambda: swiglu(x, x[:, :4]), r"up must be \(2, 8\)"),
+        (lambda: swiglu(x, x, torch.ones(2)), "absmax is for quantized=True"),
+        (lambda: swiglu(x, x, torch.ones(3), quantized=True), r"must be \(2,\), got \(3,\)"),
+    ):
+        with pytest.raises(LongLLaVAError, match=words):
+            call()
+    for op in (lambda: rms_norm(x, torch.ones(8), 1e-6, backend="triton"), lambda: swiglu(x, x, backend="triton")):
+        with pytest.raises(BackendError, match="triton: needs CUDA tensors, got (x|gate) on cpu"):
+            op()
+
+
+def test_compiled_code_goes_through() -> None:
+    x, weight = torch.randn(3, 16), torch.randn(16)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, total = rms_norm(x, weight, 1e-6, x)
+        quantized = swiglu(total, y, quantized=True)
+        return quantized.values, quantized.scale
+
+    torch.compiler.reset()
+    values, scale = both(x)
+    expected = swiglu(x + x, weight * F.rms_norm(x + x, (16,), eps=1e-6), quantized=True)
+    assert int((values - expected.values).abs().max()) <= 1 and torch.allclose(scale, expected.scale)
