@@ -15,6 +15,7 @@ from _peers import jamba_times, vision_times
 from scaling import random_pixels, slope
 from torch import Tensor
 
+from longllava.errors import InputError
 from longllava.evals.memory import PeakMemory
 from longllava.generation.batch import decode_many
 from longllava.generation.decoding import static_tokens
@@ -255,7 +256,7 @@ class Run:
                     self.model.model(self.model.model.embed(ids_1L), Context(), state)
                 settle(self.device)
                 break
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, InputError):
                 state = layer = None  # type: ignore[assignment]
                 self.collect()
                 wanted -= 5 * 10**8 // per_token
