@@ -43,18 +43,28 @@ struct Walker {
     *reinterpret_cast<float2*>(&shared.sums[buffer][which][k][own.group][own.channel]) = make_float2(x[0], x[1]);
   }
 
-  struct Token { float d[2], x[2], inner[2]; };
+  struct Token { float d[2], x[2], inner[2], b[4], c[4]; };
   __device__ Token token(int slot, int k) const {
     const float4 d = *reinterpret_cast<const float4*>(&shared.steps[slot][k][own.channel]);
     const float2 inner = *reinterpret_cast<const float2*>(&shared.inner[slot][k][own.channel]);
-    return {{d.x, d.z}, {d.y, d.w}, {inner.x, inner.y}};
-  }
-  __device__ float4 row(int slot, int k, int is_C) const {
-    return *reinterpret_cast<const float4*>(&shared.rows[slot][k][own.group * 4 + is_C * SCAN_STATES]);
+    const float* row = &shared.rows[slot][k][own.group * 4];
+    const float4 b = *reinterpret_cast<const float4*>(row), c = *reinterpret_cast<const float4*>(row + SCAN_STATES);
+    return {{d.x, d.z}, {d.y, d.w}, {inner.x, inner.y}, {b.x, b.y, b.z, b.w}, {c.x, c.y, c.z, c.w}};
   }
 
-  // Goes back through the next tile.
+  __device__ void decays(const Token& now, float (&out)[2][4]) const {
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+#pragma unroll
+      for (int s = 0; s < 4; ++s) out[c][s] = fast_exp2(now.d[c] * a[c][s]);
+  }
+
+  // Goes back through the next tile. All that it reads is asked for at once and stays in registers; exponentials are
+  // begun a token before they are needed.
   __device__ void walk(int buffer) {
+    Token tokens[BACK_TOKENS];
+#pragma unroll
+    for (int k = 0; k < BACK_TOKENS; ++k) tokens[k] = token(tile.slot, k);
     float before[BACK_TOKENS + 1][2][4], decay[BACK_TOKENS][2][4];
     int resets[BACK_TOKENS] = {};
 #pragma unroll
@@ -62,11 +72,11 @@ struct Walker {
       const float4 h = shared.states[tile.state_slot][c][id];
       before[0][c][0] = h.x, before[0][c][1] = h.y, before[0][c][2] = h.z, before[0][c][3] = h.w;
     }
+    decays(tokens[0], decay[0]);
 #pragma unroll
     for (int k = 0; k < BACK_TOKENS; ++k) {
-      const Token now = token(tile.slot, k);
-      const float4 b = row(tile.slot, k, 0), c4 = row(tile.slot, k, 1);
-      const float bs[4] = {b.x, b.y, b.z, b.w}, cs[4] = {c4.x, c4.y, c4.z, c4.w};
+      const Token& now = tokens[k];
+      if (k + 1 < BACK_TOKENS) decays(tokens[k + 1], decay[k + 1]);
       if (FLAGS) resets[k] = shared.resets[tile.slot][k];
       float y[2] = {}, grad_C[4] = {};
 #pragma unroll
@@ -74,10 +84,9 @@ struct Walker {
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
           if (FLAGS && resets[k] != 0) before[k][c][s] = 0.0f;
-          decay[k][c][s] = fast_exp2(now.d[c] * a[c][s]);
-          const float h = fmaf(decay[k][c][s], before[k][c][s], now.x[c] * bs[s]);
+          const float h = fmaf(decay[k][c][s], before[k][c][s], now.x[c] * now.b[s]);
           before[k + 1][c][s] = h;
-          y[c] = fmaf(h, cs[s], y[c]);
+          y[c] = fmaf(h, now.c[s], y[c]);
           grad_C[s] = fmaf(h, now.inner[c], grad_C[s]);
         }
       put_sums(buffer, 0, k, y);
@@ -85,16 +94,14 @@ struct Walker {
     }
 #pragma unroll
     for (int k = BACK_TOKENS - 1; k >= 0; --k) {
-      const Token now = token(tile.slot, k);
-      const float4 b = row(tile.slot, k, 0), c4 = row(tile.slot, k, 1);
-      const float bs[4] = {b.x, b.y, b.z, b.w}, cs[4] = {c4.x, c4.y, c4.z, c4.w};
+      const Token& now = tokens[k];
       float grad_x[2] = {}, grad_d[2] = {}, grad_B[4] = {};
 #pragma unroll
       for (int c = 0; c < 2; ++c)
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
-          g[c][s] = fmaf(cs[s], now.inner[c], g[c][s]);
-          grad_x[c] = fmaf(g[c][s], bs[s], grad_x[c]);
+          g[c][s] = fmaf(now.c[s], now.inner[c], g[c][s]);
+          grad_x[c] = fmaf(g[c][s], now.b[s], grad_x[c]);
           grad_B[s] = fmaf(g[c][s], now.x[c], grad_B[s]);
           g[c][s] *= decay[k][c][s];
           const float through = g[c][s] * before[k][c][s];

@@ -25,6 +25,8 @@ int scan_forward_as(const ScanArguments& p) {
 template <class T> int scan_forward_of(const ScanArguments& p) {
   const bool fast = p.wide != 0 && p.flags == nullptr && p.states == SCAN_STATES;
   if (!fast) return scan_forward_as<T, 16, 2, 2, false, false>(p);
+  // shared memory of an A100 holds 32 tokens of 16 bits, and 16 of 32
+  if constexpr (sizeof(T) == 4) return scan_forward_as<T, 16, 2, 2, false, true>(p);
   switch (p.variant) {
     case 1: return scan_forward_as<T, 32, 1, 2, true, true>(p);
     case 2: return scan_forward_as<T, 32, 1, 1, true, true>(p);

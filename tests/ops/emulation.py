@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -21,9 +24,20 @@ FLAGS = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 
 @functools.lru_cache(maxsize=1)
 def library() -> Path:
-    """The emulation, built once a process. Needs g++ 12 or newer, for its _Float16 and its C++17."""
-    folder = Path(tempfile.mkdtemp(prefix="longllava-emulated-"))
+    """The emulation, built once for all workers, and again when a source changes. Needs g++ 12 or newer (_Float16)."""
     sources = sorted((ROOT / "csrc").glob("*.cu"))
+    texts = [*sources, *sorted((ROOT / "csrc").glob("*.cuh")), ROOT / "tests/ops/emulated/device.cuh", Path(__file__)]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in texts)).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"longllava-emulated-{os.getuid()}-{key}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "emulated.so").exists():
+            _build(sources, folder)
+    return folder / "emulated.so"
+
+
+def _build(sources: list[Path], folder: Path) -> None:
 
     def compile(source: Path) -> None:
         include = [f"-I{ROOT}/tests/ops/emulated", f"-I{ROOT}/csrc"]
@@ -33,8 +47,8 @@ def library() -> Path:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile, sources))
     objects = [str(folder / f"{source.stem}.o") for source in sources]
-    subprocess.run(["g++", "-shared", *objects, "-o", str(folder / "emulated.so")], check=True)
-    return folder / "emulated.so"
+    subprocess.run(["g++", "-shared", *objects, "-o", str(folder / "unfinished.so")], check=True)
+    os.replace(folder / "unfinished.so", folder / "emulated.so")
 
 
 @contextmanager

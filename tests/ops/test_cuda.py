@@ -36,7 +36,7 @@ CASES = [case for case in scan_cases.CASES if case.n_states <= launch.MAX_STATES
 CASES += [replace(WIDE, name=f"wide-{dtype}", dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 CASES += [replace(WIDE, name="wide-wild", packing="wild", length=90, batch=2, dtype=torch.bfloat16)]
 # the scan: blocks of 256 threads, of which two fit a processor forward; the convolution takes many with eight taps
-MOST_REGISTERS = {"selective_scan_backward": 200, "selective_scan": 96, "trial": 16, "causal_conv1d": 255}
+MOST_REGISTERS = {"selective_scan_backward": 232, "selective_scan": 96, "trial": 16, "causal_conv1d": 255}
 CONV_CASES = [*conv_cases.CASES]
 CONV_CASES += [
     replace(conv_cases.PLAIN, name=f"wide-{dtype}", channels=24, length=length, dtype=dtype)
@@ -66,6 +66,12 @@ def test_scan_matches_the_reference(case, on_cpu) -> None:
 def test_scan_over_several_spans_matches_too(case, on_cpu, several_spans) -> None:
     case = replace(case, length=200)
     assert launch.spans(case.batch, case.length, case.channels, torch.device("cpu")) == (7, 32)
+    assert_matches(scan.run, scan_reference.run, scan_cases.NAMES, case.inputs(), SLACK)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("plain", "wide-wild")], ids=str)
+def test_scan_backward_with_less_shared_memory_matches_too(case, on_cpu, monkeypatch) -> None:
+    monkeypatch.setattr(launch, "backward_block", lambda device: 32)
     assert_matches(scan.run, scan_reference.run, scan_cases.NAMES, case.inputs(), SLACK)
 
 
