@@ -1,4 +1,4 @@
-"""`longllava generate | chat | train | eval | convert | downcycle | quantize | export | plan | world | doctor`.
+"""`longllava generate | chat | train | data | eval`, and what works on folders: `convert`, `merge`, `plan` and so on.
 
 Torch loads only when a command runs.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longllava.cli import curriculum, evaluate, folders, plan, talk, work
+from longllava.cli import curriculum, data, evaluate, folders, plan, talk, work
 from longllava.errors import LongLLaVAError
 from longllava.version import __version__
 
@@ -27,9 +27,14 @@ evaluations = typer.Typer(help="Measure a model.", no_args_is_help=True)
 evaluations.command()(evaluate.vniah)
 evaluations.command()(curriculum.curriculum)
 
+sources = typer.Typer(help="Data to train on.", no_args_is_help=True)
+sources.command()(data.check)
+sources.command()(data.init)
+
 app.command()(talk.generate)
 app.command()(talk.chat)
 app.command()(work.train)
+app.add_typer(sources, name="data")
 app.add_typer(evaluations, name="eval")
 app.command()(folders.convert)
 app.command()(folders.downcycle)
