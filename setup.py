@@ -35,7 +35,7 @@ CORE = [
     "tqdm>=4.66",
     "matplotlib>=3.8",
 ]
-TRAIN = ["accelerate>=1.1", "datasets>=3", "peft>=0.14", "tensorboard>=2.16"]
+TRAIN = ["accelerate>=1.1", "datasets>=3.4", "peft>=0.14", "tensorboard>=2.16"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "psutil>=5.9"]
 DEV = [*TEST, "ruff>=0.9", "mypy>=1.13", "build>=1.2"]
 EXTRAS = {
