@@ -5,13 +5,16 @@
 The model has LongLLaVA-9B's layout, 32 layers with attention in every eighth, and a fraction of its width; the row has
 40,960 tokens, most of them of pictures. Two steps by the engine of the training loop, so that AdamW's state is there.
 Measured on a CPU is the resident memory of the process (VmHWM) above what it was before the model was made, on a GPU
-what torch allocated.
+what torch allocated. glibc is told to give every large block back when it is freed (MALLOC_MMAP_THRESHOLD_): else it
+keeps the holes between them, and what is measured is its heap.
 """
 
 import _environment  # noqa: F401
 
 import dataclasses
 import gc
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +22,7 @@ import typer
 
 from longllava.cli import run
 
+GLIBC = "MALLOC_MMAP_THRESHOLD_"  # read when a process starts
 SAMPLE, LEARNED = 4096, 64  # tokens of a sample, and of its end that are learned
 
 
@@ -104,6 +108,8 @@ def training_memory(
     save: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
 ) -> None:
     """Two packed steps of a shrunken model: peak memory, measured and as estimated."""
+    if sys.platform == "linux" and GLIBC not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, GLIBC: "65536"})
     import torch
 
     from longllava.settings import load

@@ -13,13 +13,22 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the YAML to set otherwise.")
     ] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Say what each process would need; do nothing.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="For --estimate: how many there would be.")] = None,
 ) -> None:
     """Train one stage. Started again with the same output folder, it goes on where it stopped."""
     from longllava.shipped import shipped
-    from longllava.train import main
 
     is_path = Path(config).is_file() or config.endswith(".yaml")
-    main(config if is_path else str(shipped("configs", f"train/{config}")), list(overrides or ()))
+    path = config if is_path else str(shipped("configs", f"train/{config}"))
+    if estimate:
+        from longllava.train.preview import preview
+
+        print(preview(path, list(overrides or ()), processes))
+        return
+    from longllava.train import main
+
+    main(path, list(overrides or ()))
 
 
 def world(

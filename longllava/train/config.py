@@ -84,6 +84,7 @@ class AidsConfig:
 
 ENGINES = ("auto", "torch", "zero1", "zero2", "zero3")
 OFFLOADS = ("none", "optimizer", "all")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,8 @@ class TrainConfig:
 
     lora: parts that learn through adapters alone (train/lora.py). frozen_dtype: "int8" holds a frozen language model in
     8 bits, through which the bridge's gradients go; the stage's model has it as it was.
+
+    report_to: where numbers go beside log.jsonl: tensorboard, trackio, wandb (offline unless WANDB_MODE is set).
 
     engine: "torch" (one process, or DDP), or DeepSpeed's ZeRO: "zero1" shares the optimizer's state among the
     processes, "zero2" also gradients, "zero3" also weights. "auto": what `accelerate launch` was told, else torch.
@@ -139,6 +142,7 @@ class TrainConfig:
     window: int = 64
     save_every: int = 200
     log_every: int = 10
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     evaluate: list[str] = field(default_factory=list)
     eval_questions: int = 200
     preset: str = ""
@@ -155,6 +159,9 @@ class TrainConfig:
                     raise ConfigError(f"lora.parts: {part!r} is not in train_only, where all that learns is named")
             if self.average_phases:
                 raise ConfigError("average_phases: a mean of adapters is not the mean of what they do; leave it out")
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise ConfigError(f"report_to: got {name!r}, allowed: {', '.join(TRACKERS)}")
         one_of(self, "engine", ENGINES)
         one_of(self, "offload", OFFLOADS)
         if self.offload == "all" and self.engine != "zero3":

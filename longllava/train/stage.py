@@ -24,6 +24,7 @@ from longllava.shipped import shipped
 from longllava.train.config import PARTS, TrainConfig, engine_named, load_stage
 from longllava.train.lora import add_adapters_, base_of, save_adapter
 from longllava.train.parts import read_part
+from longllava.train.pretrained import PRETRAINED, load_pretrained_, pretrained_folder
 from longllava.train.record import RECORD, environment, read_record
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from longllava.model import Model
 
 # what may differ between a run and its going on
-FREE = ("output", "preset", "save_every", "log_every", "evaluate", "eval_questions", "device", "feature_cache",
-        "engine", "offload", "gradient_checkpointing", "offload_activations")  # fmt: skip
+FREE = ("output", "preset", "save_every", "log_every", "report_to", "evaluate", "eval_questions", "device",
+        "feature_cache", "engine", "offload", "gradient_checkpointing", "offload_activations")  # fmt: skip
 
 
 def main(path: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -179,6 +180,10 @@ def start_folders(config: TrainConfig, model_config: ModelConfig) -> dict[str, P
         if stage is None:
             continue
         named = config.init_from.get(part) or config.init_from.get("all")
+        if stage == PRETRAINED:
+            if getattr(model_config, part, None) is not None:
+                folders[part] = pretrained_folder(part, named, model_config, config.stage)
+            continue
         own = own_folder(config, model_config, stage, part)
         foundation = f"{model_config.name}-foundation"
         if named is not None:
@@ -212,7 +217,7 @@ def check_stage(folder: Path, part: str, wanted: str, stage: str) -> None:
 def load_tokenizer(model_config: ModelConfig, folders: dict[str, Path]) -> Tokenizer:
     """The tokenizer of the folder that the language model comes from, else the one shipped for the model."""
     folder = folders.get("backbone")
-    if folder is None or not (folder / "tokenizer.json").is_file():
+    if folder is None or not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         from longllava.checkpoints.load import ASSETS
 
         folder = ASSETS / model_config.name
@@ -244,6 +249,9 @@ def build_start(
         if model.backbone.lm_head is not None:
             model.backbone.lm_head.weight.data.copy_(embeddings_VD)
     for part, folder in folders.items():
+        if PRETRAINED in (config.start_from.get(part), config.start_from.get("all")):
+            load_pretrained_(model, folder, part)
+            continue
         tensors = read_part(folder, part)
         missing, unexpected = getattr(model, part).load_state_dict(tensors, strict=False)
         # batch norm's count of batches is no weight, and a file of weights may lack it
