@@ -40,7 +40,7 @@ TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "psutil>=5.9"]
 DEV = [*TEST, "ruff>=0.9", "mypy>=1.13", "build>=1.2"]
 EXTRAS = {
     "train": TRAIN,
-    "deepspeed": [*TRAIN, "deepspeed>=0.16"],
+    "deepspeed": [*TRAIN, "deepspeed>=0.19"],
     "video": ["av>=12"],
     "cuda": ["triton>=3.6", "mamba-ssm>=2.2", "causal-conv1d>=1.4"],
     "openclip": ["open_clip_torch>=2.30"],
