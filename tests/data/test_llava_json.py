@@ -272,3 +272,43 @@ def test_a_file_that_changed_since_is_an_error(root: Path) -> None:
     (root / "a.png").unlink()
     with pytest.raises(DataError, match="data.jsonl:2: missing image: .*; it was usable when training began"):
         source.sample(1)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_line_spoiled_in_any_way_spoils_no_other(tmp_path_factory, data) -> None:
+    """Bytes changed, put in or cut off in one line: it alone is left out, or is still a record."""
+    folder = tmp_path_factory.mktemp("lines")
+    lines = [json.dumps({"id": str(i), "conversations": [{"from": "human", "value": f"é {i}?"}, TOLD]}).encode()
+             for i in range(110)]  # fmt: skip
+    at = data.draw(st.integers(0, 109))
+    line = bytearray(lines[at])
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, max(0, len(line) - 1)))
+        kind = data.draw(st.sampled_from(["change", "insert", "cut", "duplicate"]))
+        byte = data.draw(st.integers(0, 255).filter(lambda value: value not in (10, 13)))
+        if kind == "cut":
+            del line[place:]
+        elif kind == "duplicate":
+            line[place:place] = line[place : place + 9]
+        else:
+            line[place : place + (kind == "change")] = bytes([byte])
+    lines[at] = bytes(line)
+    path = folder / "data.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    source = LlavaSource("data", path, duplicates="keep")
+    others = {f"é {i}?" for i in range(110) if i != at}
+    texts = {source.sample(i).turns[0].text for i in range(source.n_samples or 0)}
+    assert others <= texts and len(source.rejected) + len(texts) in (109, 110)
+    assert all(item.where == f"{path}:{at + 1}" for item in source.rejected)
+
+
+def test_fewer_records_than_a_batch_are_read_again_and_again(root: Path) -> None:
+    from longllava.data.packing import Cursor, plan_window
+    from tests.tiny import tiny_model
+
+    source = LlavaSource("data", write_lines(root, numbered(2)))
+    plan = plan_window(lambda n: (source.sample(n % 2), "data"), tiny_model().processor, Cursor(), seed=0, n_steps=2,
+                       n_rows=3, row_length=200)  # fmt: skip
+    ids = [item.id for rows in plan.steps for row in rows for item in row]
+    assert set(ids) == {"0", "1"} and all(len(rows) == 3 and all(rows) for rows in plan.steps)
