@@ -74,7 +74,7 @@ def read_config(folder: Path) -> ModelConfig:
     kind = data.get("model_type")
     if kind in (None, MODEL_TYPE):
         return load(ModelConfig, path)
-    if kind not in READERS:
+    if not isinstance(kind, str) or kind not in READERS:
         raise CheckpointError(f"{path}: model_type {kind!r}; this library reads {', '.join(READERS)}, and its own")
     for key, allowed in FIXED.items():
         for part in (data, data.get("text_config")):

@@ -77,14 +77,16 @@ def tower_config(source: str, beside: Path = Path(), select_layer: int = -2) -> 
 def vision_values(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Settings of an EncoderConfig from a config.json of CLIP or SigLIP, or the vision part of one."""
     where = f"{folder / CONFIG}"
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: vision_config: expected a mapping, got {data!r:.80}")
     family = data.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise CheckpointError(f"{where}: vision model_type {family!r}; allowed: {', '.join(FAMILIES)}")
     vision = data.get("vision_config", data)
     if not isinstance(vision, dict):
         raise ConfigError(f"{where}: vision_config: expected a mapping, got {vision!r}")
     values = {**FAMILIES[family], **{FIELDS[key]: value for key, value in vision.items() if key in FIELDS}}
-    values["activation"] = ACTIVATIONS.get(values["activation"], values["activation"])
+    values["activation"] = ACTIVATIONS.get(str(values["activation"]), values["activation"])
     if (folder / PREPROCESSOR).is_file():
         preprocessor = read_mapping(folder / PREPROCESSOR)
         values |= {ours: preprocessor[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))

@@ -121,6 +121,7 @@ def found(libraries, tmp_path_factory):
     command = [sys.executable, "-c", STOCK, json.dumps(jobs), str(place / "found.pt")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=place)
     assert done.returncode == 0, done.stderr
+    assert json.loads((place / "tied/config.json").read_text())["tie_word_embeddings"]
     return torch.load(place / "found.pt", weights_only=False)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from longllava.api import LongLLaVA
 from longllava.checkpoints import load_model, load_weights_, save_model
+from longllava.checkpoints.published import read_config
 from longllava.config import PUBLISHED_PROMPT, BridgeConfig, EncoderConfig, PromptConfig
 from longllava.errors import CheckpointError, ConfigError, LongLLaVAError
 from longllava.model import Model
@@ -200,6 +201,7 @@ def test_faults_are_named_in_the_words_of_the_file(tmp_path):
     ("changes", "words"),
     [
         ({"model_type": "mamba2"}, "model_type 'mamba2'; this library reads jamba, llava_jamba, llava"),
+        ({"model_type": ["mamba2"]}, "model_type .'mamba2'.; this library reads"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end True is not supported, only False"),
         ({"mamba_inner_layernorms": False}, "mamba_inner_layernorms False"),
@@ -219,6 +221,30 @@ def test_configs_that_cannot_be_meant(tmp_path, changes, words):
     assert str(tmp_path) in str(caught.value)
 
 
+ODD = (None, True, -1, 10**30, 1.5, "x", [1], {"a": 1})
+
+
+@pytest.mark.parametrize("layout", ["longllava", "llava", "jamba"])
+def test_any_odd_value_is_a_config_or_one_error(tmp_path, layout):
+    """Every key of every part, each with every value: never another exception than the library's own."""
+    getattr(published, layout)(tmp_path)
+    base = json.loads((tmp_path / "config.json").read_text()) | {"longllava_prompt": {}, "quantization_config": None}
+    parts = [(), *((key,) for key, value in base.items() if isinstance(value, dict))]
+    n_refused = 0
+    for part in parts:
+        inside = base[part[0]] if part else base
+        for key in inside:
+            for value in ODD:
+                edit_config(tmp_path, **({part[0]: {**inside, key: value}} if part else {**base, key: value}))
+                try:
+                    read_config(tmp_path)
+                except LongLLaVAError as error:
+                    n_refused += 1
+                    assert "\n" not in str(error)
+        edit_config(tmp_path, **base)
+    assert n_refused > 100
+
+
 def test_a_folder_of_any_layout_answers_as_the_model_did(tmp_path):
     """from_pretrained on stock Llava's layout, with pictures, and on plain Jamba's, without."""
     tiny = tiny_model(bridge=BridgeConfig(pool="none", tokens_per_image=16, hidden=32))
@@ -235,8 +261,6 @@ def test_a_folder_of_any_layout_answers_as_the_model_did(tmp_path):
 
 
 def test_what_a_config_leaves_out_is_transformers_default(tmp_path):
-    from longllava.checkpoints.published import read_config
-
     (tmp_path / "config.json").write_text('{"model_type": "jamba"}')
     backbone = read_config(tmp_path).backbone
     assert (backbone.n_experts, backbone.n_experts_per_token, backbone.width, backbone.tie_embeddings) == (
