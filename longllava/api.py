@@ -137,7 +137,7 @@ class LongLLaVA:
         from longllava.generation import Sampling
 
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-                            seed=seed, stop=stop or ())  # fmt: skip
+                            seed=seed, stop=stop)  # fmt: skip
         session = self.fresh(**reading)
         pieces, sources = self.pieces(prompt, images, video, session)
         answer = session.respond(pieces, sources, sampling)
