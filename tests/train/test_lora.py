@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,18 @@ from safetensors.torch import load_file, save_file
 from longllava.api import LongLLaVA
 from longllava.checkpoints import load_model
 from longllava.checkpoints.adapters import merge, merge_, read_adapter
+from longllava.config import EncoderConfig
 from longllava.errors import CheckpointError, ConfigError, TrainingError
 from longllava.inputs.tokenizer import Tokenizer
+from longllava.model import Model
+from longllava.settings import build
 from longllava.train import loop
 from longllava.train import stage as stage_module
 from longllava.train.config import load_stage
+from longllava.train.lora import LoraConfig, add_adapters_
+from longllava.train.optimizer import select_parts
 from longllava.train.stage import run_stage
-from tests.tiny_world import TOKENIZER, world_samples, write_foundation, write_stage
+from tests.tiny_world import TOKENIZER, world_config, world_samples, write_foundation, write_stage
 
 RATE = {"phases": [{"steps": 4, "row_length": 192, "rows": 1, "learning_rate": 2e-2}]}
 
@@ -216,3 +222,19 @@ def test_the_bridge_learns_through_a_language_model_in_8_bits(runs) -> None:
     logs = [[json.loads(line)["loss"] for line in (runs / name / "log.jsonl").read_text().splitlines()]
             for name in ("floats", "small")]  # fmt: skip
     assert logs[0] == pytest.approx(logs[1], rel=0.01) and logs[0] != logs[1]
+
+
+def test_batch_norm_beside_adapters_stands_still() -> None:
+    """Its means are in no adapter: moved, the merged model would be another one."""
+    stem = {"image_size": 32, "patch_size": 8, "width": 16, "n_layers": 1, "n_heads": 2, "mlp_width": 32,
+            "select_layer": -1, "stem_widths": [8, 16], "stem_strides": [4, 2], "stem_blocks": [1, 1]}  # fmt: skip
+    model = Model(dataclasses.replace(world_config(), encoder=build(EncoderConfig, stem, "encoder")))
+    lora = LoraConfig(rank=2, parts=["encoder"])
+    add_adapters_(model, lora, seed=0)
+    names = {name for name, _ in select_parts(model, ["encoder", "bridge"])}
+    assert all(".lora_" in name for name in names if name.startswith("encoder")) and any("bridge" in n for n in names)
+    assert model.encoder is not None and model.encoder.training
+    before = {name: buffer.clone() for name, buffer in model.encoder.named_buffers()}
+    model.encoder(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8))
+    assert any("running_mean" in name for name in before)
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.encoder.named_buffers())
