@@ -144,6 +144,17 @@ def test_norms_quantise_as_their_layers_would():
     assert torch.equal(hidden(model, x_BLD), hidden(apart, x_BLD))
 
 
+@pytest.mark.parametrize("n_experts", [1, 4])
+def test_sums_made_inside_norms_are_the_same(n_experts):
+    """What a GPU runs: each residual sum where it is normalised, and there quantised."""
+    model = quantize_(tiny(n_experts))
+    for length in (1, 30):
+        x_BLD = torch.randn(2, length, 32)
+        with torch.no_grad():
+            got, _ = model.backbone.without_gradients(x_BLD, Context(), None)
+        assert torch.equal(got, hidden(model, x_BLD))
+
+
 @given(rows=st.integers(0, 9), n_in=st.integers(1, 40), n_out=st.integers(1, 20), bias=st.booleans(),
        least=st.integers(1, 12))  # fmt: skip
 def test_linear_of_any_shape(rows, n_in, n_out, bias, least):
