@@ -81,6 +81,17 @@ def function(name: str) -> Any:
     return entry
 
 
+@functools.lru_cache
+def constant(name: str) -> int:
+    """A number that the library states by a function of no arguments. Raises BackendError without a library."""
+    library, reason = _loaded()
+    if library is None:
+        raise BackendError(str(reason))
+    entry = getattr(library, name)
+    entry.restype = ctypes.c_int64
+    return int(entry())
+
+
 def succeed(code: int, op: str) -> None:
     """Turn an entry's return code into an exception."""
     if code < 0:

@@ -96,7 +96,7 @@ def backward_block(device: torch.device) -> int:
     if device.type != "cuda":
         return CHANNELS
     has = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return CHANNELS if has >= native_cuda.function("longllava_cuda_scan_backward_bytes")() else CHANNELS // 2
+    return CHANNELS if has >= native_cuda.constant("longllava_cuda_scan_backward_bytes") else CHANNELS // 2
 
 
 def gradients(
