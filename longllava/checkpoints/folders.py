@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def find_folder(name: str | Path) -> Path:
     """
     if str(name) in shipped_models():
         return ASSETS / str(name)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))  # Path's own raises for users that are not known
+    if os.path.isdir(path):  # and where a name is too long
         if not (path / CONFIG).is_file():
             raise CheckpointError(
                 f"{path}: no {CONFIG} in it; a model folder holds {CONFIG}, tokenizer.json and {WEIGHTS}"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+LONGEST = 255  # bytes, which no file system's names go beyond
 # the format's names of dtypes, and torch's
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -123,6 +124,7 @@ def read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: weight_map is not a table of tensor names to file names")
     for name in weight_map.values():
         plain = isinstance(name, str) and name == Path(name).name and "\\" not in name and ":" not in name
+        plain = plain and len(name.encode("utf-8", "replace")) <= LONGEST
         if not plain or not name.isprintable() or not name.endswith(".safetensors"):
             raise CheckpointError(f"{path}: {name!r:.80} is not the plain name of a .safetensors file in this folder")
     return weight_map

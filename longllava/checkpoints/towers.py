@@ -7,6 +7,7 @@ open_clip.create_model takes them.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,12 @@ def tower_entries(source: str, beside: Path) -> dict[str, Stored]:
 
 
 def tower_folder(source: str, beside: Path) -> Path:
-    return beside / source if (beside / source / CONFIG).is_file() else find_folder(source)
+    if os.path.isfile(beside / source / CONFIG):  # not Path.is_file, which raises where a name is too long
+        return beside / source
+    try:
+        return find_folder(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{beside}: its vision tower: {error}") from None
 
 
 def tower_config(source: str, beside: Path = Path(), select_layer: int = -2) -> EncoderConfig:
