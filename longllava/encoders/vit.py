@@ -92,7 +92,9 @@ class VisionTransformer(nn.Module):
     def without_gradients(self, x_NTC: Tensor) -> Tensor:
         """The layers, with each residual added in the pass that normalises it."""
         blocks = cast(list[VisionBlock], list(self.layers))
-        y_NTC = blocks[0].attention_norm(x_NTC) if blocks else x_NTC
+        if not blocks:
+            return x_NTC
+        y_NTC = blocks[0].attention_norm(x_NTC)
         with fastest_attention(x_NTC.device):
             for block, following in zip(blocks, [*blocks[1:], None], strict=True):
                 norm = block.mlp_norm
