@@ -55,12 +55,16 @@ CALLS: dict[str, Callable[[Make], tuple]] = {
     "quantize_rows": lambda make: (make(33, 64), None),
     "rms_norm": lambda make: (make(33, 64), make(64), 1e-6, make(33, 64), False),
     "swiglu": lambda make: (make(33, 64), make(33, 64), None, False),
+    "few_rows_linear": lambda make: (make(3, 64), make(40, 64), make(40)),
+    "add_layer_norm": lambda make: (make(33, 64), make(33, 64), make(64), make(64), 1e-5),
 }
 # Where an op's backends are, if not in the folder of its name as BACKENDS.
 PLACES = {
     "quantize_rows": ("int8_linear", "QUANTIZE_BACKENDS"),
     "rms_norm": ("fused", "RMS_NORM_BACKENDS"),
     "swiglu": ("fused", "SWIGLU_BACKENDS"),
+    "few_rows_linear": ("few_rows", "BACKENDS"),
+    "add_layer_norm": ("vision", "LAYER_NORM_BACKENDS"),
 }
 
 
