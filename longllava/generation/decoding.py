@@ -5,6 +5,7 @@ Shapes: B rows, C places for new tokens, P segments of the prefix, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterator
 
@@ -144,7 +145,7 @@ class Decoder:
 def captured(step, device: torch.device) -> torch.cuda.CUDAGraph:  # type: ignore[no-untyped-def]
     """A graph of what `step` launches. Not torch.cuda.graph, which empties the allocator's cache each time."""
     graph = torch.cuda.CUDAGraph()
-    current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    current, stream = torch.cuda.current_stream(device), capture_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
@@ -152,6 +153,12 @@ def captured(step, device: torch.device) -> torch.cuda.CUDAGraph:  # type: ignor
         graph.capture_end()
     current.wait_stream(stream)
     return graph
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device: cuBLAS keeps a workspace for every stream it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class Result:
