@@ -80,9 +80,6 @@ class Run:
             torch.cuda.empty_cache()
         settle(self.device)
 
-    def held(self) -> int:
-        return torch.cuda.memory_allocated() if self.on_gpu else 0
-
     def text(self, n_tokens: int) -> Encoded:
         highest = self.model.tokenizer.vocab_size
         return Encoded(torch.randint(3, highest, (n_tokens,), generator=torch.Generator().manual_seed(0)).tolist())
@@ -132,7 +129,7 @@ class Run:
         if self.late(**kind):
             return
         self.collect()
-        held = self.held()
+        held = torch.cuda.memory_allocated() if self.on_gpu else 0
         self.memory.start()
         first, length, hidden_1D, state, session = self.first_token(n_images, tokens, answer)
         seconds = first
@@ -201,7 +198,7 @@ class Run:
         row["first_token_of_a_question_seconds"] = min(
             timed(lambda: album.ask(QUESTION, max_new_tokens=1)) for _ in range(2)
         )
-        held = self.held()
+        held = torch.cuda.memory_allocated() if self.on_gpu else 0
         self.memory.start()
         row["questions"] = 32 if self.on_gpu else 2
         questions = [QUESTION] * row["questions"]
