@@ -252,12 +252,15 @@ def build_start(
         if PRETRAINED in (config.start_from.get(part), config.start_from.get("all")):
             load_pretrained_(model, folder, part)
             continue
-        tensors = read_part(folder, part)
-        missing, unexpected = getattr(model, part).load_state_dict(tensors, strict=False)
+        tensors, module = read_part(folder, part), getattr(model, part)
+        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
         # batch norm's count of batches is no weight, and a file of weights may lack it
-        wrong = [*unexpected, *(name for name in missing if not name.endswith("num_batches_tracked"))]
+        missing = [name for name in shapes.keys() - tensors.keys() if not name.endswith("num_batches_tracked")]
+        wrong = missing + [name for name, tensor in tensors.items() if tensor.shape != shapes.get(name)]
         if wrong:
-            raise TrainingError(f"{folder}: its {part} is of another model; they differ in {', '.join(wrong[:8])}")
+            listed = ", ".join(sorted(wrong)[:8])
+            raise TrainingError(f"{folder}: its {part} is of another model; they differ in {listed}")
+        module.load_state_dict(tensors, strict=False)
     if config.lora is not None:
         add_adapters_(model, config.lora, config.seed)
     return model

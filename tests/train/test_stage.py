@@ -84,6 +84,7 @@ def test_a_finished_stage_is_left_as_it_is(runs, capsys) -> None:
         ),
         ({"start_from": {"bridge": "nothing"}}, "no training.json that says which stage it is of"),
         ({"model": "RUNS/wide.json"}, "its backbone is of another model"),
+        ({"model": "RUNS/broad.json"}, "its backbone is of another model; they differ in embed_tokens.weight"),
     ],
 )
 def test_a_folder_of_another_stage_is_refused(runs, monkeypatch, changes: dict, message: str) -> None:
@@ -91,6 +92,8 @@ def test_a_folder_of_another_stage_is_refused(runs, monkeypatch, changes: dict, 
     (runs / "nothing" / "model").mkdir(parents=True)
     wide = (runs / "foundation-text" / "model" / "config.json").read_text().replace('"n_layers": 3', '"n_layers": 4')
     (runs / "wide.json").write_text(wide)
+    broad = (runs / "foundation-text" / "model" / "config.json").read_text().replace("1920", "1930")
+    (runs / "broad.json").write_text(broad)
     named = json.loads(json.dumps(changes).replace("RUNS", str(runs)))
     with pytest.raises(TrainingError, match=message):
         run_stage(load_stage(write_stage(runs, **named)))
