@@ -67,7 +67,7 @@ class RecordSource:
         self.scanned = list(scanned.rejected.values())
         usable = len(self.places) // 4
         if not usable:
-            raise DataError(f"{label}: holds no records; expected a JSON list, or one JSON object a line")
+            raise DataError(f"{label}: holds no records that can be used")
         if count is not None and count > usable:
             raise DataError(f"count is {count}, but {label} holds {usable} usable records")
         self.order = list(range(usable))

@@ -207,6 +207,23 @@ def longllava(*arguments: str, folder: Path) -> str:
     return done.stdout
 
 
+def test_the_commands(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from longllava.cli import app
+
+    made = CliRunner().invoke(app, ["data", "init", "own", "-n", "12"])
+    assert made.exit_code == 0 and "next: longllava data check own/recipe.yaml" in made.stdout
+    checked = CliRunner().invoke(app, ["data", "check", "own/recipe.yaml", "--json", "--limit", "5"])
+    (found,) = json.loads(checked.stdout)["sources"]
+    assert checked.exit_code == 0 and (found["samples"], found["looked_at"]) == (12, 5)
+    assert (tmp_path / "runs/check/own/lengths.png").is_file()
+    missing = CliRunner().invoke(app, ["data", "check", "longllava/stage2"])
+    assert isinstance(missing.exception, DataError)
+    assert "2 of 2 sources cannot be used: llava-1.5, mantis-single" in str(missing.exception)
+    assert "llava_v1_5_mix665k.json: no such file" in missing.stdout.replace("\n", "")
+
+
 @pytest.mark.long
 def test_a_model_learns_ones_own_data_and_is_merged(tmp_path: Path) -> None:
     """The four commands of README's "Train", on the model that ships."""

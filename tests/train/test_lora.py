@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from longllava.api import LongLLaVA
 from longllava.checkpoints import load_model
 from longllava.checkpoints.adapters import merge, merge_, read_adapter
+from longllava.cli.folders import merge as command
 from longllava.config import EncoderConfig
 from longllava.errors import CheckpointError, ConfigError, TrainingError
 from longllava.inputs.tokenizer import Tokenizer
@@ -78,7 +79,7 @@ def test_merged_and_reloaded_it_answers_as_with_its_adapters(runs, monkeypatch, 
     talker, folder = trained_model(runs, monkeypatch, train_only=train_only, lora={"rank": 4, "parts": parts})
     learned = answers(talker)
     assert [likely for _, likely in learned] != pytest.approx([likely for _, likely in before], abs=1e-3)
-    merged = merge(runs / "base/model", folder, runs / "merged")
+    command(str(runs / "base/model"), str(folder), str(merged := runs / "merged"), None)
     for where in (merged, folder):  # a whole model; and the adapters' folder itself, merged as it is read
         again = answers(LongLLaVA.from_pretrained(where, dtype="float32"))
         assert [text for text, _ in again] == [text for text, _ in learned]
