@@ -6,6 +6,7 @@ this call, S tokens with those of the cache, N pictures, M tokens a picture, P p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from longllava.integrations.transformers.configuration import LongLLaVAConfig, t
 from longllava.integrations.transformers.loading import checked_device_map, checked_dtype, folder_of
 from longllava.model import Model
 from longllava.nn import Context
+from longllava.quant import quantize_
 from longllava.train.loss import answer_loss
 
 CHUNK_TOKENS = 2048  # of all rows, prefilled at a time: 144,000 tokens of a 9B at once are 4.7 GB in each Mamba layer
@@ -50,9 +52,12 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LongLLaVAConfig, model: Model | None = None):
         super().__init__(config)
         if model is None:
-            model = Model(config.model_config())
+            described = config.model_config()
+            model = Model(replace(described, int8=None))
             if not model.backbone.embed_tokens.weight.is_meta:
                 model.initialise_(int(torch.randint(2**31, ())))
+            if described.int8 is not None:
+                quantize_(model, described.int8)
         self.encoder, self.bridge, self.backbone, self.fusion = (
             model.encoder,
             model.bridge,
