@@ -14,6 +14,9 @@ from longllava.settings import divides, one_of, positive
 MODEL_TYPE = "longllava"
 
 
+MOST_EXPERTS = 16_384  # in all layers
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
     """A vision tower. Defaults: openai/clip-vit-large-patch14-336, the tower of LongLLaVA.
@@ -138,6 +141,10 @@ class BackboneConfig:
                             ("n_experts", 4096), ("state_size", 256), ("conv_size", 8)):  # fmt: skip
             if getattr(self, name) > limit:
                 raise ConfigError(f"backbone.{name}: got {getattr(self, name)}, at most {limit} is allowed")
+        if self.n_layers * self.n_experts > MOST_EXPERTS:  # modules: few bytes must not take minutes
+            raise ConfigError(
+                f"backbone.n_experts: {self.n_layers} layers of {self.n_experts}; at most {MOST_EXPERTS} in all"
+            )
 
     def mixers(self) -> tuple[str, ...]:
         return tuple(

@@ -45,6 +45,7 @@ def test_the_published_sizes():
         ("backbone: {width: wide}", ["backbone", "width", "expected int"]),
         ("backbone: {width: 0}", ["width", "above 0"]),
         ("backbone: {width: 1000000000}", ["width", "at most"]),
+        ("backbone: {n_layers: 1024, n_experts: 4096}", ["n_experts", "1024 layers of 4096", "at most 16384"]),
         ("backbone: {n_heads: 3, n_kv_heads: 2}", ["n_kv_heads", "divide"]),
         ("backbone: {norm_eps: .nan}", ["norm_eps"]),
         ("bridge: {tokens_per_image: 100}", ["tokens_per_image", "100", "allowed"]),

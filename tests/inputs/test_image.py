@@ -195,6 +195,36 @@ def test_bad_pictures_get_a_sentence(source, sentence):
         open_image(source)
 
 
+def test_no_parser_of_another_format_is_entered(monkeypatch):
+    """EPS runs Ghostscript, others hold pictures of theirs: none of them is asked what a file is."""
+    Image.init()
+    asked = []
+    for name, (_, accept) in list(Image.OPEN.items()):
+        if name not in image_module.FORMATS:
+            monkeypatch.setitem(Image.OPEN, name, (lambda *_, name=name: asked.append(name), accept))
+    for name in ("ICO", "JPEG2000", "PPM", "TGA", "PCX", "DDS", "ICNS", "SGI"):
+        with pytest.raises(InputError, match="not a picture of a known format"):
+            open_image(encoded(Image.new("RGB", (16, 16)), kind=name))
+    assert not asked and len(Image.OPEN) > 20
+
+
+def test_bombs_beside_the_pixels():
+    """Text that unpacks to 64 MB, and a GIF's frame far beyond its picture."""
+    text = zlib.compress(b"a" * (64 << 20), 9)
+    chunk = b"zTXta\0\0" + text
+    data = encoded(Image.new("RGB", (8, 8)))
+    bomb = data[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match="broken picture: .*(TEXT_CHUNK|[Tt]ext)"):
+        open_image(bomb)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10
+    gif = bytearray(encoded(Image.new("P", (8, 8)), kind="GIF"))
+    at = gif.index(b",\0\0\0\0\x08\0\x08\0")
+    gif[at + 5 : at + 9] = struct.pack("<HH", 60_000, 60_000)
+    with pytest.raises(InputError):
+        open_image(bytes(gif))
+
+
 def test_pipes_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="not a regular file"):
