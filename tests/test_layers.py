@@ -25,7 +25,8 @@ ops.dispatch
 ops.native
 ops.sequences ops.quantized ops.upstream_support ops.triton_trial
 ops.triton_support ops.triton_int8 ops.native_cuda
-ops.selective_scan ops.causal_conv1d ops.attention ops.int8_linear ops.fused ops.experts ops.vision ops.few_rows
+ops.few_rows
+ops.selective_scan ops.causal_conv1d ops.attention ops.int8_linear ops.fused ops.experts ops.vision
 ops.__init__
 nn
 inputs

@@ -26,17 +26,23 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None
 
 
 def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if len(weight) == 0 or x.shape[-1] == 0:
+        return torch.nn.functional.linear(x, weight, bias)
+    y_MN = product(x.reshape(-1, x.shape[-1]), weight, None, bias)
+    return y_MN.view(*x.shape[:-1], len(weight))
+
+
+def product(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor | None, bias_N: Tensor | None) -> Tensor:
+    """At most MAX_ROWS rows (M, K) and weights of any dtype, int8 with a scale for each output: (M, N)."""
     from longllava.ops.few_rows.triton_kernels import multiply
 
-    rows_MK = x.reshape(-1, x.shape[-1]).contiguous()
-    n_rows, n_inputs = rows_MK.shape
-    y_MN = x.new_empty((n_rows, len(weight)))
-    if y_MN.numel() == 0 or n_inputs == 0:
-        return torch.nn.functional.linear(x, weight, bias)
-    inputs = INPUTS if n_rows == 1 else INPUTS // 2
-    with torch.cuda.device_of(x):
-        multiply[(-(-len(weight) // OUTPUTS),)](
-            rows_MK, weight, bias, y_MN, len(weight), weight.stride(0), K=n_inputs, ROWS=n_rows, BLOCK_N=OUTPUTS,
-            BLOCK_K=min(inputs, max(16, 1 << (n_inputs - 1).bit_length())), num_warps=4, **OPTIONS,
+    n_rows, n_inputs = x_MK.shape
+    y_MN = x_MK.new_empty((n_rows, len(weight_NK)))
+    inputs = INPUTS * (2 // weight_NK.element_size() or 1) // (1 if n_rows == 1 else 2)
+    with torch.cuda.device_of(x_MK):
+        multiply[(-(-len(weight_NK) // OUTPUTS),)](
+            x_MK.contiguous(), weight_NK, scale_N, bias_N, y_MN, len(weight_NK), weight_NK.stride(0), K=n_inputs,
+            ROWS=n_rows, BLOCK_N=OUTPUTS, BLOCK_K=min(inputs, max(16, 1 << (n_inputs - 1).bit_length())), num_warps=4,
+            **OPTIONS,
         )  # fmt: skip
-    return y_MN.view(*x.shape[:-1], len(weight))
+    return y_MN

@@ -6,10 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def multiply(
-    x, weight, bias, y, n_outputs, weight_row, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, weight, scale, bias, y, n_outputs, weight_row, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y (ROWS, N) = x (ROWS, K) weight (N, K)^T + bias; a program makes BLOCK_N outputs of all rows."""
+    """y (ROWS, N) = scale x (ROWS, K) weight (N, K)^T + bias; a program makes BLOCK_N outputs of all rows."""
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k_K = tl.arange(0, BLOCK_K)
     weight_N1 = tl.minimum(n_N, n_outputs - 1).to(tl.int64)[:, None] * weight_row
@@ -32,6 +32,8 @@ def multiply(
         sums = added
     for m in tl.static_range(ROWS):
         y_N = tl.sum(sums[m], 1)
+        if scale is not None:
+            y_N *= tl.load(scale + n_N, mask=n_N < n_outputs, other=0)
         if bias is not None:
             y_N += tl.load(bias + n_N, mask=n_N < n_outputs, other=0).to(tl.float32)
         tl.store(y + m * n_outputs + n_N, y_N.to(y.dtype.element_ty), mask=n_N < n_outputs)

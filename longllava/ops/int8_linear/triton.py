@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longllava.ops import triton_support
+from longllava.ops.few_rows import triton as few_rows_triton
 from longllava.ops.int8_linear import reference
 from longllava.ops.triton_support import DTYPES, OPTIONS, rowed
 
@@ -183,6 +184,8 @@ def _few_rows(
 ) -> Tensor:
     from longllava.ops.int8_linear.triton_kernels import few_rows, finish
 
+    if offsets is None and x.shape[0] <= few_rows_triton.MAX_ROWS:  # too few for a tensor core's tile
+        return few_rows_triton.product(x, weight, scale, bias)
     n_rows, n_inputs = x.shape
     n_experts, n_outputs = (1 if offsets is None else weight.shape[0]), weight.shape[-2]
     # two programs and more have room for their tiles in flight on one processor
