@@ -95,6 +95,21 @@ FAULTS = {
         "ops/test_selective_scan.py::test_offsets_beyond_32_bits",
         "ops/test_causal_conv1d.py::test_offsets_beyond_32_bits",
     ],
+    "the config forgets how pictures were pooled": [
+        "checkpoints/test_checkpoints.py::test_round_trip",
+        "checkpoints/test_layouts.py::test_pooling_as_the_original_reads_it",
+    ],
+    "packing drops rows and texts, and samples of a row see each other": [
+        "data/test_packing.py::test_windows_use_every_sample_once_and_cut_none",
+        "nn/test_backbone.py::test_packed_samples_equal_each_alone_gradients_included",
+    ],
+    "a picture's last tiles are a pixel short; a second picture's tiles go into the first": [
+        "inputs/test_tiles.py::test_tiles_are_the_picture_centred_on_white",
+        "inputs/test_formats.py::test_one_question",
+    ],
+    "what is read and what is learned are two strings": [
+        "inputs/test_formats.py::test_several_turns_and_what_is_learned",
+    ],
     "dense_downcycling.py means all experts and takes the first": [
         "checkpoints/test_convert.py::test_an_expert_and_the_mean",
         "checkpoints/test_convert.py::test_downcycling_as_the_original_script",
