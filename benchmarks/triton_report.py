@@ -31,6 +31,8 @@ from longllava.files import write_json
 from longllava.ops import triton_support
 from longllava.ops.attention import triton as attention
 from longllava.ops.causal_conv1d import triton as conv
+from longllava.ops.fused import triton as fused
+from longllava.ops.int8_linear import triton as int8
 from longllava.ops.selective_scan import triton as scan
 from longllava.ops.selective_scan import triton_launch as launch
 from longllava.version import __version__
@@ -87,6 +89,21 @@ def attend(n_queries: int, n_keys: int, n_heads: int, n_groups: int, head_dim: i
     attention._forward(empty(1, n_queries, n_heads, head_dim), k, v, head_dim**-0.5, True, *seq)
 
 
+def int8_product(rows: int, n_inputs: int, n_outputs: int, mode: str = "dynamic", experts: int = 0) -> None:
+    """Rows of bf16, as a layer gets them: quantised first in mode "dynamic". The tiles are those of an H100."""
+    several = (experts,) if experts else ()
+    weight = empty(*several, n_outputs, n_inputs, dtype=torch.int8)
+    scale = empty(*several, n_outputs, dtype=torch.float32)
+    offsets = empty(experts + 1, dtype=torch.int32) if experts else None
+    int8.run(empty(rows, n_inputs), weight, scale, None, None, offsets, mode, torch.bfloat16)
+
+
+def norm_and_swiglu(quantized: bool) -> None:
+    x, gate = empty(8192, 4096), empty(8192, 14336)
+    fused.rms_norm(x, empty(4096), 1e-6, x, quantized)
+    fused.swiglu(gate, gate, None, quantized)
+
+
 CALLS: dict[str, Callable[[], None]] = {
     "scan 9B, 36,000 tokens": lambda: scan_forward(*scan_arguments(36_000, 8192)),
     "scan 9B, packed": lambda: scan_forward(*scan_arguments(4096, 8192, packed=True)),
@@ -105,6 +122,13 @@ CALLS: dict[str, Callable[[], None]] = {
     "attention 9B, packed": lambda: attend(4096, 4096, 32, 8, 128, packed=True),
     "attention 9B, one token": lambda: attend(1, 36_000, 32, 8, 128),
     "attention nano, 2,048 tokens": lambda: attend(2048, 36_000, 4, 2, 64),
+    "int8 9B, gate and up": lambda: int8_product(8192, 4096, 28672),
+    "int8 9B, down": lambda: int8_product(8192, 14336, 4096),
+    "int8 53B, experts' gate and up": lambda: int8_product(16384, 4096, 28672, experts=16),
+    "int8 9B, weights alone, one token": lambda: int8_product(1, 4096, 28672, "weight_only"),
+    "int8 9B, weights alone, 64 tokens": lambda: int8_product(64, 4096, 28672, "weight_only"),
+    "norm and SwiGLU 9B": lambda: norm_and_swiglu(False),
+    "norm and SwiGLU 9B, int8 output": lambda: norm_and_swiglu(True),
     "attention nano, one token": lambda: attend(1, 36_000, 4, 2, 64),
 }
 

@@ -1,4 +1,4 @@
-// Linear layers with int8 weights and few rows of floats: each weight is read once from memory and widened in registers.
+// Linear layers with int8 weights and few rows of floats: each weight is read once and widened in registers.
 //
 // OUTPUTS outputs and up to GROUP rows at a time: sums stay in registers, a vector of weights is used for each row.
 #include "int8_linear.h"
@@ -69,7 +69,8 @@ template <int N>
 LONGLLAVA_INLINE void outputs_of_rows(const Int8Plan& plan, int64_t begin, int64_t end, int64_t place, int64_t output) {
   const float* x = static_cast<const float*>(plan.quantised);
   int64_t row = begin;
-  for (; row + GROUP <= end; row += GROUP) block<GROUP, N>(plan.args, x + row * plan.pitch, plan.pitch, row, place, output);
+  for (; row + GROUP <= end; row += GROUP)
+    block<GROUP, N>(plan.args, x + row * plan.pitch, plan.pitch, row, place, output);
   for (; row < end; ++row) block<1, N>(plan.args, x + row * plan.pitch, plan.pitch, row, place, output);
 }
 

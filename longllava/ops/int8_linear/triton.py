@@ -21,7 +21,7 @@ from longllava.ops.triton_support import DTYPES, OPTIONS, rowed
 
 FEW_ROWS = 64  # in mode "weight_only"
 ROW_BLOCK = 16384  # numbers of a row that a program holds
-FEW_OUTPUTS, FEW_INPUTS = 64, 256  # a block of weights in mode "weight_only": 16 KB
+FEW_OUTPUTS, FEW_INPUTS = 64, 128  # a block of weights in mode "weight_only": 8 KB, five programs a processor
 PROGRAMS_WANTED = 4  # a processor, in mode "weight_only"
 UNFUSED = {**OPTIONS, "enable_fp_fusion": False}
 
@@ -188,8 +188,7 @@ def _few_rows(
         return few_rows_triton.product(x, weight, scale, bias)
     n_rows, n_inputs = x.shape
     n_experts, n_outputs = (1 if offsets is None else weight.shape[0]), weight.shape[-2]
-    # two programs and more have room for their tiles in flight on one processor
-    block_k = min(FEW_INPUTS if n_rows <= 32 else FEW_INPUTS // 2, max(16, _power_of_two(n_inputs)))
+    block_k = min(FEW_INPUTS, max(16, _power_of_two(n_inputs)))
     across = -(-n_outputs // FEW_OUTPUTS)
     # of the experts no more than the rows are read
     programs = across * min(n_experts, n_rows)
