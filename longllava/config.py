@@ -17,6 +17,13 @@ MODEL_TYPE = "longllava"
 MOST_EXPERTS = 16_384  # in all layers
 
 
+def at_most(config: object, part: str, **limits: int) -> None:
+    """Before anything of such a size is made or counted through. Raises: ConfigError."""
+    for name, limit in limits.items():
+        if getattr(config, name) > limit:
+            raise ConfigError(f"{part}.{name}: got {getattr(config, name)}, at most {limit} is allowed")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
     """A vision tower. Defaults: openai/clip-vit-large-patch14-336, the tower of LongLLaVA.
@@ -52,6 +59,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         positive(self, "image_size", "patch_size", "width", "n_layers", "n_heads", "mlp_width")
+        at_most(self, "encoder", image_size=16_384, width=65536, n_layers=1024, mlp_width=1 << 20)
         divides(self, "n_heads", "width")
         if self.image_size < self.patch_size:
             raise ConfigError(f"encoder.patch_size: {self.patch_size} is more than image_size {self.image_size}")
@@ -94,6 +102,7 @@ class BridgeConfig:
     def __post_init__(self) -> None:
         one_of(self, "pool", ("2d", "1d", "none"))
         positive(self, "tokens_per_image", "hidden")
+        at_most(self, "bridge", hidden=1 << 20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +146,8 @@ class BackboneConfig:
                  "mlp_width", "n_experts", "n_experts_per_token", "expert_every", "expand", "state_size",
                  "conv_size", "dt_rank", "norm_eps")  # fmt: skip
         divides(self, "n_kv_heads", "n_heads")
-        for name, limit in (("width", 65536), ("n_layers", 1024), ("vocab_size", 4_194_304), ("mlp_width", 1 << 20),
-                            ("n_experts", 4096), ("state_size", 256), ("conv_size", 8)):  # fmt: skip
-            if getattr(self, name) > limit:
-                raise ConfigError(f"backbone.{name}: got {getattr(self, name)}, at most {limit} is allowed")
+        at_most(self, "backbone", width=65536, n_layers=1024, vocab_size=4_194_304, mlp_width=1 << 20, n_experts=4096,
+                state_size=256, conv_size=8, n_heads=1024, head_dim=4096, dt_rank=65536, expand=64)  # fmt: skip
         if self.n_layers * self.n_experts > MOST_EXPERTS:  # modules: few bytes must not take minutes
             raise ConfigError(
                 f"backbone.n_experts: {self.n_layers} layers of {self.n_experts}; at most {MOST_EXPERTS} in all"
