@@ -97,6 +97,14 @@ __device__ __forceinline__ void atomic_max_nonnegative(float* at, float x) {
   atomicMax(reinterpret_cast<int*>(at), __float_as_int(x));
 }
 
+// Bytes that a block may have of this device's shared memory.
+inline int64_t shared_memory_limit() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
 // Launches a kernel with `bytes` of dynamic shared memory; returns the launch's error, 0 if none. A block gets more
 // than 48 KB only when asked for; it is asked for at every launch, since the answer belongs to the current device.
 template <class... Parameters, class... Arguments>

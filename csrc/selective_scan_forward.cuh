@@ -1,9 +1,9 @@
 // The scan's forward kernel. A block holds 64 channels and walks one span of time in tiles of TOKENS tokens.
 //
-// Two kinds of warps work side by side, a tile apart, and meet at one barrier a tile. Main warps do nothing but the
+// Two kinds of warps work side by side, two tiles apart, and meet at one barrier a tile. Main warps do nothing but the
 // recurrence: four lanes hold a channel, each four states in registers, and take the tile's steps, B and C from shared
-// memory. Four helper warps do what is done once a token and channel: they copy tiles from memory DEPTH tiles ahead,
-// turn delta into steps for the next tile, and add up, gate and store the last tile's y. So the exponential unit,
+// memory. Helper warps do what is done once a token and channel: they copy tiles from memory DEPTH tiles ahead, turn
+// delta into steps for the tile after the next, and add up, gate and store the last tile's y. So the exponential unit,
 // which limits the whole, is kept busy by one kind while the other waits or multiplies.
 #pragma once
 
@@ -29,15 +29,16 @@ scan_forward(const __grid_constant__ ScanArguments p) {
     if (prepares) helper.load_rows(0);
     wait_copies<DEPTH - 1>();
     meet<SCAN_THREADS<PER_THREAD, SPLIT>>();
-    int prepared = 0, finished = 0;  // places in the ring
-    for (int i = -1; i <= n_tiles; ++i) {
-      if (prepares && i + 1 + DEPTH < n_tiles) helper.copy();
+    int prepared = 0, buffer = 0, finished = 0;  // places in the rings
+    for (int i = -2; i <= n_tiles; ++i) {
+      if (prepares && i + 2 + DEPTH < n_tiles) helper.copy();
       commit_copies();
-      if (prepares && i + 1 < n_tiles) {
-        helper.put_rows((i + 1) & 1);
-        helper.load_rows((i + 2) * TOKENS);
-        helper.prepare((i + 1) * TOKENS, prepared, (i + 1) & 1);
+      if (prepares && i + 2 < n_tiles) {
+        helper.put_rows(buffer);
+        helper.load_rows((i + 3) * TOKENS);
+        helper.prepare((i + 2) * TOKENS, prepared, buffer);
         prepared = prepared + 1 == RING ? 0 : prepared + 1;
+        buffer = buffer + 1 == SCAN_AHEAD ? 0 : buffer + 1;
       }
       if (finishes && !STATES_ONLY && i >= 1) {
         helper.finish((i - 1) * TOKENS, finished, (i - 1) & 1);
@@ -61,7 +62,8 @@ scan_forward(const __grid_constant__ ScanArguments p) {
   };
   load_flag(0);
   meet<SCAN_THREADS<PER_THREAD, SPLIT>>();
-  for (int i = -1; i <= n_tiles; ++i) {
+  for (int i = -2; i <= n_tiles; ++i) {
+    if (i == 0) main.begin(shared);
     if (i >= 0 && i < n_tiles) {
       uint32_t resets = 0;
       if (!FAST) {

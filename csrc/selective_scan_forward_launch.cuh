@@ -27,20 +27,20 @@ int scan_forward_as(const ScanArguments& p) {
 template <class T> int scan_forward_of(const ScanArguments& p) {
   const bool fast = p.wide != 0 && p.flags == nullptr && p.states == SCAN_STATES;
   if (!fast) return scan_forward_as<T, 16, 2, 2, false, false>(p);
-  // an A100's shared memory holds a tile's 32 tokens of 16 bits, and 16 of 32 bits
-  if constexpr (std::is_same_v<T, float>) {
-    return scan_forward_as<T, 16, 2, 2, false, true>(p);
-  } else {
-    if constexpr (std::is_same_v<T, bf16>) {
-      switch (p.variant) {
-        case 1: return scan_forward_as<T, 32, 1, 2, true, true>(p);
-        case 2: return scan_forward_as<T, 32, 1, 1, true, true>(p);
-        case 3: return scan_forward_as<T, 16, 2, 1, true, true>(p);
-        case 4: return scan_forward_as<T, 16, 2, 2, true, true>(p);
-      }
+  if constexpr (std::is_same_v<T, bf16>) {
+    switch (p.variant) {
+      case 1: return scan_forward_as<T, 32, 1, 2, true, true>(p);
+      case 2: return scan_forward_as<T, 32, 1, 1, true, true>(p);
+      case 3: return scan_forward_as<T, 16, 2, 2, true, true>(p);
+      case 4: return scan_forward_as<T, 16, 2, 2, false, true>(p);
+      case 5: return scan_forward_as<T, 32, 1, 1, false, true>(p);
     }
-    return scan_forward_as<T, 32, 1, 2, false, true>(p);
   }
+  if constexpr (sizeof(T) == 2) {  // an A100 has no room for tiles of 32 tokens
+    if (shared_memory_limit() >= int64_t(sizeof(ForwardShared<T, 32, 1>)))
+      return scan_forward_as<T, 32, 1, 2, false, true>(p);
+  }
+  return scan_forward_as<T, 16, 2, 2, false, true>(p);
 }
 
 }  // namespace longllava

@@ -8,12 +8,15 @@ namespace longllava {
 constexpr int SCAN_HELPERS = 128;
 constexpr int SCAN_PITCH = SCAN_CHANNELS + 8;  // of a row of partial sums: four lanes' rows then fill all 32 banks
 
+constexpr int SCAN_AHEAD = 3;  // tiles in work, following, and being prepared
+
 template <class T, int TOKENS, int DEPTH>
 struct ForwardShared {
-  static constexpr int RING = DEPTH + 3;  // one being finished, one in work, one being prepared, DEPTH on their way
-  float d[2][TOKENS][SCAN_CHANNELS];             // steps
-  float x[2][TOKENS][SCAN_CHANNELS];             // d u
-  float rows[2][TOKENS][2 * SCAN_STATES];        // B, C
+  // tiles alive: one being finished, one in work, one that follows it, one being prepared, DEPTH on their way
+  static constexpr int RING = DEPTH + 4;
+  float d[SCAN_AHEAD][TOKENS][SCAN_CHANNELS];       // steps
+  float x[SCAN_AHEAD][TOKENS][SCAN_CHANNELS];       // d u
+  float rows[SCAN_AHEAD][TOKENS][2 * SCAN_STATES];  // B, C
   float partial[2][TOKENS][4][SCAN_PITCH];       // each lane's part of C . h
   T raw[RING][3][TOKENS][SCAN_CHANNELS];         // u, delta, z
 };

@@ -9,8 +9,12 @@ namespace longllava {
 template <class T, int TOKENS, int DEPTH, int PER_THREAD, bool FAST, bool STATES_ONLY>
 struct Main {
   using Shared = ForwardShared<T, TOKENS, DEPTH>;
+  static constexpr int GROUP = 4, PLACES = SCAN_AHEAD * TOKENS;
   int lane_group, channel;  // which four states; first channel in the block
+  int place = 0;            // of the next token in the ring
   float h[PER_THREAD][4], a[PER_THREAD][4], sum[PER_THREAD];
+  float4 b, c;                                                              // of the next token
+  float x[PER_THREAD], d[GROUP][PER_THREAD], decay[GROUP][PER_THREAD][4];  // d of the group after the next
 
   __device__ Main(const ScanArguments& p, const Place& at, int id) {
     // Lanes 1 apart share a channel, lanes 2 apart a state: then 16-byte reads of either take two passes, not four.
@@ -30,50 +34,54 @@ struct Main {
     }
   }
 
-  // This thread's channels of a token, from a tile's d or x.
-  __device__ void load(const float (&tile)[TOKENS][SCAN_CHANNELS], int t, float (&out)[PER_THREAD]) const {
+  // This thread's channels of a token, from the ring of tiles of d or x.
+  using Ring = float[SCAN_AHEAD][TOKENS][SCAN_CHANNELS];
+  __device__ void load(const Ring& ring, int place, float (&out)[PER_THREAD]) const {
+    const float* from = &ring[0][0][0] + place * SCAN_CHANNELS + channel;
     if (PER_THREAD == 2) {
-      const float2 two = *reinterpret_cast<const float2*>(&tile[t][channel]);
+      const float2 two = *reinterpret_cast<const float2*>(from);
       out[0] = two.x, out[PER_THREAD - 1] = two.y;
     } else {
-      out[0] = tile[t][channel];
+      out[0] = from[0];
     }
   }
 
-  __device__ void decays(const float (&d)[PER_THREAD], float (&out)[PER_THREAD][4]) const {
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; ++i)
-#pragma unroll
-      for (int s = 0; s < 4; ++s) out[i][s] = fast_exp2(d[i] * a[i][s]);
+  __device__ float4 row(const Shared& shared, int place, int is_C) const {
+    return *reinterpret_cast<const float4*>(&shared.rows[0][0][0] + (place * 2 + is_C) * SCAN_STATES + lane_group * 4);
   }
 
-  // A tile. The decays of GROUP tokens are computed while the GROUP before is worked on, and handed over through the
-  // end of a loop that is not unrolled: else the compiler puts each exponential just before its use, and a lone warp
-  // waits for it. Steps are loaded two groups ahead, the rest one token.
-  static constexpr int GROUP = 4, N_GROUPS = TOKENS / GROUP;
-  __device__ void advance(Shared& shared, int buffer, uint32_t resets) {
-    const float* row = &shared.rows[buffer][0][lane_group * 4];
-    float4 b = *reinterpret_cast<const float4*>(row), c = *reinterpret_cast<const float4*>(row + SCAN_STATES);
-    float x[PER_THREAD], d[GROUP][PER_THREAD], decay[GROUP][PER_THREAD][4];
-    load(shared.x[buffer], 0, x);
-#pragma unroll
-    for (int t = 0; t < GROUP; ++t) load(shared.d[buffer], t, d[t]);
+  __device__ static int wrapped(int place) { return place >= PLACES ? place - PLACES : place; }
+
+  // Before the first tile, when it and the next are there.
+  __device__ void begin(const Shared& shared) {
+    b = row(shared, 0, 0), c = row(shared, 0, 1);
+    load(shared.x, 0, x);
 #pragma unroll
     for (int t = 0; t < GROUP; ++t) {
-      decays(d[t], decay[t]);
-      load(shared.d[buffer], min(GROUP, TOKENS - GROUP) + t, d[t]);
+      load(shared.d, t, d[t]);
+#pragma unroll
+      for (int i = 0; i < PER_THREAD; ++i)
+#pragma unroll
+        for (int s = 0; s < 4; ++s) decay[t][i][s] = fast_exp2(d[t][i] * a[i][s]);
+      load(shared.d, GROUP + t, d[t]);
     }
+  }
+
+  // A tile. The decays of GROUP tokens are computed while the GROUP before is worked on, also into the next tile, and
+  // handed over through the end of a loop that is not unrolled: else the compiler puts each exponential just before its
+  // use, and a lone warp waits for it. Steps are loaded two groups ahead, the rest one token.
+  __device__ void advance(Shared& shared, int buffer, uint32_t resets) {
 #pragma unroll 1
-    for (int group = 0; group < N_GROUPS; ++group) {
-      const int after = min(group + 2, N_GROUPS - 1) * GROUP;
+    for (int group = 0; group < TOKENS / GROUP; ++group) {
+      const int next = wrapped(place + GROUP), after = wrapped(next + GROUP);
 #pragma unroll
       for (int t = 0; t < GROUP; ++t) {
-        const int token = group * GROUP + t, following = min(token + 1, TOKENS - 1);
-        const float4 next_b = *reinterpret_cast<const float4*>(row + following * 2 * SCAN_STATES);
-        const float4 next_c = *reinterpret_cast<const float4*>(row + following * 2 * SCAN_STATES + SCAN_STATES);
+        const int token = group * GROUP + t, following = t + 1 < GROUP ? place + t + 1 : next;
+        const float4 next_b = row(shared, following, 0), next_c = row(shared, following, 1);
         float next_x[PER_THREAD];
-        load(shared.x[buffer], following, next_x);
+        load(shared.x, following, next_x);
         if (!FAST && (resets >> token & 1) != 0) empty();
+        if (STATES_ONLY) add_steps(shared, place + t);
         const float bs[4] = {b.x, b.y, b.z, b.w}, cs[4] = {c.x, c.y, c.z, c.w};
         float y[PER_THREAD];
 #pragma unroll
@@ -85,27 +93,25 @@ struct Main {
             y[i] = s == 0 ? h[i][s] * cs[s] : fmaf(h[i][s], cs[s], y[i]);
           }
         }
-        load(shared.d[buffer], after + t, d[t]);
-        put(shared, buffer, token, y);
+        load(shared.d, after + t, d[t]);
+        if (!STATES_ONLY) {
+          float* to = &shared.partial[buffer][token][lane_group][channel];
+          if (PER_THREAD == 2) *reinterpret_cast<float2*>(to) = make_float2(y[0], y[PER_THREAD - 1]);
+          else to[0] = y[0];
+        }
         b = next_b, c = next_c;
 #pragma unroll
         for (int i = 0; i < PER_THREAD; ++i) x[i] = next_x[i];
       }
+      place = next;
     }
   }
 
-  __device__ void put(Shared& shared, int buffer, int token, const float (&y)[PER_THREAD]) {
-    float* to = &shared.partial[buffer][token][lane_group][channel];
-    if (STATES_ONLY) {
-      float d[PER_THREAD];
-      load(shared.d[buffer], token, d);
+  __device__ void add_steps(const Shared& shared, int at) {
+    float now[PER_THREAD];
+    load(shared.d, at, now);
 #pragma unroll
-      for (int i = 0; i < PER_THREAD; ++i) sum[i] += d[i];
-    } else if (PER_THREAD == 2) {
-      *reinterpret_cast<float2*>(to) = make_float2(y[0], y[PER_THREAD - 1]);
-    } else {
-      to[0] = y[0];
-    }
+    for (int i = 0; i < PER_THREAD; ++i) sum[i] += now[i];
   }
 
   // NaN in place of a sum of steps says that nothing from before the span comes through.

@@ -35,8 +35,8 @@ WIDE = replace(PLAIN, name="wide", batch=1, length=40, channels=72)  # rows that
 CASES = [case for case in scan_cases.CASES if case.n_states <= launch.MAX_STATES]
 CASES += [replace(WIDE, name=f"wide-{dtype}", dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 CASES += [replace(WIDE, name="wide-wild", packing="wild", length=90, batch=2, dtype=torch.bfloat16)]
-# the scan: blocks of 256 threads, of which two fit a processor forward; the convolution takes many with eight taps
-MOST_REGISTERS = {"selective_scan_backward": 232, "selective_scan": 96, "trial": 16, "causal_conv1d": 255}
+# the scan: blocks of at most 512 threads, backward 256; the convolution takes many with eight taps
+MOST_REGISTERS = {"selective_scan_backward": 232, "selective_scan": 128, "trial": 16, "causal_conv1d": 255}
 CONV_CASES = [*conv_cases.CASES]
 CONV_CASES += [
     replace(conv_cases.PLAIN, name=f"wide-{dtype}", channels=24, length=length, dtype=dtype)

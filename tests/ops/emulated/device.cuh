@@ -211,6 +211,8 @@ template <int THREADS> inline void meet() { emulated::meet(emulated::block->barr
 
 inline void atomic_max_nonnegative(float* at, float x) { *at = max(*at, x); }
 
+inline int64_t shared_memory_limit() { return 227 * 1024; }
+
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t bytes, void*,
            const Arguments&... arguments) {
