@@ -95,8 +95,8 @@ def int8_grouped_linear(
     """`int8_linear` of rows sorted by expert: rows offsets[i] .. offsets[i+1] - 1 meet expert i's weights.
 
     Shapes:  x (T, K); weight (X, N, K) int8; scale (X, N) fp32; bias (X, N); offsets (X + 1) int32 on x's device,
-             from 0 to T, never falling; an expert may have no rows. What stands in offsets is not read on the host
-             by the GPU kernels, and not checked.
+             from 0 to T, never falling; an expert may have no rows. What stands in offsets is not checked, and not
+             read on the host by the GPU kernels, but for more than 64 rows in mode "weight_only".
     """
     return _product("int8_grouped_linear", x, weight_XNK, scale_XN, bias_XN, offsets_X, mode, backend)
 

@@ -43,7 +43,7 @@ class Case:
         x_TK = make(self.rows, self.inputs)
         x_TK[:, ::16] *= self.outliers
         experts = (self.experts,) if self.experts else ()
-        weight, scale = quantize(make(*experts, self.outputs, self.inputs) * self.inputs**-0.5)
+        weight, scale = quantize(make(*experts, self.outputs, self.inputs) * max(1, self.inputs) ** -0.5)
         bias = make(*experts, self.outputs).to(self.dtype) if self.bias else None
         offsets = self.offsets() if self.experts else None
         x_TK, x_scale = x_TK.to(self.dtype), None
@@ -65,6 +65,7 @@ CASES = (
     Case("one-row", rows=1),
     Case("no-rows", rows=0),
     Case("no-outputs", outputs=0),
+    Case("no-inputs", inputs=0),
     Case("odd", rows=7, inputs=37, outputs=19),
     Case("one-of-each", rows=1, inputs=1, outputs=1),
     Case("two-tiles", rows=70, inputs=300, outputs=130, bias=False),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longllava.ops import native
+from longllava.ops.int8_linear import reference
 from longllava.ops.native import DTYPES, address, plain
 
 FIELDS = struct.Struct("@20q")  # csrc/int8_linear.h, Int8Arguments
@@ -74,6 +75,8 @@ def run(
     y = x.new_empty((x.shape[0], weight.shape[-2]), dtype=torch.float32 if dtype == torch.float16 else dtype)
     if y.numel() == 0:
         return y.to(dtype)
+    if x.shape[1] == 0:
+        return reference.run(x, weight, scale, bias, x_scale, offsets, mode, dtype)
     dynamic, few_rows, _ = _kernels()
     kernel = dynamic
     if mode == "weight_only":
