@@ -31,7 +31,7 @@ else
 TRAIN := $(VENV)/bin/torchrun --standalone --nproc-per-node=$(NPROC) -m longllava train
 endif
 
-.PHONY: help setup demo test test-long kill-test check foundation stage1 stage2 stage3 bench clean
+.PHONY: help setup demo test test-long kill-test fuzz check foundation stage1 stage2 stage3 bench clean
 
 help:           ## this list
 	@awk -F ' *## ' '/^[a-z0-9-]+:.*## / { split($$1, name, ":"); printf "make %-12s %s\n", name[1], $$2 }' Makefile
@@ -61,6 +61,10 @@ test-long: setup  ## the sweeps that take longer
 
 kill-test: setup  ## a training run killed N times (20) at random moments is the run that was not
 	OMP_NUM_THREADS=1 LONGLLAVA_KILLS=$(N) $(RUN) -m pytest -q -s -m long tests/train/test_kills.py
+
+fuzz: N = 10000
+fuzz: setup     ## N hostile pictures, videos, prompts, configs, indices ... (10000 of each)
+	OMP_NUM_THREADS=1 LONGLLAVA_FUZZ=$(N) $(RUN) -m pytest -q -s -n $(WORKERS) -m long tests/fuzz
 
 check: setup    ## lint, types, import layers
 	$(RUN) -m ruff check
