@@ -7,6 +7,7 @@ Source: github.com/webdataset/webdataset, "The WebDataset Format".
 from __future__ import annotations
 
 import itertools
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from longllava.errors import DataError
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 FILMS = ("mp4", "webm", "mkv", "avi", "mov")
+BLOCK = 512
 TEXTS = ("txt", "text", "cap", "caption", "cls")
 
 
@@ -42,13 +44,10 @@ class TarStore:
     def scan(self) -> Iterator[tuple[tuple[int, int, int, int], str, Any]]:
         for number, path in enumerate(self.paths):
             self.groups[number] = []
-            size = path.stat().st_size
             for key, members in grouped(path):
                 place = (number, len(self.groups[number]), 0, 0)
                 self.groups[number].append((key, members))
                 try:
-                    if any(member.offset + member.size > size for member in members):
-                        raise Unusable("torn tar", f"it ends after {size} bytes, inside {key}")
                     yield place, f"{path}:{key}", self.read(place)
                 except Unusable as error:
                     yield place, f"{path}:{key}", error
@@ -98,6 +97,10 @@ def members(path: Path) -> Iterator[tuple[str, Member]]:
                 key, dot, name = base.partition(".")
                 if item.isreg() and key and dot:
                     yield f"{folder}/{key}" if folder else key, Member(name, item.offset_data, item.size)
+        with path.open("rb") as file:  # tarfile takes one that is cut inside a header for a whole one
+            file.seek(-BLOCK, os.SEEK_END)
+            if file.read().strip(b"\0"):
+                raise tarfile.ReadError("it lacks the zeros that end a tar")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{path}: no uncompressed tar, or torn: {' '.join(str(error).split())}; samples are read from their places"
