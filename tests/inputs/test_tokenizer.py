@@ -1,9 +1,12 @@
 """Text survives the tokenizer, and nothing a person types becomes a special token."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longllava.checkpoints import find_folder
 from longllava.config import PromptConfig
 from longllava.errors import CheckpointError, InputError
 from longllava.inputs.tokenizer import Tokenizer
@@ -59,3 +62,17 @@ def test_missing_torn_and_unfit_files_are_named(tmp_path):
         Tokenizer.from_folder(tmp_path)
     with pytest.raises(CheckpointError, match="no special token '<end>'"):
         Tokenizer(TOKENIZER.backend.to_str(), PromptConfig(eos_token="<end>"))
+
+
+def test_twice_the_text_takes_twice_the_time():
+    """Text without a space, and of words; time of this process, the lesser of two."""
+    tokenizer = Tokenizer.from_folder(find_folder("nano"), PromptConfig())
+
+    def seconds(text):
+        started = time.process_time()
+        assert tokenizer.encode(text)
+        return time.process_time() - started
+
+    for text in ("a" * 200_000, "a red panda, " * 20_000):
+        once, twice = (min(seconds(text * n) for _ in range(2)) for n in (1, 2))
+        assert twice < 2.5 * once + 0.05
