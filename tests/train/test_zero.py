@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from longllava.settings import save
+from longllava.shipped import shipped
 from longllava.train.config import load_stage
 from longllava.train.stage import run_stage
 from tests.tiny_world import world_config, write_foundation, write_stage
@@ -57,3 +59,27 @@ def test_two_processes_of_zero_are_one_and_go_on_from_each_others_checkpoints(ru
     assert "two: goes on after step 3" in printed
     compare(runs / "one", runs / "two")
     assert json.loads((runs / "two" / "model" / "training.json").read_text())["steps"] == 6
+
+
+def few_of_nano(runs: Path, stage: str, engine: str, steps: int = 6) -> Path:
+    """Steps of nano's own stage 3, begun at its foundations, as a YAML."""
+    values = yaml.safe_load(shipped("configs", "train/nano/stage3.yaml").read_text("utf-8"))
+    phase = {"steps": steps, "row_length": 1024, "rows": 4, "rows_at_once": 1, "learning_rate": 1e-3, "warmup": 2,
+             "tasks": {"needle": {"n_images": [2, 8], "n_questions": [4, 8]}}}  # fmt: skip
+    del values["presets"], values["evaluate"]
+    values |= {"phases": [phase], "start_from": {"encoder": "foundation-vision", "backbone": "foundation-text"},
+               "init_from": {"encoder": "nano-foundation", "backbone": "nano-foundation"}, "stage": stage,
+               "average_phases": [], "output": str(runs / stage), "engine": engine, "log_every": 1,
+               "save_every": 100, "window": steps, "device": "cpu", "dtype": "float32", "threads": 1}  # fmt: skip
+    path = runs / f"{stage}.yaml"
+    path.write_text(yaml.safe_dump(values), "utf-8")
+    return path
+
+
+@pytest.mark.long
+@needs_deepspeed
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_two_processes_train_nano_as_one(runs: Path, engine: str) -> None:
+    run_stage(load_stage(few_of_nano(runs, "one", "torch")))
+    run(few_of_nano(runs, "two", engine), 2)
+    compare(runs / "one", runs / "two")
