@@ -160,8 +160,11 @@ def layers_of(model: Model, feed: Feed) -> list[dict[str, Any]]:
             x = args[0]
             if name in rows or x.shape[-2] < 8:  # once, on a prompt's first chunk
                 return
-            row: dict[str, Any] = {"layer": name, "largest_input": float(x.abs().max()),
-                                   "absmax_over_rms": float((x.abs().amax(-1) / x.square().mean(-1).sqrt()).mean())}
+            row: dict[str, Any] = {
+                "layer": name,
+                "largest_input": float(x.abs().max()),
+                "absmax_over_rms": float((x.abs().amax(-1) / x.square().mean(-1).sqrt()).mean()),
+            }
             for way, inputs in WAYS.items():
                 layer.inputs = inputs
                 row[way] = round(decibels(out, layer(x)), 2)
