@@ -40,14 +40,34 @@ std::vector<int32_t> row_tasks(const Int8Arguments& a) {
 void multiply(const Int8Arguments& a) {
   Int8Plan plan{};
   plan.args = a;
-  bool fast = false;
+  bool fast = false, tiles = false;
 #if defined(__x86_64__)
   fast = has_avx512_vnni();
+#if defined(__clang__) || __GNUC__ >= 11
+  tiles = fast && a.depth == 0 && has_amx_int8();
+#endif
 #endif
   plan.depth = a.depth != 0 ? a.depth : fast ? 4 : 2;
   const int64_t element = plan.depth == 4 ? 1 : 2;
   int64_t tile_rows = 0, tile_outputs = 0;
-  LONGLLAVA_PICK(int8_tile)(&tile_rows, &tile_outputs);
+  void (*measure)(int64_t*, int64_t*) = LONGLLAVA_PICK(int8_tile);
+  void (*worker)(void*, int64_t) = LONGLLAVA_PICK(int8_pairs_worker);
+  void (*packer)(void*) = LONGLLAVA_PICK(int8_pairs_pack);
+  if (plan.depth == 4) {
+    worker = LONGLLAVA_PICK(int8_fours_worker);
+    packer = LONGLLAVA_PICK(int8_fours_pack);
+  }
+#if defined(__x86_64__)
+  if (plan.depth == 4 && fast) worker = avx512vnni::int8_fours_worker;
+#if defined(__clang__) || __GNUC__ >= 11
+  if (tiles) {
+    measure = avx512amx::int8_tile;
+    worker = avx512amx::int8_fours_worker;
+    packer = avx512amx::int8_fours_pack;
+  }
+#endif
+#endif
+  measure(&tile_rows, &tile_outputs);
   // an odd number of cache lines
   plan.pitch = (int8_round_up(a.inputs * element, 128) + 64) / element;
   plan.step_inputs = std::min(a.inputs, INT8_INPUTS / element);
@@ -86,13 +106,6 @@ void multiply(const Int8Arguments& a) {
   plan.slot_bytes = int8_round_up(plan.slot_bytes, 64);
   const Memory slots = memory(threads * plan.slot_bytes);
   plan.slots = slots.get();
-  void (*worker)(void*, int64_t) = LONGLLAVA_PICK(int8_pairs_worker);
-  if (plan.depth == 4) worker = LONGLLAVA_PICK(int8_fours_worker);
-  void (*packer)(void*) = LONGLLAVA_PICK(int8_pairs_pack);
-  if (plan.depth == 4) packer = LONGLLAVA_PICK(int8_fours_pack);
-#if defined(__x86_64__)
-  if (plan.depth == 4 && fast) worker = avx512vnni::int8_fours_worker;
-#endif
   if (plan.small) packer(&plan);
   parallel_for(threads, threads, worker, &plan);
 }

@@ -13,9 +13,9 @@ namespace longllava {
 constexpr int64_t DTYPE_INT8 = 2;
 constexpr int64_t INT8_INPUTS = 4096;    // of a block of packed weights: with INT8_OUTPUTS 512 KB of int8, half of the
 constexpr int64_t INT8_OUTPUTS = 128;    // second-level cache
-constexpr int64_t INT8_CHUNK = 2040;     // rows that a task multiplies by one such block: 1 MB of int32 sums
+constexpr int64_t INT8_CHUNK = 2016;     // rows that a task multiplies by one such block: 1 MB of int32 sums
 constexpr int64_t INT8_SMALL = 1 << 19;  // weights of fewer bytes are packed once, and tasks are rows alone
-constexpr int64_t INT8_SMALL_CHUNK = 120;  // rows of such a task, and of one that quantises
+constexpr int64_t INT8_SMALL_CHUNK = 96;   // rows of such a task, and of one that quantises
 constexpr int64_t INT8_FEW = 64;           // rows at most where weights alone are int8
 
 struct Int8Arguments {
@@ -66,6 +66,11 @@ LONGLLAVA_DECLARE(void, int8_few_rows_task, (void* plan, int64_t task))
 #if defined(__x86_64__)
 namespace longllava {
 namespace avx512vnni {
+void int8_fours_worker(void* plan, int64_t slot);
+}
+namespace avx512amx {
+void int8_tile(int64_t* rows, int64_t* outputs);
+void int8_fours_pack(void* plan);
 void int8_fours_worker(void* plan, int64_t slot);
 }
 }  // namespace longllava

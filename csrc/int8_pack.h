@@ -13,12 +13,19 @@
 namespace longllava {
 namespace LONGLLAVA_FORM {
 
-#if defined(__AVX512F__)
+#if defined(LONGLLAVA_AMX)
+constexpr int ROWS = 32, VECTORS = 2;  // four tiles of 16 rows x 16 outputs
+#elif defined(__AVX512F__)
 constexpr int ROWS = 12, VECTORS = 2;  // 24 of 32 registers
 #else
 constexpr int ROWS = 6, VECTORS = 2;  // 12 of 16
 #endif
-constexpr int FEWER_ROWS = 3, TILE_OUTPUTS = VECTORS * WIDTH;
+#if defined(LONGLLAVA_AMX)
+constexpr int FEWER_ROWS = 16, PADDING = 64;
+#else
+constexpr int FEWER_ROWS = 3, PADDING = 4;  // PADDING: inputs that a row is filled up to with zeros
+#endif
+constexpr int TILE_OUTPUTS = VECTORS * WIDTH;
 
 // int16 in pairs: exact in every form, 2 x 128 x 128 fits easily.
 struct Pairs {

@@ -11,6 +11,46 @@
 namespace longllava {
 namespace LONGLLAVA_FORM {
 
+#if defined(LONGLLAVA_AMX)
+// All tiles are 16 rows of 64 bytes: 0 to 3 sums, 4 and 5 rows of x, 6 and 7 weights, whose rows are steps.
+struct TileConfiguration {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// GCC's tile instructions do not say that they read memory: everything has to be in its place before them.
+LONGLLAVA_INLINE void memory_is_read() { asm volatile("" ::: "memory"); }
+
+// sums += rows of x times a panel. Steps come in sixteens: x is filled up with zeros.
+template <class Dot, int R>
+LONGLLAVA_INLINE void multiply(const typename Dot::Element* x, int64_t pitch, const typename Dot::Element* panel,
+                               int64_t n_steps, ivec (&sums)[R][VECTORS]) {
+  constexpr int64_t across = sizeof(sums[0]);
+  memory_is_read();
+  _tile_loadd(0, &sums[0][0], across);
+  _tile_loadd(1, &sums[0][1], across);
+  if (R > 16) _tile_loadd(2, &sums[R - 16][0], across);
+  if (R > 16) _tile_loadd(3, &sums[R - 16][1], across);
+  for (int64_t step = 0; step < n_steps; step += 16, x += 64, panel += 16 * TILE_OUTPUTS * 4) {
+    _tile_loadd(6, panel, TILE_OUTPUTS * 4);
+    _tile_loadd(7, panel + 64, TILE_OUTPUTS * 4);
+    _tile_loadd(4, x, pitch);
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    if (R > 16) {
+      _tile_loadd(5, x + 16 * pitch, pitch);
+      _tile_dpbsud(2, 5, 6);
+      _tile_dpbsud(3, 5, 7);
+    }
+  }
+  _tile_stored(0, &sums[0][0], across);
+  _tile_stored(1, &sums[0][1], across);
+  if (R > 16) _tile_stored(2, &sums[R - 16][0], across);
+  if (R > 16) _tile_stored(3, &sums[R - 16][1], across);
+  memory_is_read();
+}
+#else
 // sums += rows of x times a panel.
 template <class Dot, int R>
 LONGLLAVA_INLINE void multiply(const typename Dot::Element* x, int64_t pitch, const typename Dot::Element* panel,
@@ -34,6 +74,7 @@ LONGLLAVA_INLINE void multiply(const typename Dot::Element* x, int64_t pitch, co
     for (int i = 0; i < R / 3; ++i) three[i] += Dot::DEPTH;
   }
 }
+#endif
 
 // What a tile needs beside its numbers. `sums` holds what earlier blocks of inputs gave; it is not touched where the
 // first block is the last.
@@ -134,7 +175,7 @@ LONGLLAVA_INLINE void quantise_rows(const Int8Plan& plan, int64_t begin, int64_t
                                     float* scale, int32_t* sum) {
   for (int64_t row = begin; row < end; ++row, out += plan.pitch, ++scale, ++sum) {
     *sum = prepare_row(plan.args, row, out, scale);
-    for (int64_t k = plan.args.inputs; k % Dot::DEPTH != 0; ++k) out[k] = 0;
+    for (int64_t k = plan.args.inputs; k % PADDING != 0; ++k) out[k] = 0;
   }
 }
 
@@ -186,6 +227,11 @@ template <class Dot>
 LONGLLAVA_INLINE void work(Int8Plan& plan, int64_t number) {
   typedef typename Dot::Element Element;
   char* slot = plan.slots + number * plan.slot_bytes;
+#if defined(LONGLLAVA_AMX)
+  const TileConfiguration configuration;
+  asm volatile("" : : "r"(&configuration) : "memory");  // as in multiply
+  _tile_loadconfig(&configuration);
+#endif
   if (!plan.small) {
     const int64_t rows = plan.args.rows;
     for (int64_t begin; (begin = __atomic_fetch_add(&plan.next_rows, INT8_SMALL_CHUNK, __ATOMIC_RELAXED)) < rows;) {
@@ -201,6 +247,9 @@ LONGLLAVA_INLINE void work(Int8Plan& plan, int64_t number) {
     if (plan.small) small_task<Dot>(plan, task, slot);
     else large_task<Dot>(plan, task, slot);
   }
+#if defined(LONGLLAVA_AMX)
+  _tile_release();
+#endif
 }
 
 }  // namespace LONGLLAVA_FORM

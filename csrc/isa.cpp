@@ -5,12 +5,31 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace longllava {
 namespace {
 
+// AMX's tiles are 8 KB more for the system to save: on Linux a process asks for them.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned tile_and_int8 = 3u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile_and_int8) != tile_and_int8) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
 struct Choice {
   Isa isa = Isa::portable;
-  bool bf16 = false, vnni = false;
+  bool bf16 = false, vnni = false, amx = false;
   char error[256] = "";
 
   Choice() {
@@ -38,6 +57,7 @@ struct Choice {
 #if defined(__x86_64__)
     bf16 = isa == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
     vnni = isa == Isa::avx512 && __builtin_cpu_supports("avx512vnni");
+    amx = vnni && may_use_tiles();
 #endif
   }
 };
@@ -52,6 +72,7 @@ const Choice& choice() {
 Isa chosen_isa() { return choice().isa; }
 bool has_avx512_bf16() { return choice().bf16; }
 bool has_avx512_vnni() { return choice().vnni; }
+bool has_amx_int8() { return choice().amx; }
 
 }  // namespace longllava
 
