@@ -46,8 +46,8 @@ dtype: float32
 threads: 1
 window: 16
 phases:
-  - {{steps: 80, row_length: 512, learning_rate: 1.0e-2, final_learning_rate: 1.0e-3, warmup: 5, decay: cosine}}
-save_every: 40
+  - {{steps: 60, row_length: 512, learning_rate: 1.0e-2, final_learning_rate: 1.0e-3, warmup: 5, decay: cosine}}
+save_every: 30
 log_every: 10
 """
 

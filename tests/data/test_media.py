@@ -220,6 +220,7 @@ def test_a_broken_picture_is_left_out_and_listed(tmp_path: Path) -> None:
         (2000, set(range(0, 2000, 2)), 1000),  # every second one
         (3000, set(range(1000, 1030)), 1010),  # good ones, then a run of bad ones
         (60, {5}, 60),  # a small source is judged when all of it was seen
+        (60, {59}, 60),
     ],
 )
 def test_more_than_one_in_a_hundred_broken_pictures_stop(tmp_path: Path, monkeypatch, n, bad, stops_after) -> None:
