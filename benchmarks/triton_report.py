@@ -64,7 +64,7 @@ def scan_arguments(length: int, channels: int, packed: bool = False) -> tuple[An
 
 
 def scan_forward(*arguments: Any) -> None:
-    scan._forward(*arguments, False)
+    scan.run(*arguments)
 
 
 def scan_backward(u: torch.Tensor, *rest: Any) -> None:
@@ -79,8 +79,12 @@ def conv_arguments(length: int, channels: int, packed: bool = False) -> tuple[An
     return x, empty(channels, 4, dtype=torch.float32), empty(channels), empty(1, 3, channels), seq_idx, True
 
 
+def conv_forward(x: torch.Tensor, *rest: Any) -> None:
+    conv.compute(x, *rest, empty(1, 3, x.shape[2]))
+
+
 def conv_backward(x: torch.Tensor, *rest: Any) -> None:
-    conv._backward(torch.empty_like(x), None, x, *rest)
+    conv.gradients(torch.empty_like(x), None, x, *rest)
 
 
 def attend(n_queries: int, n_keys: int, n_heads: int, n_groups: int, head_dim: int, packed: bool = False) -> None:
@@ -111,10 +115,10 @@ CALLS: dict[str, Callable[[], None]] = {
     "scan nano, 2,048 tokens": lambda: scan_forward(*scan_arguments(2048, 512)),
     "scan 9B, backward": lambda: scan_backward(*scan_arguments(4096, 8192)),
     "scan nano, packed, backward": lambda: scan_backward(*scan_arguments(4096, 512, packed=True)),
-    "conv 9B": lambda: conv._forward(*conv_arguments(36_000, 8192)),
-    "conv 9B, packed": lambda: conv._forward(*conv_arguments(4096, 8192, packed=True)),
-    "conv 9B, one token": lambda: conv._forward(*conv_arguments(1, 8192)),
-    "conv nano, packed": lambda: conv._forward(*conv_arguments(2048, 512, packed=True)),
+    "conv 9B": lambda: conv_forward(*conv_arguments(36_000, 8192)),
+    "conv 9B, packed": lambda: conv_forward(*conv_arguments(4096, 8192, packed=True)),
+    "conv 9B, one token": lambda: conv_forward(*conv_arguments(1, 8192)),
+    "conv nano, packed": lambda: conv_forward(*conv_arguments(2048, 512, packed=True)),
     "conv nano, backward": lambda: conv_backward(*conv_arguments(2048, 512)),
     "conv 9B, backward": lambda: conv_backward(*conv_arguments(4096, 8192)),
     "conv 9B, packed, backward": lambda: conv_backward(*conv_arguments(4096, 8192, packed=True)),

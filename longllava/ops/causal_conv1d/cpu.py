@@ -1,19 +1,16 @@
-"""The causal convolution on the CPU by the compiled kernels (csrc/causal_conv1d*), as torch custom ops.
-
-As in selective_scan/cpu.py: custom ops under autograd and torch.compile, the kernel itself otherwise.
-"""
+"""The causal convolution on the CPU by the compiled kernels (csrc/causal_conv1d*)."""
 
 from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longllava.ops import native
+from longllava.ops.causal_conv1d.autograd import wrapped
 from longllava.ops.native import address, plain, readable, rows
 
 FIELDS = struct.Struct("@44q")  # csrc/causal_conv1d.h, ConvArguments
@@ -31,23 +28,6 @@ def why_not(x: Tensor, weight: Tensor, *rest: Any) -> str | None:
     if x.dtype not in DTYPES:
         return f"takes float32, bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}"
     return native.why_not()
-
-
-def run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    activation: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    inputs = (x, weight, bias, state)
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    call: Callable[..., Any] = causal_conv1d
-    if not wants_grad and type(x) is Tensor and not torch.compiler.is_compiling():
-        call = _forward
-    y, new_state = call(x, weight, bias, state, seq_idx, activation == "silu")
-    return y, new_state
 
 
 @functools.lru_cache(maxsize=1)
@@ -71,29 +51,36 @@ def _prepared(
     )
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor]:
+def compute(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+    end: Tensor,
+) -> Tensor:
     forward, _ = _kernels()
     batch, length, channels = x.shape
     n_taps = weight.shape[1]
     dtype = x.dtype
     x, weight, bias, state, seq_idx = _prepared(x, weight, bias, state, seq_idx)
-    # new_empty: torch.empty would follow the caller's default dtype and device
     y = x.new_empty((batch, length, channels))
-    state_out = x.new_empty((batch, n_taps - 1, channels))
+    written = end if end.dtype is x.dtype else x.new_empty(end.shape)
     status = forward(
         FIELDS.pack(
             FIELDS.size, batch, length, channels, n_taps, silu, torch.get_num_threads(),
-            *rows(x), *rows(state), *rows(y), *rows(state_out),
+            *rows(x), *rows(state), *rows(y), *rows(written),
             weight.data_ptr(), address(bias), address(seq_idx), *NO_GRADIENTS,
         )
     )  # fmt: skip
     native.succeed(status, "causal_conv1d")
-    return y.to(dtype), state_out.to(dtype)
+    if written is not end:
+        end.copy_(written)
+    return y.to(dtype)
 
 
-def _backward(
+def gradients(
     grad_y: Tensor,
     grad_state: Tensor | None,
     x: Tensor,
@@ -103,7 +90,6 @@ def _backward(
     seq_idx: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and the initial state (zero-sized, fp32, where there is no bias)."""
     _, backward = _kernels()
     batch, length, channels = x.shape
     n_taps = weight.shape[1]
@@ -129,42 +115,4 @@ def _backward(
     return first[0], first[1], first[2], grad_initial.to(dtypes[0])
 
 
-causal_conv1d = torch.library.custom_op("longllava::causal_conv1d", _forward, mutates_args=(), device_types="cpu")
-causal_conv1d_backward = torch.library.custom_op(
-    "longllava::causal_conv1d_backward", _backward, mutates_args=(), device_types="cpu"
-)
-
-
-@causal_conv1d.register_fake
-def _(x, weight, bias, state, seq_idx, silu):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
-
-
-@causal_conv1d_backward.register_fake
-def _(grad_y, grad_state, x, weight, bias, state, seq_idx, silu):  # type: ignore[no-untyped-def]
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        x.new_empty(0, dtype=torch.float32) if bias is None else bias.new_empty(bias.shape),
-        x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2])),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, state, seq_idx, ctx.silu = inputs
-    ctx.state_dtype = None if state is None else state.dtype
-    ctx.save_for_backward(x, weight, bias, state, seq_idx)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None) -> tuple[Any, ...]:
-    x, weight, bias, state, seq_idx = ctx.saved_tensors
-    if grad_y is None:
-        grad_y = torch.zeros_like(x)
-    grads = causal_conv1d_backward(grad_y, grad_state, x, weight, bias, state, seq_idx, ctx.silu)
-    grad_x, grad_weight, grad_bias, grad_initial = grads
-    initial = None if state is None else grad_initial.to(ctx.state_dtype)
-    return grad_x, grad_weight, None if bias is None else grad_bias, initial, None, None
-
-
-causal_conv1d.register_autograd(_differentiate, setup_context=_setup)
+causal_conv1d, run, run_ = wrapped("causal_conv1d", compute, gradients, device_types="cpu")

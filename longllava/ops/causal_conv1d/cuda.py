@@ -1,4 +1,4 @@
-"""The causal convolution on an NVIDIA GPU by compiled CUDA kernels (csrc/causal_conv1d*.cu), as torch custom ops."""
+"""The causal convolution on an NVIDIA GPU by compiled CUDA kernels (csrc/causal_conv1d*.cu)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longllava.ops import native_cuda
+from longllava.ops.causal_conv1d.autograd import wrapped
 from longllava.ops.causal_conv1d.triton import windows
 from longllava.ops.native_cuda import address, plain, rowed, rows
 
@@ -37,32 +38,6 @@ def _wants_gradients(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-def run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    activation: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    call: Any = causal_conv1d
-    if not _wants_gradients(x, weight, bias, state) and type(x) is Tensor and not torch.compiler.is_compiling():
-        call = _forward
-    y, new_state = call(x, weight, bias, state, seq_idx, activation == "silu")
-    return y, new_state
-
-
-def run_(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, seq_idx: Tensor | None, activation: str | None
-) -> Tensor:
-    """`run` with the new state in place of `state`: at once where one thread reads and writes it, else by a copy."""
-    if x.shape[1] <= RUN and state.dtype is x.dtype and state.is_contiguous():
-        return _compute(x, weight, bias, state, seq_idx, activation == "silu", state)
-    y, new_state = _forward(x, weight, bias, state, seq_idx, activation == "silu")
-    state.copy_(new_state)
-    return y
-
-
 def _call(
     entry: str, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool,
     y: Tensor | None = None, state_out: Tensor | None = None, sources: Tensor | None = None, last: Tensor | None = None,
@@ -84,45 +59,37 @@ def _call(
         native_cuda.succeed(native_cuda.function(entry)(arguments), "causal_conv1d")
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor]:
-    state_out = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
-    return _compute(x, weight, bias, state, seq_idx, silu, state_out), state_out
-
-
-def _compute(
+def compute(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     state: Tensor | None,
     seq_idx: Tensor | None,
     silu: bool,
-    state_out: Tensor,
+    end: Tensor,
 ) -> Tensor:
-    """y; the new state goes to `state_out`."""
     y = x.new_empty(x.shape)
     if y.numel() == 0:
-        state_out.zero_() if state is None else state_out.copy_(state)
+        end.zero_() if state is None else end.copy_(state)
         return y
     sources, last = (None, None) if seq_idx is None else windows(seq_idx, weight.shape[1] - 1)
     _call(
-        "longllava_cuda_conv_forward", x, weight, bias, state, silu, y=y, state_out=state_out,
+        "longllava_cuda_conv_forward", x, weight, bias, state, silu, y=y, state_out=end,
         sources=None if sources is None else sources.contiguous(), last=None if last is None else last.contiguous(),
     )  # fmt: skip
     return y
 
 
-def _backward(
+def gradients(
     grad_y: Tensor,
     grad_state: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     state: Tensor | None,
+    seq_idx: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and the initial state (zero-sized, fp32, where there is no bias)."""
     batch, length, channels = x.shape
     n_taps = weight.shape[1]
     grad_x, grad_start = x.new_empty(x.shape), x.new_empty((batch, n_taps - 1, channels))
@@ -141,40 +108,4 @@ def _backward(
     return grad_x, weight_total, no_bias if bias is None else grad_bias.sum(0).to(bias.dtype), grad_start
 
 
-causal_conv1d = torch.library.custom_op("longllava::causal_conv1d_cuda", _forward, mutates_args=())
-causal_conv1d_backward = torch.library.custom_op("longllava::causal_conv1d_cuda_backward", _backward, mutates_args=())
-
-
-@causal_conv1d.register_fake
-def _(x, weight, bias, state, seq_idx, silu):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
-
-
-@causal_conv1d_backward.register_fake
-def _(grad_y, grad_state, x, weight, bias, state, silu):  # type: ignore[no-untyped-def]
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        x.new_empty(0, dtype=torch.float32) if bias is None else bias.new_empty(bias.shape),
-        x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2])),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, state, _, ctx.silu = inputs
-    ctx.state_dtype = None if state is None else state.dtype
-    ctx.save_for_backward(x, weight, bias, state)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None) -> tuple[Any, ...]:
-    x, weight, bias, state = ctx.saved_tensors
-    if grad_y is None:
-        grad_y = torch.zeros_like(x)
-    grads = causal_conv1d_backward(grad_y, grad_state, x, weight, bias, state, ctx.silu)
-    grad_x, grad_weight, grad_bias, grad_initial = grads
-    initial = None if state is None else grad_initial.to(ctx.state_dtype)
-    return grad_x, grad_weight, None if bias is None else grad_bias, initial, None, None
-
-
-causal_conv1d.register_autograd(_differentiate, setup_context=_setup)
+causal_conv1d, run, run_ = wrapped("causal_conv1d_cuda", compute, gradients, in_place=RUN)

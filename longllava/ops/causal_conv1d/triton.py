@@ -1,4 +1,4 @@
-"""The causal convolution on an NVIDIA GPU by Triton kernels, as torch custom ops. It moves each element once."""
+"""The causal convolution on an NVIDIA GPU by Triton kernels. It moves each element once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longllava.ops import triton_support
+from longllava.ops.causal_conv1d.autograd import wrapped
 from longllava.ops.sequences import reset_mask
 from longllava.ops.triton_support import OPTIONS, plain, rowed
 
@@ -22,33 +23,6 @@ def why_not(
     if weight.shape[1] > MAX_TAPS:
         return f"takes at most {MAX_TAPS} taps, got {weight.shape[1]}"
     return triton_support.why_not(x=x, state=state)
-
-
-def run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    activation: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, state))
-    call: Any = causal_conv1d
-    if not wants_grad and type(x) is Tensor and not torch.compiler.is_compiling():
-        call = _forward
-    y, new_state = call(x, weight, bias, state, seq_idx, activation == "silu")
-    return y, new_state
-
-
-def run_(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, seq_idx: Tensor | None, activation: str | None
-) -> Tensor:
-    """`run` with the new state in place of `state`: at once where one program reads and writes it, else by a copy."""
-    if x.shape[1] <= TOKENS and state.dtype is x.dtype and state.is_contiguous():
-        return _compute(x, weight, bias, state, seq_idx, activation == "silu", state)
-    y, new_state = _forward(x, weight, bias, state, seq_idx, activation == "silu")
-    state.copy_(new_state)
-    return y
 
 
 def windows(seq_idx_BL: Tensor, n_past: int) -> tuple[Tensor, Tensor]:
@@ -100,42 +74,34 @@ def _grid(batch: int, length: int, tokens: int, common: dict[str, Any]) -> tuple
     return (batch * -(-length // tokens) * -(-common["CHANNELS"] // common["BLOCK"]),)
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor]:
-    state_out = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
-    return _compute(x, weight, bias, state, seq_idx, silu, state_out), state_out
-
-
-def _compute(
+def compute(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     state: Tensor | None,
     seq_idx: Tensor | None,
     silu: bool,
-    state_out: Tensor,
+    end: Tensor,
 ) -> Tensor:
-    """y; the new state goes to `state_out`."""
     from longllava.ops.causal_conv1d.triton_kernels import forward
 
     batch, length, channels = x.shape
     n_past = weight.shape[1] - 1
     y = x.new_empty((batch, length, channels))
     if y.numel() == 0:
-        state_out.zero_() if state is None else state_out.copy_(state)
+        end.zero_() if state is None else end.copy_(state)
         return y
     sources, last = (None, None) if seq_idx is None else windows(seq_idx, n_past)
     common = _common(x, weight, bias, state)
     tokens = min(TOKENS, 1 << (length - 1).bit_length())
     with torch.cuda.device_of(x):
         forward[_grid(batch, length, tokens, common)](
-            **common, sources=sources, last=last, y=y, state_out=state_out, SILU=silu, T=tokens
+            **common, sources=sources, last=last, y=y, state_out=end, SILU=silu, T=tokens
         )
     return y
 
 
-def _backward(
+def gradients(
     grad_y: Tensor,
     grad_state: Tensor | None,
     x: Tensor,
@@ -145,7 +111,6 @@ def _backward(
     seq_idx: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and the initial state (zero-sized, fp32, where there is no bias)."""
     from longllava.ops.causal_conv1d.triton_kernels import backward_line, backward_sums
 
     batch, length, channels = x.shape
@@ -181,40 +146,4 @@ def _backward(
     return grad_x, weight_total, no_bias if bias is None else grad_bias.sum(0).to(bias.dtype), grad_start
 
 
-causal_conv1d = torch.library.custom_op("longllava::causal_conv1d_triton", _forward, mutates_args=())
-causal_conv1d_backward = torch.library.custom_op("longllava::causal_conv1d_triton_backward", _backward, mutates_args=())
-
-
-@causal_conv1d.register_fake
-def _(x, weight, bias, state, seq_idx, silu):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
-
-
-@causal_conv1d_backward.register_fake
-def _(grad_y, grad_state, x, weight, bias, state, seq_idx, silu):  # type: ignore[no-untyped-def]
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        x.new_empty(0, dtype=torch.float32) if bias is None else bias.new_empty(bias.shape),
-        x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2])),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, state, seq_idx, ctx.silu = inputs
-    ctx.state_dtype = None if state is None else state.dtype
-    ctx.save_for_backward(x, weight, bias, state, seq_idx)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None) -> tuple[Any, ...]:
-    x, weight, bias, state, seq_idx = ctx.saved_tensors
-    if grad_y is None:
-        grad_y = torch.zeros_like(x)
-    grads = causal_conv1d_backward(grad_y, grad_state, x, weight, bias, state, seq_idx, ctx.silu)
-    grad_x, grad_weight, grad_bias, grad_initial = grads
-    initial = None if state is None else grad_initial.to(ctx.state_dtype)
-    return grad_x, grad_weight, None if bias is None else grad_bias, initial, None, None
-
-
-causal_conv1d.register_autograd(_differentiate, setup_context=_setup)
+causal_conv1d, run, run_ = wrapped("causal_conv1d_triton", compute, gradients, in_place=TOKENS)
