@@ -98,9 +98,9 @@ class VisionTransformer(nn.Module):
         with fastest_attention(x_NTC.device):
             for block, following in zip(blocks, [*blocks[1:], None], strict=True):
                 norm = block.mlp_norm
-                attended_NTC = block.out(block.attend(y_NTC))
+                attended_NTC = block.out(block.attend(y_NTC)).to(x_NTC.dtype)  # under autocast x is fp32, it is bf16
                 y_NTC, x_NTC = add_layer_norm(x_NTC, attended_NTC, norm.weight, norm.bias, norm.eps)
-                fed_NTC = block.feed(y_NTC)
+                fed_NTC = block.feed(y_NTC).to(x_NTC.dtype)
                 if following is None:
                     return x_NTC + fed_NTC
                 norm = following.attention_norm

@@ -30,10 +30,10 @@ class Plain:
     def __init__(self, config: TrainConfig, dtype: torch.dtype):
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.accelerator = Accelerator(
             cpu=config.device == "cpu",
-            mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+            mixed_precision="no",  # autocast is ours: a process has accelerate's state once, and may train two stages
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # text has no pictures
         )
         self.device = self.accelerator.device
@@ -55,8 +55,10 @@ class Plain:
         inputs: of Forward. scale: of the loss. last: whether it is the step's last.
         """
         together = contextlib.nullcontext() if last else self.accelerator.no_sync(self.forward)
+        low = self.dtype != torch.float32
         with together:
-            loss, measured = self.forward(*inputs)
+            with torch.autocast(self.device.type, self.dtype, enabled=low):
+                loss, measured = self.forward(*inputs)
             # DDP averages over processes: `world` makes a sum of that
             self.accelerator.backward(scaled(loss, self.world * scale))
         return measured
