@@ -92,10 +92,11 @@ template <int THREADS> __device__ __forceinline__ void meet() {
   asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 
-// The maximum of non-negative floats: their bits order as they do, and the order of arrival changes nothing.
-__device__ __forceinline__ void atomic_max_nonnegative(float* at, float x) {
-  atomicMax(reinterpret_cast<int*>(at), __float_as_int(x));
-}
+// |x| as an integer of the same order, with NaN above infinity: a maximum of these loses neither.
+__device__ __forceinline__ int magnitude(float x) { return __float_as_int(x) & 0x7fffffff; }
+
+// The largest magnitude; the order of arrival changes nothing.
+__device__ __forceinline__ void atomic_max_magnitude(float* at, int x) { atomicMax(reinterpret_cast<int*>(at), x); }
 
 // Bytes that a block may have of this device's shared memory.
 inline int64_t shared_memory_limit() {

@@ -70,10 +70,9 @@ __global__ void __launch_bounds__(SMALL_THREADS) scan_step_kernel(const __grid_c
   const T out = from_float<T>(real ? y : 0.0f);
   if (first == 0 && exists) static_cast<T*>(p.y.data)[batch * p.channels + channel] = out;
   if (p.maxima != nullptr) {
-    float most = real ? fabsf(to_float(out)) : 0.0f;
-    for (int distance = 16; distance > 2; distance /= 2)
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, distance));
-    if (threadIdx.x % 32 == 0 && most > 0.0f) atomic_max_nonnegative(p.maxima + batch, most);
+    int most = real ? magnitude(to_float(out)) : 0;
+    for (int distance = 16; distance > 2; distance /= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, distance));
+    if (threadIdx.x % 32 == 0 && most != 0) atomic_max_magnitude(p.maxima + batch, most);
   }
 }
 

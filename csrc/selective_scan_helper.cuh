@@ -200,13 +200,12 @@ struct Helper {
 
   // Of the values as they are stored. The 16 lanes of a token find their largest, one of them tells.
   __device__ void write_maximum(const Quad<T>& four, int token) const {
-    float most = 0.0f;
+    int most = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (j < n_channels) most = fmaxf(most, fabsf(to_float(four.v[j])));
-    for (int distance = 8; distance > 0; distance /= 2)
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, distance));
-    if (group == 0 && token < n_tokens && most > 0.0f) atomic_max_nonnegative(maxima + token, most);
+      if (j < n_channels) most = max(most, magnitude(to_float(four.v[j])));
+    for (int distance = 8; distance > 0; distance /= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, distance));
+    if (group == 0 && token < n_tokens && most != 0) atomic_max_magnitude(maxima + token, most);
   }
 };
 

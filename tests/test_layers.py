@@ -26,7 +26,8 @@ ops.native
 ops.sequences ops.quantized ops.upstream_support ops.triton_trial
 ops.triton_support ops.triton_int8 ops.native_cuda
 ops.few_rows
-ops.selective_scan ops.causal_conv1d ops.attention ops.int8_linear ops.fused ops.experts ops.vision
+ops.int8_linear
+ops.selective_scan ops.causal_conv1d ops.attention ops.fused ops.experts ops.vision
 ops.__init__
 nn
 inputs

@@ -20,6 +20,8 @@ from longllava.nn.norm import RMSNorm
 from longllava.ops.causal_conv1d import causal_conv1d, causal_conv1d_
 from longllava.ops.selective_scan import selective_scan, selective_scan_
 
+NEVER = 2**31  # tokens: more than any call has
+
 
 class Mamba(nn.Module):
     def __init__(self, config: BackboneConfig):
@@ -39,6 +41,7 @@ class Mamba(nn.Module):
         self.A_log_EN = nn.Parameter(torch.empty(inner, states))
         self.D_E = nn.Parameter(torch.ones(inner))
         self.out_proj = Linear(inner, width, bias=config.proj_bias)
+        self.int8_rows_from = NEVER  # tokens a sequence from which out_proj gets int8 rows (longllava.quant)
         self.known_A: tuple[tuple[int, int, torch.device], Tensor] | None = None
 
     def forward(self, x_BLD: Tensor, ctx: Context, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
@@ -49,10 +52,11 @@ class Mamba(nn.Module):
             y_BLE = selective_scan_(**self.scanned(u_BLE, z_BLE), state=state.scan_BEN, seq_idx=ctx.seq_idx_BL)
             return self.out_proj(y_BLE), state
         u_BLE, conv_BKE = causal_conv1d(u_BLE, *taps, state and state.conv_BKE, ctx.seq_idx_BL, "silu")
-        y_BLE, scan_BEN = selective_scan(
-            **self.scanned(u_BLE, z_BLE), state=state and state.scan_BEN, seq_idx=ctx.seq_idx_BL
+        int8 = u_BLE.shape[1] >= self.int8_rows_from and not (torch.is_grad_enabled() and u_BLE.requires_grad)
+        rows_BLE, scan_BEN = selective_scan(
+            **self.scanned(u_BLE, z_BLE), state=state and state.scan_BEN, seq_idx=ctx.seq_idx_BL, quantized=int8
         )
-        return self.out_proj(y_BLE), MambaState(conv_BKE, scan_BEN)
+        return self.out_proj(rows_BLE), MambaState(conv_BKE, scan_BEN)
 
     def scanned(self, u_BLE: Tensor, z_BLE: Tensor) -> dict[str, Any]:
         """What the scan takes beside its state."""

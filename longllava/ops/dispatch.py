@@ -16,16 +16,18 @@ from longllava.errors import BackendError
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute an op. `run`, `why_not` and `run_` take the same positional arguments.
+    """One way to compute an op. All its functions take the same positional arguments.
 
     run_: as `run` without gradients, but the new state is written over the old one, and y alone is returned. Backends
     that have none compute a new state, which is then copied.
+    run_quantized: as `run` without gradients, y as int8 rows. For backends that have none y is quantised afterwards.
     """
 
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
     run_: Callable[..., Any] | None = None
+    run_quantized: Callable[..., Any] | None = None
 
     def __str__(self) -> str:
         return self.name

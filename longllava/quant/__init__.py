@@ -1,7 +1,7 @@
 """Int8 from outside: a built model's linear layers are replaced by ones with int8 weights. The model never knows."""
 
 from longllava.config import Int8Config
-from longllava.quant.apply import Place, build_model, float_places, quantize_
+from longllava.quant.apply import Place, build_model, float_places, fuse_scans_, quantize_
 from longllava.quant.layers import Inputs, Int8Experts, Int8Linear, Int8Module, Int8SwiGLU, QuantizedNorm
 from longllava.quant.weights import all_finite, fill_
 
@@ -18,5 +18,6 @@ __all__ = [
     "build_model",
     "fill_",
     "float_places",
+    "fuse_scans_",
     "quantize_",
 ]

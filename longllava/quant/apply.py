@@ -14,6 +14,7 @@ from longllava.config import Int8Config, ModelConfig
 from longllava.errors import ConfigError, LongLLaVAError
 from longllava.model import Model
 from longllava.nn import Block
+from longllava.nn.mamba import Mamba
 from longllava.nn.mlp import Experts, SwiGLU
 from longllava.nn.norm import RMSNorm
 from longllava.quant.layers import NEVER, Inputs, Int8Experts, Int8Linear, Int8SwiGLU, QuantizedNorm
@@ -57,6 +58,7 @@ def quantize_(model: Model, config: Int8Config | None = None, *, keep: Iterable[
             fill_(new.get_buffer(slot.weight), new.get_buffer(slot.scale), slot.start, old.get_parameter(key))
         put_(model, name, new)
     fuse_norms_(model)
+    fuse_scans_(model, config.scan_epilogue)
     model.config = dataclasses.replace(model.config, int8=config)
     return model
 
@@ -68,6 +70,7 @@ def build_model(config: ModelConfig) -> Model:
         for name, _, new in replacements(model, config.int8):
             put_(model, name, new)
         fuse_norms_(model)
+        fuse_scans_(model, config.int8.scan_epilogue)
         model.config = config
     return model
 
@@ -177,3 +180,12 @@ def fused(norm: RMSNorm, readers: list[nn.Module]) -> RMSNorm:
     if len(inputs) != 1 or not isinstance(norm, RMSNorm) or not min(inputs).fused(NEVER - 1):
         return norm
     return cast(RMSNorm, QuantizedNorm(norm, inputs.pop()))
+
+
+def fuse_scans_(model: Model, wanted: bool = True) -> None:
+    """Scans quantise what they hand to an int8 out_proj, or leave that to it. A built model may be switched."""
+    for mixer in model.backbone.modules():
+        if isinstance(mixer, Mamba):
+            reader = mixer.out_proj
+            inputs = reader.inputs if isinstance(reader, Int8Linear) else Inputs(NEVER)
+            mixer.int8_rows_from = inputs.dynamic_from if wanted and not inputs.two_terms else NEVER

@@ -17,17 +17,21 @@ import pytest
 import torch
 
 from longllava.errors import BackendError
+from longllava.nn import Context
 from longllava.ops import native_cuda
 from longllava.ops import selective_scan as scan_op
 from longllava.ops.causal_conv1d import cases as conv_cases
 from longllava.ops.causal_conv1d import cuda as conv
 from longllava.ops.causal_conv1d import reference as conv_reference
+from longllava.ops.int8_linear import quantize_rows
 from longllava.ops.selective_scan import cases as scan_cases
 from longllava.ops.selective_scan import cuda as scan
 from longllava.ops.selective_scan import cuda_launch as launch
 from longllava.ops.selective_scan import reference as scan_reference
+from longllava.quant import fuse_scans_, quantize_
 from tests.ops.emulation import ROOT, emulated, forget
 from tests.ops.parity import assert_matches, error, poison_empty, split_equals_whole
+from tests.tiny import tiny_model
 
 SLACK = 2e-6
 PLAIN = scan_cases.PLAIN
@@ -87,12 +91,46 @@ def test_scan_in_place_and_inputs_of_several_dtypes(on_cpu) -> None:
             assert torch.equal(scan.run_(*args), y) and torch.equal(state, end)
 
 
-def test_the_largest_of_each_token_is_the_largest_that_is_stored(on_cpu) -> None:
-    for length, channels in ((1, 72), (40, 72), (40, 30)):
-        *args, _ = replace(WIDE, length=length, channels=channels, batch=2, dtype=torch.bfloat16).inputs()
-        end, maxima = torch.empty(2, channels, 16), torch.zeros(2, length)
-        y = launch.compute(*args, None, end, None, maxima)
-        assert torch.equal(maxima, y.float().abs().amax(2))
+def test_int8_rows_of_the_scan_are_the_quantisation_of_its_y(on_cpu) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for length, channels, packing in ((1, 72, None), (40, 72, None), (40, 30, None), (45, 64, "wild")):
+            case = replace(WIDE, length=length, channels=channels, batch=2, dtype=dtype, packing=packing)
+            args = list(case.inputs())
+            args[0][0, -1] = torch.nan  # nothing hides it
+            args[6][:, : length // 3] = 0  # rows of zeros
+            y, end = scan.run(*args)
+            rows, again = scan_op.selective_scan(*args, quantized=True, backend="cuda")
+            truth = quantize_rows(y, backend="reference")
+            assert rows.dtype == dtype and torch.equal(rows.values, truth.values)
+            assert torch.equal(end.nan_to_num(7), again.nan_to_num(7))
+            assert torch.equal(rows.scale.nan_to_num(7), truth.scale.nan_to_num(7))
+            real = packing is None or args[-1][0, -1] >= 0
+            assert bool(rows.scale[0, -1].isnan()) == real and not rows.scale[1].isnan().any()
+
+
+def test_int8_rows_where_the_kernels_y_is_wider(on_cpu) -> None:
+    args = list(replace(WIDE, dtype=torch.bfloat16).inputs())
+    args[1] = args[1].float()
+    rows, _ = scan_op.selective_scan(*args, quantized=True, backend="cuda")
+    assert torch.equal(rows.values, quantize_rows(scan.run(*args)[0]).values)
+
+
+def test_an_int8_model_gets_its_scans_rows_from_the_kernels(on_cpu, monkeypatch) -> None:
+    model, x_BLD, calls = quantize_(tiny_model().model), torch.randn(2, 33, 32), []
+    found = {}
+    whole = launch.compute
+    monkeypatch.setattr(scan, "compute", lambda *args: calls.append(len(args) > 13) or whole(*args))
+    for backend in ("reference", "cuda"):
+        for wanted in (True, False):
+            monkeypatch.setenv("LONGLLAVA_SELECTIVE_SCAN", backend)
+            fuse_scans_(model, wanted)
+            with torch.no_grad():
+                found[backend, wanted] = model(x_BLD, Context())[0]
+    assert calls == [True] * 3  # three layers of Mamba; without, another compute is called, which `run` holds
+    for backend in ("reference", "cuda"):
+        assert torch.equal(found[backend, True], found[backend, False])
+    # a y that rounds to another int8 value moves what follows by a step
+    assert error(found["cuda", True], found["reference", True]) < 1e-2
 
 
 def test_scan_cut_anywhere_is_the_scan(on_cpu) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longllava.errors import BackendError, LongLLaVAError
+from longllava.ops.int8_linear import quantize_rows
 from longllava.ops.selective_scan import BACKENDS, blocked, cpu, reference, selective_scan, selective_scan_
 from longllava.ops.selective_scan.cases import CASES, NAMES, Case
 from tests.ops.parity import assert_matches, error, outputs_and_gradients, poison_empty, split_equals_whole
@@ -188,6 +189,21 @@ def test_a_state_replaced_in_place_is_the_new_state() -> None:
     given = args[NAMES.index("state")]
     assert torch.equal(selective_scan_(*args), y)
     assert torch.equal(given, state)
+
+
+@pytest.mark.parametrize("backend", ALL_RUNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_rows_are_the_quantisation_of_y(backend, dtype) -> None:
+    args = list(Case("int8", batch=2, length=20, dtype=dtype, packing="middle").inputs())
+    skip_if_it_cannot(backend, args)
+    args[0][1, 2] = torch.nan
+    args[0].requires_grad_()
+    y, state = selective_scan(*args, backend=backend.name)
+    rows, again = selective_scan(*args, quantized=True, backend=backend.name)
+    truth = quantize_rows(y, backend="reference")
+    assert rows.dtype == dtype and torch.equal(rows.values, truth.values)
+    assert torch.equal(rows.scale.nan_to_num(7), truth.scale.nan_to_num(7)) and rows.scale[1, 2].isnan()
+    assert torch.equal(state.nan_to_num(7), again.nan_to_num(7)) and not again.requires_grad
 
 
 @pytest.mark.parametrize("packing", [None, "wild"])

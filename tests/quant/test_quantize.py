@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -142,6 +143,26 @@ def test_norms_quantise_as_their_layers_would():
             block.mixer_norm.weight.data.uniform_(0.5, 2, generator=torch.Generator().manual_seed(3))
     x_BLD = torch.randn(2, 33, 32)
     assert torch.equal(hidden(model, x_BLD), hidden(apart, x_BLD))
+
+
+@pytest.mark.parametrize("config", [Int8Config(), Int8Config(**ALWAYS), Int8Config(two_terms=("out_proj",))], ids=str)
+def test_scans_quantise_as_their_readers_would(config, monkeypatch):
+    model, rows = quantize_(tiny(), config), []
+    apart = quantize_(tiny(), dataclasses.replace(config, scan_epilogue=False))
+    product = Inputs.product
+    monkeypatch.setattr(Inputs, "product", lambda inputs, x, *rest: rows.append(x) or product(inputs, x, *rest))
+    for length in (1, 2, 33):
+        x_BLD, handed = torch.randn(2, length, 32), []
+        for one in (model, apart):
+            rows.clear()
+            handed.append(hidden(one, x_BLD))
+            in_int8 = sum(isinstance(x, Quantized) and x.values.shape[-1] == 64 for x in rows)
+            fused = one is model and length >= config.dynamic_from and not config.two_terms
+            assert in_int8 == (3 if fused else 0)
+        assert torch.equal(*handed)
+    x_BLD = torch.randn(1, 12, 32, requires_grad=True)
+    model(x_BLD, Context())[0].sum().backward()
+    assert x_BLD.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("n_experts", [1, 4])

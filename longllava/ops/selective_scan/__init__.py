@@ -7,11 +7,13 @@ from torch import Tensor
 
 from longllava.errors import LongLLaVAError
 from longllava.ops.dispatch import Backend, choose
+from longllava.ops.int8_linear import quantize_rows
+from longllava.ops.quantized import Quantized
 from longllava.ops.selective_scan import blocked, cpu, cuda, reference, triton, upstream
 
 # best first; the last is the judge. On an H100 at LongLLaVA-9B's width the CUDA kernel takes a third of Triton's time.
 BACKENDS = tuple(
-    Backend(name, module.run, module.why_not, getattr(module, "run_", None))
+    Backend(name, module.run, module.why_not, getattr(module, "run_", None), getattr(module, "run_quantized", None))
     for name, module in (
         ("cuda", cuda),
         ("triton", triton),
@@ -36,8 +38,9 @@ def selective_scan(
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     *,
+    quantized: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | Quantized, Tensor]:
     """h_t = exp(d_t A) h_(t-1) + d_t u_t B_t;  y_t = (C_t . h_t + D u_t) silu(z_t);  d = softplus(delta + bias).
 
     Shapes:  B batch, L tokens, E channels, N states. u, delta, z (B, L, E); A (E, N); B, C (B, L, N); D,
@@ -48,8 +51,10 @@ def selective_scan(
     seq_idx: int32. -1 is padding: the state stays, y is 0, and what stands there (NaN too) reaches nothing. A
              change of value from one real token to the next empties the state. `state` continues the sequence
              of the row's first real token.
-    Returns: y (B, L, E) in u's dtype; the state after each row's last real token, fp32, always a new tensor.
-    Gradients go to every float input, the initial state included, and come from y and the returned state.
+    Returns: y (B, L, E) in u's dtype; the state after each row's last real token, fp32, always a new tensor. With
+             `quantized` y is what `quantize_rows(y)` gives.
+    Gradients go to every float input, the initial state included, and come from y and the returned state; with
+    `quantized` there are none.
     The same call gives the same bits, whatever the number of threads.
     Raises:  LongLLaVAError if shapes disagree; BackendError if the backend asked for cannot run.
     Source:  Gu & Dao 2023, arXiv:2312.00752, section 3.3 (Euler for B, as their code does). Names are those of
@@ -57,7 +62,17 @@ def selective_scan(
     """
     _check(u, delta, A, B, C, D, z, delta_bias, state, seq_idx)
     args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, seq_idx)
-    return choose("selective_scan", BACKENDS, *args, forced=backend).run(*args)
+    chosen = choose("selective_scan", BACKENDS, *args, forced=backend)
+    if not quantized:
+        y, end = chosen.run(*args)
+        return y, end
+    with torch.no_grad():
+        if chosen.run_quantized is not None and type(u) is Tensor and not torch.compiler.is_compiling():
+            rows, end = chosen.run_quantized(*args)
+        else:
+            y, end = chosen.run(*args)
+            rows = quantize_rows(y)
+    return rows, end
 
 
 @torch.no_grad()

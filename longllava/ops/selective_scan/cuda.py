@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from longllava.ops import native_cuda
+from longllava.ops.int8_linear import quantize_rows
+from longllava.ops.quantized import Quantized
 from longllava.ops.selective_scan.autograd import wrapped
 from longllava.ops.selective_scan.cuda_launch import CHUNK, MAX_STATES, compute, gradients
 
@@ -31,3 +34,25 @@ def saved_shape(batch: int, length: int, channels: int, n_states: int) -> tuple[
 
 
 selective_scan, run, run_ = wrapped("selective_scan_cuda", compute, gradients, saved_shape)
+
+
+def run_quantized(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Quantized, Tensor]:
+    """`run` with y in int8: the kernels write each token's largest |y| beside y, and a pass over y quantises it."""
+    end = u.new_empty((u.shape[0], *A.shape), dtype=torch.float32)
+    maxima = u.new_zeros(u.shape[:2], dtype=torch.float32)
+    y = compute(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, seq_idx, end, None, maxima)
+    # the kernels' own y, whose maxima these are, is wider where the inputs' dtypes differ
+    exact = native_cuda.common_dtype(u, delta, B, C, z) is u.dtype
+    return quantize_rows(y, maxima if exact else None), end

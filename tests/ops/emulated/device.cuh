@@ -133,6 +133,13 @@ inline float exchange(float x, int from) {
 inline float __shfl_xor_sync(unsigned, float x, int distance) {
   return emulated::exchange(x, (emulated::thread_index.x % 32) ^ distance);
 }
+inline int __shfl_xor_sync(unsigned mask, int x, int distance) {
+  float bits;
+  std::memcpy(&bits, &x, 4);
+  bits = __shfl_xor_sync(mask, bits, distance);
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 inline float __shfl_sync(unsigned, float x, int lane) { return emulated::exchange(x, lane); }
 inline float __shfl_down_sync(unsigned, float x, int distance) {
   const int lane = emulated::thread_index.x % 32;
@@ -209,7 +216,16 @@ template <int PENDING> inline void wait_copies() {
 
 template <int THREADS> inline void meet() { emulated::meet(emulated::block->barriers[1], THREADS); }
 
-inline void atomic_max_nonnegative(float* at, float x) { *at = max(*at, x); }
+inline int magnitude(float x) {
+  int bits;
+  std::memcpy(&bits, &x, 4);
+  return bits & 0x7fffffff;
+}
+
+inline void atomic_max_magnitude(float* at, int x) {
+  const int most = max(magnitude(*at), x);
+  std::memcpy(at, &most, 4);
+}
 
 inline int64_t shared_memory_limit() { return 227 * 1024; }
 
