@@ -10,7 +10,7 @@ template <class T, int N, int TAPS, bool PACKED>
 __global__ void __launch_bounds__(CONV_THREADS, TAPS == 4 ? 4 : 1)
 conv_forward(const __grid_constant__ ConvArguments p) {
   constexpr int PAST = TAPS - 1;
-  const ConvPlace<N, CONV_RUN> at(p);
+  const ConvPlace<N, CONV_RUN> at(p, p.length);
   if (!at.exists) return;
   const ConvWeights<N, TAPS> weights(p, at.channel);
   const auto put = [&](float (&y)[N], int64_t t) {
@@ -86,7 +86,7 @@ conv_forward(const __grid_constant__ ConvArguments p) {
 }
 
 template <class T, int N, bool PACKED> int conv_forward_with(const ConvArguments& p) {
-  const int64_t blocks = conv_blocks<N, CONV_RUN>(p);
+  const int64_t blocks = conv_blocks<N, CONV_RUN>(p, p.length);
   if (p.taps == 4) return launch(conv_forward<T, N, 4, PACKED>, blocks, CONV_THREADS, 0, p.stream, p);
   return launch(conv_forward<T, N, CONV_MAX_TAPS, PACKED>, blocks, CONV_THREADS, 0, p.stream, p);
 }

@@ -29,29 +29,31 @@ struct ConvArguments {
                                   // nowhere; null without seq_idx
   Rows grad_y, grad_state, grad_x, grad_start;  // grad_state.data may be null
   float *grad_weight, *grad_bias;               // (runs, E, K), (runs, E): partial sums
+  const int32_t* users;   // (B, K - 1 + L, K), backward: the token that reads a position of the line by each tap, or -1
+  float* grad_sums;       // (B, L, E): scratch; both null without seq_idx
 };
 
 __device__ __forceinline__ float conv_sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-x * LOG2E)); }
 
-// What a thread works on: N channels of a row of the batch, tokens begin .. end - 1.
+// What a thread works on: N channels of a row of the batch, tokens (or positions) begin .. end - 1 of `length`.
 template <int N, int RUN>
 struct ConvPlace {
   int64_t batch, run, channel, begin, end;
   bool exists;
-  __device__ explicit ConvPlace(const ConvArguments& p) {
-    const int64_t groups = (p.channels + N - 1) / N, runs = (p.length + RUN - 1) / RUN;
+  __device__ ConvPlace(const ConvArguments& p, int64_t length) {
+    const int64_t groups = (p.channels + N - 1) / N, runs = (length + RUN - 1) / RUN;
     const int64_t id = int64_t(blockIdx.x) * CONV_THREADS + threadIdx.x;
     channel = id % groups * N;
     run = id / groups;
     batch = run / runs;
     begin = run % runs * RUN;
-    end = begin + RUN < p.length ? begin + RUN : p.length;
+    end = begin + RUN < length ? begin + RUN : length;
     exists = batch < p.batch;
   }
 };
 
-template <int N, int RUN> int64_t conv_blocks(const ConvArguments& p) {
-  const int64_t groups = (p.channels + N - 1) / N, runs = (p.length + RUN - 1) / RUN;
+template <int N, int RUN> int64_t conv_blocks(const ConvArguments& p, int64_t length) {
+  const int64_t groups = (p.channels + N - 1) / N, runs = (length + RUN - 1) / RUN;
   return (p.batch * runs * groups + CONV_THREADS - 1) / CONV_THREADS;
 }
 

@@ -43,6 +43,11 @@ CASES += [replace(WIDE, name="wide-wild", packing="wild", length=90, batch=2, dt
 MOST_REGISTERS = {"selective_scan_backward": 232, "selective_scan": 128, "trial": 16, "causal_conv1d": 255}
 CONV_CASES = [*conv_cases.CASES]
 CONV_CASES += [
+    replace(conv_cases.PLAIN, name=f"wide-wild-{n_taps}-{dtype}", channels=16, n_taps=n_taps, dtype=dtype,
+            packing="wild", length=90, batch=3)
+    for n_taps, dtype in ((4, torch.bfloat16), (4, torch.float32), (8, torch.float16), (1, torch.float32))
+]  # fmt: skip
+CONV_CASES += [
     replace(conv_cases.PLAIN, name=f"wide-{dtype}", channels=24, length=length, dtype=dtype)
     for dtype, length in ((torch.bfloat16, 70), (torch.float16, 129), (torch.float32, 64))
 ]
@@ -140,8 +145,24 @@ def test_scan_cut_anywhere_is_the_scan(on_cpu) -> None:
 
 @pytest.mark.parametrize("case", CONV_CASES, ids=str)
 def test_conv_matches_the_reference(case, on_cpu) -> None:
-    with torch.set_grad_enabled(case.packing is None):
-        assert_matches(conv.run, conv_reference.run, conv_cases.NAMES, case.inputs(), SLACK)
+    assert_matches(conv.run, conv_reference.run, conv_cases.NAMES, case.inputs(), SLACK)
+
+
+def test_conv_gradients_of_packed_rows_reach_far_and_not_beyond(on_cpu) -> None:
+    """A window that passes over more padding than a thread's run has tokens; NaN in a gradient at padding."""
+    x, weight, bias, state, _, _ = replace(conv_cases.PLAIN, batch=1, length=200, channels=8, n_taps=4).inputs()
+    seq_idx = torch.full((1, 200), -1, dtype=torch.int32)
+    seq_idx[0, :2], seq_idx[0, 150:152], seq_idx[0, 160:] = 0, 0, 7
+    found = []
+    for run in (conv.run, conv_reference.run):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias, state)]
+        y, end = run(*leaves, seq_idx, "silu")
+        grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        grad_y[seq_idx < 0] = torch.nan if run is conv.run else 0
+        found.append(torch.autograd.grad([y, end], leaves, [grad_y, torch.ones_like(end)]))
+    for got, truth in zip(*found):
+        assert error(got, truth) < SLACK
+    assert found[0][0][0, :2].abs().min() > 0 and (found[0][0][seq_idx < 0] == 0).all()
 
 
 def test_conv_in_place_and_cut_anywhere(on_cpu) -> None:
@@ -167,7 +188,7 @@ def test_a_library_that_is_missing_or_of_another_interface_is_a_reason(on_cpu, m
     assert scan.why_not(u, u.double(), u[0], u, u) == "takes float32, bfloat16 or float16, got delta in float64"
     monkeypatch.setattr(native_cuda, "ABI", 99)
     forget()
-    assert str(native_cuda.missing()).startswith("the CUDA kernels speak interface 1, this longllava needs 99; run `")
+    assert str(native_cuda.missing()).startswith("the CUDA kernels speak interface 2, this longllava needs 99; run `")
     monkeypatch.setattr(native_cuda, "PATH", tmp_path / "nowhere.so")
     forget()
     assert str(native_cuda.missing()).startswith("the CUDA kernels are not built (")

@@ -10,32 +10,21 @@ from torch import Tensor
 
 from longllava.ops import native_cuda
 from longllava.ops.causal_conv1d.autograd import wrapped
-from longllava.ops.causal_conv1d.triton import windows
+from longllava.ops.causal_conv1d.triton import users_of, windows
 from longllava.ops.native_cuda import address, plain, rowed, rows
 
 MAX_TAPS = 8
 RUN, BACKWARD_RUN = 32, 64  # CONV_RUN and CONV_BACKWARD_RUN of csrc/causal_conv1d_cuda.cuh
-FIELDS = struct.Struct("@39q")  # ConvArguments there
+FIELDS = struct.Struct("@41q")  # ConvArguments there
 NO_ROWS = (0, 0, 0)
 
 
 def why_not(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    *rest: Any,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None, *rest: Any
 ) -> str | None:
     if weight.shape[1] > MAX_TAPS:
         return f"takes at most {MAX_TAPS} taps, got {weight.shape[1]}"
-    if seq_idx is not None and _wants_gradients(x, weight, bias, state):
-        return "has no backward for seq_idx, and gradients are wanted"
     return native_cuda.why_not(x=x, state=state)
-
-
-def _wants_gradients(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def _call(
@@ -43,6 +32,7 @@ def _call(
     y: Tensor | None = None, state_out: Tensor | None = None, sources: Tensor | None = None, last: Tensor | None = None,
     grad_y: Tensor | None = None, grad_state: Tensor | None = None, grad_x: Tensor | None = None,
     grad_start: Tensor | None = None, grad_weight: Tensor | None = None, grad_bias: Tensor | None = None,
+    users: Tensor | None = None, grad_sums: Tensor | None = None,
 ) -> None:  # fmt: skip
     batch, length, channels = x.shape
     x, state, grad_y, grad_state = (rowed(t, x.dtype) for t in (x, state, grad_y, grad_state))  # type: ignore[assignment]
@@ -54,6 +44,7 @@ def _call(
         native_cuda.is_wide(16, *tensors), native_cuda.stream(x), *(field for row in first[:4] for field in row),
         address(weight), address(bias), address(sources), address(last),
         *(field for row in first[4:] for field in row), address(grad_weight), address(grad_bias),
+        address(users), address(grad_sums),
     )  # fmt: skip
     with torch.cuda.device_of(x):
         native_cuda.succeed(native_cuda.function(entry)(arguments), "causal_conv1d")
@@ -72,12 +63,15 @@ def compute(
     if y.numel() == 0:
         end.zero_() if state is None else end.copy_(state)
         return y
-    sources, last = (None, None) if seq_idx is None else windows(seq_idx, weight.shape[1] - 1)
-    _call(
-        "longllava_cuda_conv_forward", x, weight, bias, state, silu, y=y, state_out=end,
-        sources=None if sources is None else sources.contiguous(), last=None if last is None else last.contiguous(),
-    )  # fmt: skip
+    _call("longllava_cuda_conv_forward", x, weight, bias, state, silu, y=y, state_out=end, **_tables(seq_idx, weight))
     return y
+
+
+def _tables(seq_idx: Tensor | None, weight: Tensor) -> dict[str, Tensor]:
+    if seq_idx is None:
+        return {}
+    sources, last = windows(seq_idx, weight.shape[1] - 1)
+    return {"sources": sources.contiguous(), "last": last.contiguous()}
 
 
 def gradients(
@@ -100,9 +94,12 @@ def gradients(
     n_runs = batch * -(-length // BACKWARD_RUN)
     grad_weight = x.new_empty((n_runs, channels, n_taps), dtype=torch.float32)
     grad_bias = x.new_empty((n_runs, channels), dtype=torch.float32)
+    tables = _tables(seq_idx, weight)
+    if tables:
+        tables |= {"users": users_of(tables["sources"]), "grad_sums": x.new_empty(x.shape, dtype=torch.float32)}
     _call(
         "longllava_cuda_conv_backward", x, weight, bias, state, silu, grad_y=grad_y, grad_state=grad_state,
-        grad_x=grad_x, grad_start=grad_start, grad_weight=grad_weight, grad_bias=grad_bias,
+        grad_x=grad_x, grad_start=grad_start, grad_weight=grad_weight, grad_bias=grad_bias, **tables,
     )  # fmt: skip
     weight_total = grad_weight.sum(0).to(weight.dtype)
     return grad_x, weight_total, no_bias if bias is None else grad_bias.sum(0).to(bias.dtype), grad_start
