@@ -60,7 +60,7 @@ def counts(seen: Counter[str]) -> dict[str, int]:
 
 def slots_per_exponential(kernel: str, found: list[dict[str, int]]) -> float | None:
     """Of the forward scan's two kinds of warps together, a tile: where a scheduler has one of each, and y is wanted."""
-    shape = re.search(r"scan_forward<[^,]+, (\d+), \d+, 2, false, true, false>", kernel)
+    shape = re.search(r"scan_forward<[^,]+, (\d+), \d+, 2, false, true, false, (?:true|false)>", kernel)
     special = "exponentials and other special"
     with_special = [loop for loop in found if loop[special]]
     if shape is None or len(with_special) < 3:

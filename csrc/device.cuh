@@ -98,6 +98,25 @@ __device__ __forceinline__ int magnitude(float x) { return __float_as_int(x) & 0
 // The largest magnitude; the order of arrival changes nothing.
 __device__ __forceinline__ void atomic_max_magnitude(float* at, int x) { atomicMax(reinterpret_cast<int*>(at), x); }
 
+__device__ __forceinline__ float divide(float x, float by) { return __fdiv_rn(x, by); }
+// To the nearest integer, ties to even.
+__device__ __forceinline__ int nearest(float x) { return __float2int_rn(x); }
+
+// For blocks that are launched together. One thread tells the others that its block has come so far: what the block's
+// threads wrote before they last met is then seen by whoever has waited.
+__device__ __forceinline__ void arrive(int* counter) {
+  __threadfence();
+  atomicAdd(counter, 1);
+}
+__device__ __forceinline__ void wait_for_blocks(const int* counter, int n_blocks) {
+  int seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  } while (seen < n_blocks);
+}
+// What other blocks wrote: not from this processor's own cache.
+__device__ __forceinline__ float load_of_others(const float* x) { return __ldcg(x); }
+
 // Bytes that a block may have of this device's shared memory.
 inline int64_t shared_memory_limit() {
   int device = 0, bytes = 0;
@@ -106,18 +125,32 @@ inline int64_t shared_memory_limit() {
   return bytes;
 }
 
-// Launches a kernel with `bytes` of dynamic shared memory; returns the launch's error, 0 if none. A block gets more
-// than 48 KB only when asked for; it is asked for at every launch, since the answer belongs to the current device.
+// A block gets more than 48 KB of shared memory only when asked for. It is asked for at every launch, since the answer
+// belongs to the current device.
+template <class Kernel> int ask_for_shared(Kernel kernel, int64_t bytes) {
+  if (bytes <= 48 * 1024) return 0;
+  return static_cast<int>(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
+// Launches a kernel with `bytes` of dynamic shared memory; returns the launch's error, 0 if none.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t bytes, void* stream,
            const Arguments&... arguments) {
-  if (bytes > 48 * 1024) {
-    const cudaError_t refused =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (refused != cudaSuccess) return static_cast<int>(refused);
-  }
+  if (const int refused = ask_for_shared(kernel, bytes)) return refused;
   kernel<<<dim3(static_cast<unsigned>(blocks)), threads, bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return static_cast<int>(cudaGetLastError());
+}
+
+// The same with all blocks at once on the device, so that they may wait for each other; an error where they do not fit.
+template <class... Parameters, class... Arguments>
+int launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t bytes, void* stream,
+                    const Arguments&... arguments) {
+  if (const int refused = ask_for_shared(kernel, bytes)) return refused;
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  return static_cast<int>(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
+                                                      dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers,
+                                                      bytes, static_cast<cudaStream_t>(stream)));
 }
 
 __device__ __forceinline__ unsigned char* dynamic_shared() {

@@ -1,5 +1,6 @@
 // Entry points of the selective scan on a GPU, its one-token step, and what joins spans of time.
 #include "selective_scan_backward_shared.cuh"
+#include "selective_scan_helper.cuh"
 
 namespace longllava {
 
@@ -103,3 +104,6 @@ LONGLLAVA_EXPORT int longllava_cuda_scan_backward(const ScanArguments* args) {
 
 // Bytes of shared memory that a block of 64 channels needs backward.
 LONGLLAVA_EXPORT int64_t longllava_cuda_scan_backward_bytes() { return sizeof(BackwardShared<64>); }
+
+// Bytes of shared memory that a block of the forward kernel needs for int8 rows.
+LONGLLAVA_EXPORT int64_t longllava_cuda_scan_int8_bytes() { return INT8_BYTES<bf16, SCAN_CHUNK, 1>; }

@@ -29,7 +29,10 @@ struct ScanArguments {
   float* end;                   // (B, E, N), may be state
   float* saved;                 // (B, chunks, E, N) before each SCAN_CHUNK tokens, or null; backward reads it
   float *pieces, *sums;         // (B, spans, E, N), (B, spans, E): scratch where n_spans > 1, forward and backward
-  float* maxima;                // (B, L): the largest |y| of a token goes here, if it is not null
+  float* maxima;                // (B, L) zeros: the largest |y| of a token goes here, if it is not null
+  int8_t* rows;                 // (B, L, E): y in int8 instead of y, if it is not null; needs maxima, scales, arrived
+  float* scales;                // (B, L)
+  int* arrived;                 // (B, tiles of SCAN_CHUNK tokens) zeros: blocks that have added to a tile's maxima
   // backward only; gradients are fp32 partial sums where a shape says so
   Rows grad_y;
   void *grad_u, *grad_delta, *grad_z;  // (B, L, E) in the dtype of Rows

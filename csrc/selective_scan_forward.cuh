@@ -5,23 +5,28 @@
 // memory. Helper warps do what is done once a token and channel: they copy tiles from memory DEPTH tiles ahead, turn
 // delta into steps for the tile after the next, and add up, gate and store the last tile's y. So the exponential unit,
 // which limits the whole, is kept busy by one kind while the other waits or multiplies.
+//
+// INT8: y leaves as int8 with a scale for each token, which all channels of the token share. Blocks that are on the
+// device together add their part to a token's maximum, tell so a tile later, and write SCAN_LAG tiles later. A token
+// and channel then moves 7 bytes here (u, delta, z in, one out) and 1 into the product that follows; with y in 16 bits
+// and a pass of its own that quantises it, 8, 3 and 1. Issue slots for each exponential rise from 8.3 to 8.8 (sm_90).
 #pragma once
 
 #include "selective_scan_main.cuh"
 
 namespace longllava {
 
-template <class T, int TOKENS, int DEPTH, int PER_THREAD, bool SPLIT, bool FAST, bool STATES_ONLY>
+template <class T, int TOKENS, int DEPTH, int PER_THREAD, bool SPLIT, bool FAST, bool STATES_ONLY, bool INT8>
 __global__ void __launch_bounds__(SCAN_THREADS<PER_THREAD, SPLIT>)
 scan_forward(const __grid_constant__ ScanArguments p) {
   using Shared = ForwardShared<T, TOKENS, DEPTH>;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
-  constexpr int RING = Shared::RING;
+  constexpr int RING = Shared::RING, LAG = INT8 ? SCAN_LAG : 0;
   const Place at(p, SCAN_CHANNELS);
   const int n_tiles = static_cast<int>((at.end - at.begin + TOKENS - 1) / TOKENS);
   if (threadIdx.x < SCAN_ALL_HELPERS<SPLIT>) {
     const bool prepares = !SPLIT || threadIdx.x < SCAN_HELPERS, finishes = !SPLIT || threadIdx.x >= SCAN_HELPERS;
-    Helper<T, TOKENS, DEPTH, FAST, STATES_ONLY> helper(p, at, shared, threadIdx.x % SCAN_HELPERS);
+    Helper<T, TOKENS, DEPTH, FAST, STATES_ONLY, INT8> helper(p, at, shared, threadIdx.x % SCAN_HELPERS);
     for (int i = 0; i < DEPTH; ++i) {
       if (prepares && i < n_tiles) helper.copy();
       commit_copies();
@@ -30,7 +35,7 @@ scan_forward(const __grid_constant__ ScanArguments p) {
     wait_copies<DEPTH - 1>();
     meet<SCAN_THREADS<PER_THREAD, SPLIT>>();
     int prepared = 0, buffer = 0, finished = 0;  // places in the rings
-    for (int i = -2; i <= n_tiles; ++i) {
+    for (int i = -2; i <= n_tiles + LAG; ++i) {
       if (prepares && i + 2 + DEPTH < n_tiles) helper.copy();
       commit_copies();
       if (prepares && i + 2 < n_tiles) {
@@ -40,9 +45,13 @@ scan_forward(const __grid_constant__ ScanArguments p) {
         prepared = prepared + 1 == RING ? 0 : prepared + 1;
         buffer = buffer + 1 == SCAN_AHEAD ? 0 : buffer + 1;
       }
-      if (finishes && !STATES_ONLY && i >= 1) {
+      if (finishes && !STATES_ONLY && i >= 1 && (!INT8 || i <= n_tiles)) {
         helper.finish((i - 1) * TOKENS, finished, (i - 1) & 1);
         finished = finished + 1 == RING ? 0 : finished + 1;
+      }
+      if constexpr (INT8) {
+        if (i >= 2 && i <= n_tiles + 1) helper.tell((i - 2) * TOKENS);
+        if (i >= 1 + LAG) helper.emit((i - 1 - LAG) * TOKENS);
       }
       wait_copies<DEPTH - 1>();
       meet<SCAN_THREADS<PER_THREAD, SPLIT>>();
@@ -62,7 +71,7 @@ scan_forward(const __grid_constant__ ScanArguments p) {
   };
   load_flag(0);
   meet<SCAN_THREADS<PER_THREAD, SPLIT>>();
-  for (int i = -2; i <= n_tiles; ++i) {
+  for (int i = -2; i <= n_tiles + LAG; ++i) {
     if (i == 0) main.begin(shared);
     if (i >= 0 && i < n_tiles) {
       uint32_t resets = 0;

@@ -17,15 +17,23 @@ int scan_forward_as(const ScanArguments& p) {
   constexpr int64_t BYTES = sizeof(ForwardShared<T, TOKENS, DEPTH>);
   const auto start = [&](auto kernel) { return launch(kernel, scan_blocks(p), THREADS, BYTES, p.stream, p); };
   if (p.n_spans > 1) {
-    int error = start(scan_forward<T, TOKENS, DEPTH, PER_THREAD, SPLIT, FAST, true>);
+    int error = start(scan_forward<T, TOKENS, DEPTH, PER_THREAD, SPLIT, FAST, true, false>);
     if (error == 0) error = scan_join(p, p.state, nullptr, false);
     if (error != 0) return error;
   }
-  return start(scan_forward<T, TOKENS, DEPTH, PER_THREAD, SPLIT, FAST, false>);
+  return start(scan_forward<T, TOKENS, DEPTH, PER_THREAD, SPLIT, FAST, false, false>);
 }
 
 template <class T> int scan_forward_of(const ScanArguments& p) {
   const bool fast = p.wide != 0 && p.flags == nullptr && p.states == SCAN_STATES;
+  if (p.rows != nullptr) {
+    if constexpr (sizeof(T) == 2) {
+      if (fast && p.n_spans == 1)
+        return launch_together(scan_forward<T, SCAN_CHUNK, 1, 2, false, true, false, true>, scan_blocks(p),
+                               SCAN_THREADS<2, false>, INT8_BYTES<T, SCAN_CHUNK, 1>, p.stream, p);
+    }
+    return -1;  // the caller was to see to that
+  }
   if (!fast) return scan_forward_as<T, 16, 2, 2, false, false>(p);
   if constexpr (std::is_same_v<T, bf16>) {
     switch (p.variant) {

@@ -21,13 +21,20 @@ struct ForwardShared {
   T raw[RING][3][TOKENS][SCAN_CHANNELS];         // u, delta, z
 };
 
+// With int8 rows a tile of y is kept until all blocks have added to its tokens' maxima: they may be as far apart as
+// SCAN_LAG - 1 tiles before one waits for another.
+constexpr int SCAN_LAG = 3;
+template <class T, int TOKENS, int DEPTH>
+constexpr int64_t INT8_BYTES =
+    sizeof(ForwardShared<T, TOKENS, DEPTH>) + (SCAN_LAG + 1) * TOKENS * SCAN_CHANNELS * sizeof(T);
+
 // SPLIT: other warps finish tiles than those that prepare them, so that neither waits for the other's long chains.
 template <bool SPLIT> constexpr int SCAN_ALL_HELPERS = SCAN_HELPERS * (SPLIT ? 2 : 1);
 template <int PER_THREAD, bool SPLIT>
 constexpr int SCAN_THREADS = SCAN_CHANNELS * 4 / PER_THREAD + SCAN_ALL_HELPERS<SPLIT>;
 
 // What a helper thread carries from tile to tile: four channels of every eighth token.
-template <class T, int TOKENS, int DEPTH, bool FAST, bool STATES_ONLY>
+template <class T, int TOKENS, int DEPTH, bool FAST, bool STATES_ONLY, bool INT8>
 struct Helper {
   using Shared = ForwardShared<T, TOKENS, DEPTH>;
   static constexpr int N_TENSORS = STATES_ONLY ? 2 : 3;
@@ -46,6 +53,7 @@ struct Helper {
   int64_t row_step;
   T* y;
   float* maxima;
+  const int64_t row, first_channel;  // of the span's first token; of this thread
   int copied_at = 0, copied_slot = 0;  // first token of the tile to copy next, its place in the ring
   Quad<T> rows[N_ROWS];
   float bias[4], skip[4];
@@ -53,7 +61,8 @@ struct Helper {
   __device__ Helper(const ScanArguments& p, const Place& at, Shared& shared, int id)
       : p(p), shared(shared), id(id), group(id % 16), phase(id / 16), n_tokens(int(at.end - at.begin)),
         n_channels(int(min(p.channels - at.channel, int64_t(SCAN_CHANNELS))) - group * 4),
-        n_copied(n_channels + group * 4 - id % COPIES * PER_COPY) {
+        n_copied(n_channels + group * 4 - id % COPIES * PER_COPY), row(at.batch * p.length + at.begin),
+        first_channel(at.channel + group * 4) {
     const Rows* tensors[3] = {&p.u, &p.delta, &p.z};
 #pragma unroll
     for (int i = 0; i < N_TENSORS; ++i) {
@@ -66,7 +75,6 @@ struct Helper {
     const Rows& B_or_C = id % 8 < 4 ? p.B : p.C;
     row_step = B_or_C.step;
     row_source = static_cast<const T*>(B_or_C.data) + at.batch * B_or_C.batch_stride + (at.begin + id / 8) * row_step;
-    const int64_t row = at.batch * p.length + at.begin;
     flags = p.flags == nullptr ? nullptr : p.flags + row;
     y = static_cast<T*>(p.y.data) + (row + phase) * p.channels + at.channel + group * 4;
     maxima = p.maxima == nullptr ? nullptr : p.maxima + row;
@@ -182,10 +190,46 @@ struct Helper {
         for (int j = 0; j < 4; ++j) out[j] = is_real ? out[j] : 0.0f;
       }
       const Quad<T> four = quad_from(out, T());
-      if (token + t < n_tokens) store(y + k * p.channels, four);
-      if (maxima != nullptr) write_maximum(four, token + t);
+      if constexpr (INT8) *held(token, t) = four;
+      else if (token + t < n_tokens) store(y + k * p.channels, four);
+      if (INT8 || maxima != nullptr) write_maximum(four, token + t);
     }
     y += TOKENS * p.channels;
+  }
+
+  __device__ Quad<T>* held(int token, int t) const {
+    T* first = reinterpret_cast<T*>(dynamic_shared() + sizeof(Shared));
+    const int slot = token / TOKENS % (SCAN_LAG + 1);
+    return reinterpret_cast<Quad<T>*>(first + (slot * TOKENS + t) * SCAN_CHANNELS + group * 4);
+  }
+
+  // Of a tile finished in an earlier step: its maxima are there for all blocks to see.
+  __device__ void tell(int token) const {
+    if (id == 0) arrive(p.arrived + arrivals(token));
+  }
+
+  __device__ int64_t arrivals(int token) const {
+    return row / p.length * ((p.length + TOKENS - 1) / TOKENS) + token / TOKENS;
+  }
+
+  // A tile's y as int8, by the rule of longllava/ops/quantized.py: waits for the other blocks' part of its maxima.
+  __device__ void emit(int token) const {
+    wait_for_blocks(p.arrived + arrivals(token), int((p.channels + SCAN_CHANNELS - 1) / SCAN_CHANNELS));
+#pragma unroll
+    for (int k = 0; k < TOKENS; k += 8) {
+      const int t = k + phase;
+      if (token + t >= n_tokens) break;
+      const float most = load_of_others(maxima + token + t);
+      const bool finite = magnitude(most) < 0x7f800000, seen = finite && magnitude(most) >= 0x0d800000;  // 2^-100
+      const float factor = divide(127.0f, seen ? most : 127.0f);
+      const Quad<T> four = *held(token, t);
+      Several<int8_t, 4> out;  // no value is above the largest, so that none leaves -127 .. 127
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out.v[j] = int8_t(seen ? nearest(to_float(four.v[j]) * factor) : 0);
+      if (n_channels > 0)
+        *reinterpret_cast<Several<int8_t, 4>*>(p.rows + (row + token + t) * p.channels + first_channel) = out;
+      if (first_channel == 0) p.scales[row + token + t] = finite ? divide(seen ? most : 127.0f, 127.0f) : NAN;
+    }
   }
 
   __device__ void store(T* to, const Quad<T>& four) const {

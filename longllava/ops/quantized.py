@@ -34,7 +34,8 @@ def quantize(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
         absmax = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
     finite = absmax.isfinite()
     seen = finite & (absmax >= TINY)
-    inverse = torch.where(seen, 127 / absmax, 0)
+    # 127 / absmax with a number on the left is 127 times a rounded reciprocal in torch: other bits than a division's
+    inverse = torch.where(seen, torch.full_like(absmax, 127) / absmax, 0)
     scale = torch.where(seen, absmax / 127, 1).masked_fill(~finite, torch.nan)
     values = (x * inverse[..., None]).round().clamp(-127, 127).masked_fill(~seen[..., None], 0)
     return values.to(torch.int8), scale

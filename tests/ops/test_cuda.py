@@ -113,6 +113,43 @@ def test_int8_rows_of_the_scan_are_the_quantisation_of_its_y(on_cpu) -> None:
             assert bool(rows.scale[0, -1].isnan()) == real and not rows.scale[1].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("length", "channels"), [(2, 8), (31, 72), (33, 136), (160, 136)])
+def test_the_kernel_itself_writes_the_int8_rows(length, channels, dtype, on_cpu, monkeypatch) -> None:
+    """Blocks get far apart in the emulation; one that did not wait for the others' maxima would be seen."""
+    monkeypatch.setattr(native_cuda, "n_processors", lambda device: 6)
+    monkeypatch.setattr(launch, "EPILOGUE", "int8")
+    args = list(replace(WIDE, length=length, channels=channels, batch=2, dtype=dtype).inputs())
+    args[0][0, -1], args[6][1, 0] = torch.nan, 0
+    args[6] = args[6] * torch.linspace(0.1, 10, channels).to(dtype)  # the largest are in the last block
+    names = ("u", "delta", "B", "C", "z", "seq_idx")
+    assert launch.writes_int8(*(args[scan_cases.NAMES.index(name)] for name in names))
+    y, end = scan.run(*args)
+    written = []
+    honest = scan.compute
+    monkeypatch.setattr(scan, "compute", lambda *args: written.append(len(args)) or honest(*args))
+    rows, again = scan_op.selective_scan(*args, quantized=True, backend="cuda")
+    truth = quantize_rows(y, backend="reference")
+    assert written == [15] and rows.dtype == dtype and torch.equal(rows.values, truth.values)
+    assert torch.equal(rows.scale.nan_to_num(7), truth.scale.nan_to_num(7)) and rows.scale[0, -1].isnan()
+    assert torch.equal(end.nan_to_num(7), again.nan_to_num(7))
+
+
+def test_where_the_kernel_cannot_write_int8_itself(on_cpu, monkeypatch) -> None:
+    monkeypatch.setattr(native_cuda, "n_processors", lambda device: 132)
+    names = ("u", "delta", "B", "C", "z", "seq_idx")
+
+    def possible(**changes) -> bool:
+        args = replace(WIDE, dtype=torch.bfloat16, **changes).inputs()
+        return launch.writes_int8(*(args[scan_cases.NAMES.index(name)] for name in names))
+
+    assert possible(channels=8192, length=2) and not possible(channels=8192, length=2, batch=2)
+    assert not possible(length=1) and not possible(channels=30) and not possible(packing="middle")
+    assert not possible(channels=64, length=2048)  # time is cut
+    u = torch.zeros(1, 9, 64)
+    assert not launch.writes_int8(u, u, u[..., :16], u[..., :16], None, None)
+
+
 def test_int8_rows_where_the_kernels_y_is_wider(on_cpu) -> None:
     args = list(replace(WIDE, dtype=torch.bfloat16).inputs())
     args[1] = args[1].float()

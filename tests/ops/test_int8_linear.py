@@ -136,6 +136,8 @@ def test_rows_follow_the_rule(dtype: torch.dtype, backend: str, monkeypatch: pyt
 def test_ties_go_to_even_and_too_small_a_maximum_saturates(backend: str) -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
     assert quantize_rows(x, backend=backend).values.tolist() == [[127, 0, 2, 2, 0, -2, -2]]
+    x = torch.tensor([[88.125, 44.0625]])  # 127 times a rounded reciprocal would give 63
+    assert quantize_rows(x, backend=backend).values.tolist() == [[127, 64]]
     x = torch.tensor([[1.0, -1.0, 0.25]])
     assert quantize_rows(x, torch.tensor([0.5]), backend=backend).values.tolist() == [[127, -127, 64]]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from longllava.ops import native_cuda
 from longllava.ops.int8_linear import quantize_rows
 from longllava.ops.quantized import Quantized
+from longllava.ops.selective_scan import cuda_launch
 from longllava.ops.selective_scan.autograd import wrapped
 from longllava.ops.selective_scan.cuda_launch import CHUNK, MAX_STATES, compute, gradients
 
@@ -49,10 +50,16 @@ def run_quantized(
     state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Quantized, Tensor]:
-    """`run` with y in int8: the kernels write each token's largest |y| beside y, and a pass over y quantises it."""
+    """`run` with y in int8: the kernels find each token's largest |y|. What quantises is said by EPILOGUE."""
+    dtype, wanted = native_cuda.common_dtype(u, delta, B, C, z), u.dtype
+    u, delta, B, C, z = (native_cuda.rowed(x, dtype) for x in (u, delta, B, C, z))  # type: ignore[assignment]
+    args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, seq_idx)
     end = u.new_empty((u.shape[0], *A.shape), dtype=torch.float32)
     maxima = u.new_zeros(u.shape[:2], dtype=torch.float32)
-    y = compute(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, seq_idx, end, None, maxima)
-    # the kernels' own y, whose maxima these are, is wider where the inputs' dtypes differ
-    exact = native_cuda.common_dtype(u, delta, B, C, z) is u.dtype
-    return quantize_rows(y, maxima if exact else None), end
+    if cuda_launch.EPILOGUE == "int8" and dtype is wanted and cuda_launch.writes_int8(u, delta, B, C, z, seq_idx):
+        values, scale = u.new_empty(u.shape, dtype=torch.int8), torch.empty_like(maxima)
+        compute(*args, end, None, maxima, (values, scale))
+        return Quantized(values, scale, wanted), end
+    y = compute(*args, end, None, maxima)
+    # y is rounded after its maxima were taken where the inputs' dtypes differ
+    return quantize_rows(y.to(wanted), maxima if dtype is wanted else None), end

@@ -21,10 +21,13 @@ from longllava.ops.selective_scan.triton_launch import flags_of
 MAX_STATES = 16
 CHANNELS, CHUNK = 64, 32  # SCAN_CHANNELS and SCAN_CHUNK of csrc/selective_scan_cuda.cuh
 MIN_SPAN = 128  # tokens: a shorter span does not pay for filling the pipeline of tiles twice
-FIELDS = struct.Struct("@54q")  # ScanArguments there
+FIELDS = struct.Struct("@57q")  # ScanArguments there
 NO_ROWS = (0, 0, 0)
 NO_GRADIENTS = (*NO_ROWS, *[0] * 10)
 VARIANT = int(os.environ.get("LONGLLAVA_SCAN_VARIANT", "0"))
+# How y becomes int8. "maxima": the kernel writes y and each token's largest |y|, and a pass over y does the rest: 8 + 3
+# bytes a token and channel. "int8": its blocks wait for each other's maxima, and write int8: 7 bytes. Not timed yet.
+EPILOGUE = os.environ.get("LONGLLAVA_SCAN_EPILOGUE", "maxima")
 
 
 def n_blocks(channels: int) -> int:
@@ -55,13 +58,17 @@ def compute(
     end: Tensor,
     saved: Tensor | None,
     maxima: Tensor | None = None,
+    int8: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """y; the state after each row goes to `end`, which may be `state`, the states for backward to `saved`, the largest
-    |y| of each token to `maxima` (B, L), fp32, which must hold zeros."""
+    |y| of each token to `maxima` (B, L), fp32, which must hold zeros. With int8 rows (B, L, E) and their scales (B, L)
+    these are written, and no y; `writes_int8` says where that is possible."""
     batch, length, channels = u.shape
     n_states = A.shape[1]
     dtype, wanted = native_cuda.common_dtype(u, delta, B, C, z), u.dtype
-    y = u.new_empty(u.shape, dtype=dtype)
+    y = u.new_empty(u.shape if int8 is None else (0, 0, 0), dtype=dtype)
+    values, scales = (None, None) if int8 is None else int8
+    arrived = None if int8 is None else u.new_zeros((batch, -(-length // CHUNK)), dtype=torch.int32)
     if u.numel() == 0:
         end.zero_() if state is None else end.copy_(state)
         return y.to(wanted)
@@ -77,7 +84,7 @@ def compute(
         FIELDS.size, native_cuda.DTYPES[dtype], batch, length, channels, n_states, delta_softplus, n_spans, span,
         is_wide(u, delta, B, C, z), CHANNELS, VARIANT, native_cuda.stream(u),
         *rows(u), *rows(delta), *rows(z), *rows(B), *rows(C), *rows(y),
-        *map(address, (*parameters, flags, end, saved, pieces, sums, maxima)), *NO_GRADIENTS,
+        *map(address, (*parameters, flags, end, saved, pieces, sums, maxima, values, scales, arrived)), *NO_GRADIENTS,
     )  # fmt: skip
     with torch.cuda.device_of(u):
         native_cuda.succeed(native_cuda.function("longllava_cuda_scan_forward")(arguments), "selective_scan")
@@ -90,13 +97,33 @@ def is_wide(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, *m
     return states and native_cuda.is_wide(16, u, delta, z, *more)
 
 
+def writes_int8(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, seq_idx: Tensor | None) -> bool:
+    """Whether the forward kernel can write y as int8. A token's blocks wait for each other, so that all blocks must be
+    on the device at once, one a processor: a row of LongLLaVA-9B takes 128 of an H100's 132."""
+    batch, length, channels = u.shape
+    return (
+        native_cuda.common_dtype(u, delta, B, C, z) in (torch.bfloat16, torch.float16)
+        and seq_idx is None
+        and length > 1
+        and is_wide(u, delta, B, C, z)
+        and 0 < batch * n_blocks(channels) <= native_cuda.n_processors(u.device)
+        and spans(batch, length, channels, u.device)[0] == 1
+        and has_room(u.device, "longllava_cuda_scan_int8_bytes")
+    )
+
+
 @functools.lru_cache
+def has_room(device: torch.device, of: str) -> bool:
+    """Whether a block may have as much shared memory as that function of the library says."""
+    if device.type != "cuda":
+        return True
+    has: int = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return has >= native_cuda.constant(of)
+
+
 def backward_block(device: torch.device) -> int:
     """Channels of a block: 64 where its 190 KB of shared memory are to be had (H100), half of it elsewhere (A100)."""
-    if device.type != "cuda":
-        return CHANNELS
-    has = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return CHANNELS if has >= native_cuda.constant("longllava_cuda_scan_backward_bytes") else CHANNELS // 2
+    return CHANNELS if has_room(device, "longllava_cuda_scan_backward_bytes") else CHANNELS // 2
 
 
 def gradients(
@@ -145,7 +172,7 @@ def gradients(
     arguments = FIELDS.pack(
         FIELDS.size, native_cuda.DTYPES[dtype], batch, length, channels, n_states, delta_softplus, n_spans, span,
         wide, block, 0, native_cuda.stream(u), *(field for x in rows_of for field in rows(x)), *NO_ROWS,
-        *map(address, (*parameters, None, flags, None, saved, pieces, sums, None)),
+        *map(address, (*parameters, None, flags, None, saved, pieces, sums, None, None, None, None)),
         *rows(grad_rows),
         *map(address, (grad_u, grad_delta, grad_z, end, grad_A, grad_D, grad_bias, grad_B, grad_C, grad_start)),
     )  # fmt: skip

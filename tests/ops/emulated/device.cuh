@@ -83,10 +83,7 @@ inline void start() {
   pause();
 }
 
-inline void run_block(unsigned id, int threads, int64_t bytes, const std::function<void()>& body) {
-  Block now;
-  block = &now;
-  block_index.x = id;
+inline void fill(Block& now, int threads, int64_t bytes, const std::function<void()>& body) {
   now.body = body;
   now.warps.resize((threads + 31) / 32);
   now.exchanged.resize(threads);
@@ -101,16 +98,40 @@ inline void run_block(unsigned id, int threads, int64_t bytes, const std::functi
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, start, 0);
   }
-  bool backward = false;  // threads run in either order by turns, so that neither kind of warps is always the first
-  for (bool busy = true; busy; backward = !backward) {
-    busy = false;
-    for (int k = 0; k < threads; ++k) {
-      const int i = backward ? threads - 1 - k : k;
-      if (now.fibers[i]->done) continue;
-      busy = true;
-      now.running = i;
-      thread_index.x = i;
-      swapcontext(&now.scheduler, &now.fibers[i]->context);
+}
+
+// Every thread has a turn; whether any is left.
+inline bool turn(Block& now, unsigned id, bool backward) {
+  block = &now;
+  block_index.x = id;
+  bool busy = false;
+  const int threads = int(now.fibers.size());
+  for (int k = 0; k < threads; ++k) {
+    const int i = backward ? threads - 1 - k : k;
+    if (now.fibers[i]->done) continue;
+    busy = true;
+    now.running = i;
+    thread_index.x = i;
+    swapcontext(&now.scheduler, &now.fibers[i]->context);
+  }
+  return busy;
+}
+
+// Blocks first .. first + count - 1 together. The last has a turn in every round, each before it fewer, so that they get
+// far apart.
+inline void run_blocks(unsigned first, unsigned count, int threads, int64_t bytes, const std::function<void()>& body) {
+  std::vector<std::unique_ptr<Block>> blocks;
+  for (unsigned i = 0; i < count; ++i) {
+    blocks.push_back(std::make_unique<Block>());
+    fill(*blocks[i], threads, bytes, body);
+  }
+  // threads run in either order by turns, so that neither kind of warps is always the first
+  unsigned round = 0;
+  for (unsigned busy = count; busy > 0; ++round) {
+    busy = 0;
+    for (unsigned i = 0; i < count; ++i) {
+      const unsigned every = count - i;
+      busy += round % every != 0 || turn(*blocks[i], first + i, round / every % 2 != 0);
     }
   }
   block = nullptr;
@@ -227,12 +248,29 @@ inline void atomic_max_magnitude(float* at, int x) {
   std::memcpy(at, &most, 4);
 }
 
+inline float divide(float x, float by) { return x / by; }
+inline int nearest(float x) { return int(std::nearbyint(x)); }
+
+inline void arrive(int* counter) { ++*counter; }
+inline void wait_for_blocks(const int* counter, int n_blocks) {
+  while (*counter < n_blocks) emulated::pause();
+}
+inline float load_of_others(const float* x) { return *x; }
+
 inline int64_t shared_memory_limit() { return 227 * 1024; }
 
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t bytes, void*,
            const Arguments&... arguments) {
-  for (int64_t i = 0; i < blocks; ++i) emulated::run_block(unsigned(i), threads, bytes, [&] { kernel(arguments...); });
+  for (int64_t i = 0; i < blocks; ++i)
+    emulated::run_blocks(unsigned(i), 1, threads, bytes, [&] { kernel(arguments...); });
+  return 0;
+}
+
+template <class... Parameters, class... Arguments>
+int launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t bytes, void*,
+                    const Arguments&... arguments) {
+  emulated::run_blocks(0, unsigned(blocks), threads, bytes, [&] { kernel(arguments...); });
   return 0;
 }
 
