@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from _gpu_epilogue import measure_epilogue
 from _gpu_measures import Run
 from _limits import ceilings
 from _models import is_random, open_model
@@ -58,6 +59,7 @@ def gpu_first_token(
     answer: Annotated[int, typer.Option(min=8, help="Tokens decoded after the longest text prompt.")] = 256,
     batches: Annotated[str, typer.Option(help="Rows decoded together, 8,192 tokens each; empty: none.")] = "1,8,64",
     peer: Annotated[bool, typer.Option(help="transformers beside: Jamba with its kernels, and CLIP.")] = True,
+    epilogue: Annotated[bool, typer.Option(help="The scan's int8 epilogue on and off, first of --prompts.")] = True,
     fit: Annotated[bool, typer.Option(help="The most pictures that fit: keys and values allocated.")] = True,
     files: Annotated[int, typer.Option(min=0, help="JPEG files on disk to the first token; 0: none.")] = 1000,
     seconds: Annotated[float, typer.Option(help="Nothing new begins after this long.")] = 200.0,
@@ -83,6 +85,8 @@ def gpu_first_token(
         measured.warm()
         for images, tokens in twice:
             measured.prompt(images, tokens, repeat=True, answer=0 if images else answer)
+        if epilogue and name != "bf16" and twice:
+            measure_epilogue(measured, *twice[0])
         if name == order[-1]:
             measured.files(files)
         measured.session(next((prompt for prompt in twice if prompt[0]), None))
