@@ -101,6 +101,13 @@ def test_norm_and_swiglu_match_the_reference(rows, width, dtype, quantized, monk
                 assert error(got, truth) <= (1.6e-2 if got.dtype == torch.int8 else CUT[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_sum_is_rounded_before_it_is_normalised(dtype) -> None:
+    x, residual, weight = torch.randn(4, 300).to(dtype), torch.randn(4, 300).to(dtype), torch.randn(300).to(dtype)
+    y, _, total = fused_triton.rms_norm(x, weight, 1e-6, residual, False)
+    assert torch.equal(y, fused_triton.rms_norm(total, weight, 1e-6, None, False)[0])
+
+
 def test_nan_and_infinity_of_a_row_stay_in_it() -> None:
     x, weight = torch.randn(3, 8), torch.ones(8)
     x[1, 2], x[2, 0] = torch.nan, torch.inf

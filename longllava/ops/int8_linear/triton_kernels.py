@@ -31,10 +31,14 @@ def quantize_rows(
         bits_R = tl.max(bits_RK, 1)
     scale_R, factor_R, seen_R = scales(bits_R)
     tl.store(scale + row_R, scale_R, mask=inside_R)
-    for first in range(0, K, BLOCK):
-        mask_RK = inside_R[:, None] & (first + k_K < K)[None]
-        x_RK = tl.load(x + spot_R1 + first + k_K[None], mask=mask_RK, other=0)
-        tl.store(values + (row_R * K)[:, None] + first + k_K[None], to_int8(x_RK, factor_R, seen_R), mask=mask_RK)
+    if absmax is None and K <= BLOCK:
+        mask_RK = inside_R[:, None] & (k_K < K)[None]
+        tl.store(values + (row_R * K)[:, None] + k_K[None], to_int8(x_RK, factor_R, seen_R), mask=mask_RK)
+    else:
+        for first in range(0, K, BLOCK):
+            mask_RK = inside_R[:, None] & (first + k_K < K)[None]
+            x_RK = tl.load(x + spot_R1 + first + k_K[None], mask=mask_RK, other=0)
+            tl.store(values + (row_R * K)[:, None] + first + k_K[None], to_int8(x_RK, factor_R, seen_R), mask=mask_RK)
 
 
 @triton.jit
