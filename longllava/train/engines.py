@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -31,13 +32,18 @@ class Plain:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self.config, self.dtype = config, dtype
+        wanted = int(os.environ.get("WORLD_SIZE", "1"))
         self.accelerator = Accelerator(
-            cpu=config.device == "cpu",
+            # accelerate joins processes on CPUs only where it is told that these are meant
+            cpu=config.device == "cpu" or (wanted > 1 and not torch.accelerator.is_available()),
             mixed_precision="no",  # autocast is ours: a process has accelerate's state once, and may train two stages
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # text has no pictures
         )
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        if self.world != wanted:
+            raise TrainingError(f"{wanted} processes were launched, accelerate joined {self.world} of them on"
+                                f" {self.device}; set device: cpu, or launch one")  # fmt: skip
 
     def prepare(self, forward: Forward, parameters: Parameters, state: TrainingState | None) -> None:
         """Take the model over: on its device, with an optimizer, as `state` says if there is one."""
