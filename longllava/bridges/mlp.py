@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from longllava.bridges.pool import pool_features
 from longllava.config import BridgeConfig
+from longllava.nn.linear import Linear
 
 
 class MLPBridge(nn.Module):
@@ -15,8 +16,8 @@ class MLPBridge(nn.Module):
     def __init__(self, config: BridgeConfig, in_width: int, out_width: int):
         super().__init__()
         self.config = config
-        self.up = nn.Linear(in_width, config.hidden)
-        self.down = nn.Linear(config.hidden, out_width)
+        self.up = Linear(in_width, config.hidden)
+        self.down = Linear(config.hidden, out_width)
 
     def forward(self, features_NTC: Tensor, n_tokens: int | None = None) -> Tensor:
         """n_tokens: tokens an image, default the config's. Raises: InputError when T cannot be pooled so."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from longllava.config import EncoderConfig
 from longllava.errors import InputError
+from longllava.nn.linear import Conv2d, Linear, better_in_fp32
 from longllava.ops.vision import add_layer_norm, quick_gelu_
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -51,7 +52,7 @@ class VisionTransformer(nn.Module):
             self.patches: nn.Module = Stem(config)
             self.class_embedding = None
         else:
-            self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
+            self.patches = Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
             self.class_embedding = nn.Parameter(torch.zeros(config.width)) if config.class_token else None
             n_tokens += config.class_token
         self.position_embedding = nn.Parameter(torch.empty(n_tokens, config.width))
@@ -136,11 +137,11 @@ class VisionBlock(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.quick = config.activation == "quick_gelu"
         self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
         self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.up = nn.Linear(config.width, config.mlp_width)
-        self.down = nn.Linear(config.mlp_width, config.width)
+        self.up = Linear(config.width, config.mlp_width)
+        self.down = Linear(config.mlp_width, config.width)
 
     def forward(self, x_NTC: Tensor) -> Tensor:
         x_NTC = x_NTC + self.out(self.attend(self.attention_norm(x_NTC)))
@@ -157,9 +158,11 @@ class VisionBlock(nn.Module):
         if x_NTC.device.type == "cuda":
             y_NHTK = F.scaled_dot_product_attention(q, k, v)
             return y_NHTK.transpose(1, 2).reshape(n, t, c)
+        if better_in_fp32(q, k):
+            q, k, v = q.float(), k.float(), v.float()
         # two products and a softmax: torch's CPU SDPA takes 38 % of a training step in its backward
         weights_NHTT = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
-        return (weights_NHTT @ v).transpose(1, 2).reshape(n, t, c)
+        return (weights_NHTT @ v).transpose(1, 2).reshape(n, t, c).to(x_NTC.dtype)
 
 
 class Stem(nn.Module):
@@ -176,7 +179,7 @@ class Stem(nn.Module):
             stages += [ResidualConv(width) for _ in range(n_blocks)]
             previous = width
         self.stages = nn.Sequential(*stages)
-        self.out = nn.Conv2d(previous, config.width, 1)
+        self.out = Conv2d(previous, config.width, 1)
 
     def forward(self, x_N3SS: Tensor) -> Tensor:
         return self.out(self.stages(x_N3SS))
@@ -188,7 +191,7 @@ class ConvNorm(nn.Sequential):
     def __init__(self, n_in: int, n_out: int, kernel: int = 3, stride: int = 1):
         padding = stride // 2 if stride > 1 else kernel // 2
         super().__init__(
-            nn.Conv2d(n_in, n_out, kernel, stride, padding, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)
+            Conv2d(n_in, n_out, kernel, stride, padding, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)
         )
 
 
@@ -196,7 +199,7 @@ class ResidualConv(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.first = ConvNorm(width, width)
-        self.second = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
+        self.second = nn.Sequential(Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.second(self.first(x)))

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from longllava.errors import BackendError, LongLLaVAError
-from longllava.ops.fused import Quantized, rms_norm, swiglu
+from longllava.ops import native
+from longllava.ops.fused import Quantized, call, rms_norm, swiglu
 from longllava.ops.int8_linear import quantize_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+needs_kernels = pytest.mark.skipif(native.why_not() is not None, reason="needs the compiled kernels")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -32,7 +34,8 @@ def test_swiglu_is_the_formula_rounded_once(dtype) -> None:
     truth = gate * torch.sigmoid(gate) * up
     y = swiglu(both)
     assert y.dtype == dtype and y.shape == (3, 4, 33)
-    torch.testing.assert_close(y.double(), truth, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    # the kernel's exponential and reciprocal add 3e-7 to the rounding
+    torch.testing.assert_close(y.double(), truth, rtol=torch.finfo(dtype).eps + 3e-7, atol=1e-7)
     assert torch.equal(swiglu(both[..., :33], both[..., 33:]), y)
 
 
@@ -51,6 +54,63 @@ def test_int8_output_is_the_quantisation_of_the_other(dtype) -> None:
         assert quantized.scale[0, 1].isnan()
     known = swiglu(x, residual, swiglu(x, residual).float().abs().amax(-1), quantized=True)
     assert torch.equal(known.values, pairs[1][1].values)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_the_compiled_kernels_are_the_reference(dtype) -> None:
+    compare(dtype)
+
+
+def compare(dtype: torch.dtype) -> None:
+    """Widths below, at and beside a vector's, more rows than a task has, views, rows of many magnitudes. Every form of
+    the kernels comes here from test_native.py."""
+    close = {"rtol": 2e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-6}
+    for width in (1, 3, 8, 33, 200, 1024):
+        magnitude = 10 ** torch.linspace(-3, 3, 37)[:, None]
+        both = (torch.randn(37, 2 * width) * magnitude).to(dtype)
+        x, residual, weight = both[:, :width], both[:, width:], torch.randn(width).to(dtype)
+        for other in (None, residual):
+            (y, total), (expected, sums) = (rms_norm(x, weight, 1e-6, other, backend=b) for b in ("cpu", "reference"))
+            torch.testing.assert_close(y, expected, **close)
+            assert torch.equal(total, sums)
+            int8, _ = rms_norm(x, weight, 1e-6, other, quantized=True, backend="cpu")
+            same = quantize_rows(y, backend="reference")
+            assert torch.equal(int8.values, same.values) and torch.equal(int8.scale, same.scale)
+        y, expected = (swiglu(x, residual, backend=b) for b in ("cpu", "reference"))
+        torch.testing.assert_close(y, expected, **close)
+        same, known = quantize_rows(y, backend="reference"), y.float().abs().amax(-1)
+        for absmax in (None, known):
+            int8 = swiglu(x, residual, absmax, quantized=True, backend="cpu")
+            assert torch.equal(int8.values, same.values) and torch.equal(int8.scale, same.scale)
+
+
+@needs_kernels
+def test_the_compiled_kernels_say_what_they_do_not_take() -> None:
+    x = torch.ones(2, 8)
+    for run, words in (
+        (lambda: rms_norm(x.half(), torch.ones(8).half(), 1e-6, backend="cpu"), "float16 and float16"),
+        (lambda: rms_norm(x.bfloat16(), torch.ones(8), 1e-6, backend="cpu"), "bfloat16 and float32"),
+        (lambda: swiglu(torch.ones(1, 2 * 32769), backend="cpu"), "at most 32768, got 32769"),
+    ):
+        with pytest.raises(BackendError, match=words):
+            run()
+
+
+@needs_kernels
+def test_as_custom_ops_they_keep_torchs_rules_and_have_the_references_gradients() -> None:
+    x, residual, weight = (torch.randn(shape, requires_grad=True) for shape in ((3, 48), (3, 48), (48,)))
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for quantized in (False, True):
+        args = (x, weight, 1e-6, residual, quantized, "cpu")
+        torch.library.opcheck(call.rms_norm, args, test_utils=tests)
+        torch.library.opcheck(call.swiglu, (x, residual, None, quantized, "cpu"), test_utils=tests)
+    found = []
+    for backend in ("cpu", "reference"):
+        y, total = rms_norm(x, weight, 1e-6, residual, backend=backend)
+        found.append(torch.autograd.grad((y + swiglu(total, y, backend=backend)).square().sum(), (x, residual, weight)))
+    for got, expected in zip(*found):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients() -> None:
@@ -76,7 +136,7 @@ def test_rows_of_no_length_and_no_rows() -> None:
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
     x = torch.ones(2, 8)
-    for call, words in (
+    for run, words in (
         (lambda: rms_norm(x, torch.ones(7), 1e-6), r"weight must be \(8,\), got \(7,\)"),
         (lambda: rms_norm(x, torch.ones(8), 1e-6, x[:1]), r"residual must be \(2, 8\)"),
         (lambda: rms_norm(x, torch.ones(8), 1e-6, x.half()), "residual must be .* in torch.float32, got .*float16"),
@@ -86,7 +146,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         (lambda: swiglu(x, x, torch.ones(3), quantized=True), r"must be \(2,\), got \(3,\)"),
     ):
         with pytest.raises(LongLLaVAError, match=words):
-            call()
+            run()
     for op in (lambda: rms_norm(x, torch.ones(8), 1e-6, backend="triton"), lambda: swiglu(x, x, backend="triton")):
         with pytest.raises(BackendError, match="triton: needs CUDA tensors, got (x|gate) on cpu"):
             op()

@@ -16,19 +16,23 @@ from longllava.ops.dispatch import Backend, choose, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# both ops on a few ugly cases, against fp64, in a process of its own: the form is chosen when the library loads
+# these ops on a few ugly cases, against fp64, in a process of its own: the form is chosen when the library loads
 CHECK = """
 import sys
+import torch
 from longllava.ops import causal_conv1d, native, selective_scan
 from longllava.ops.causal_conv1d import cases as conv_cases, cpu as conv_cpu, reference as conv_reference
 from longllava.ops.selective_scan import cases as scan_cases, cpu as scan_cpu, reference as scan_reference
 from tests.ops.parity import assert_matches
+from tests.ops.test_fused import compare
 assert native.isa() == sys.argv[1], native.isa()
 chosen = ("plain", "two-tiles", "many-states", "bf16-wild", "wild", "two-taps-two-tiles")
 for cases, cpu, reference in ((scan_cases, scan_cpu, scan_reference), (conv_cases, conv_cpu, conv_reference)):
     for case in cases.CASES:
         if case.name in chosen:
             assert_matches(cpu.run, reference.run, cases.NAMES, case.inputs(), slack=2e-6)
+for dtype in (torch.float32, torch.bfloat16):
+    compare(dtype)
 """
 
 

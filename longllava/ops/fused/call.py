@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from longllava.ops.dispatch import Backend, choose
-from longllava.ops.fused import reference, triton
+from longllava.ops.fused import cpu, reference, triton
 
-MODULES = (("triton", triton), ("reference", reference))
-# best first; the last is the judge
+MODULES = (("cpu", cpu), ("triton", triton), ("reference", reference))
+# the last is the judge; of the others the quickest to say no goes first: a CPU that decodes comes here for each norm
 RMS_NORM_BACKENDS = tuple(Backend(name, module.rms_norm, module.why_not_rms_norm) for name, module in MODULES)
 SWIGLU_BACKENDS = tuple(Backend(name, module.swiglu, module.why_not_swiglu) for name, module in MODULES)
 
