@@ -54,7 +54,10 @@ def test_attention_is_that_of_the_rounded_keys_and_values(lengths, fork_at, bloc
     assert all(segment.keys_BSGK.dtype == torch.int8 for segment in state.segments())
 
 
-def test_rows_with_padding_see_their_own_tokens():
+@pytest.mark.parametrize("block", [2, 8192])
+def test_rows_with_padding_see_their_own_tokens(block, monkeypatch):
+    """With blocks of 2 a query of padding sees nothing in one block after the other."""
+    monkeypatch.setattr(attention_module, "INT8_BLOCK", block)
     k, v, q = (torch.randn(2, 9, heads, 8) for heads in (2, 2, 4))
     index = torch.tensor([[0] * 9, [0] * 5 + [-1] * 4], dtype=torch.int32)
     state = AttentionState.empty(2, 9, 2, 8, DEVICE, torch.int8).append(k[:, :6], v[:, :6], index[:, :6])
