@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -78,6 +79,7 @@ def scan_peers(case: scan_cases.Case, direction: str, args: tuple[Any, ...]) -> 
 
     u, delta, A, B, C, D, z, bias, softplus, state, seq_idx = args
     pieces = scan_in_pieces(args) if direction == FORWARD and case.name == "36,864" else {}
+    pieces |= scan_to_int8(args) if direction == FORWARD and case.name == "36,000" else {}
     if direction == STEP or upstream.why_not(u, delta, A, B, C, D, z, bias, softplus, None, seq_idx) is not None:
         return pieces
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -109,6 +111,30 @@ def scan_in_pieces(args: tuple[Any, ...]) -> dict[str, Callable[[], Call]]:
 
     ours = [b for b in selective_scan.BACKENDS if b.name in ("cuda", "triton") and b.why_not(*args) is None]
     return {f"{backend.name}, in pieces": functools.partial(prepare, backend) for backend in ours}
+
+
+def scan_to_int8(args: tuple[Any, ...]) -> dict[str, Callable[[], Call]]:
+    """The CUDA scan with y as int8 rows: quantised from y alone, with the scan's maxima, by the scan itself."""
+    from longllava.ops.int8_linear import quantize_rows
+    from longllava.ops.selective_scan import cuda_launch
+
+    backend = next(b for b in selective_scan.BACKENDS if b.name == "cuda")
+    if backend.why_not(*args) is not None or backend.run_quantized is None:
+        return {}
+
+    def prepare(way: str) -> Call:
+        def call() -> Any:
+            with torch.no_grad():
+                if way == "y":
+                    return quantize_rows(backend.run(*args)[0])
+                with patch.object(cuda_launch, "EPILOGUE", way):
+                    return backend.run_quantized(*args)  # type: ignore[misc]
+
+        return call
+
+    u, delta, _, B, C, _, z, *_ = args
+    ways = ["y", "maxima", *(["int8"] if cuda_launch.writes_int8(u, delta, B, C, z, args[-1]) else [])]
+    return {f"cuda, int8 by {way}": functools.partial(prepare, way) for way in ways}
 
 
 def timed_direction(call: Callable[..., Any], tensors: list[torch.Tensor], direction: str) -> Call:

@@ -12,6 +12,7 @@ lie 16,384 elements apart: at 270,000 tokens offsets pass 2^32):
 - gradients of all inputs at lengths to 2,049: no more than three times as wrong
 - pieces of 2,048 tokens with the state carried: the same as the whole
 - 20 runs of forward and backward: the same bits
+- int8 rows of the scan, quantised by the kernel itself too, 20 times: the bits of the quantisation of its y
 
 Writes benchmarks/results/kernel-checks-<device>.json. Exit code 1 when a line fails.
 """
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import torch
 import typer
@@ -34,7 +36,9 @@ from longllava.files import write_json
 from longllava.ops import causal_conv1d, selective_scan
 from longllava.ops.causal_conv1d import cases as conv_cases
 from longllava.ops.dispatch import Backend
+from longllava.ops.int8_linear import quantize_rows
 from longllava.ops.selective_scan import cases as scan_cases
+from longllava.ops.selective_scan import cuda_launch
 from longllava.train.record import environment
 
 LENGTHS = (1, 63, 2047, 2049, 36_000, 147_000, 270_000)
@@ -130,6 +134,30 @@ def repeat_rows(name: str, case: Any, backends: Sequence[Backend], direction: st
         yield row | {"right": same}
 
 
+def int8_rows(case: Any, device: str = "cuda") -> Iterator[Row]:
+    """The kernel whose blocks wait for each other must give what a pass over its y gives, in every run."""
+    args = case.inputs(device=device)
+    backend = next(b for b in selective_scan.BACKENDS if b.name == "cuda")
+    u, delta, _, B, C, _, z, *_ = args
+    for way in ("maxima", "int8"):
+        row = {"op": "selective_scan", "what": f"int8 rows by {way}, {case.name}", "backend": backend.name}
+        if (reason := backend.why_not(*args)) is not None:
+            yield row | {"skipped": reason}
+            continue
+        if way == "int8" and not cuda_launch.writes_int8(u, delta, B, C, z, args[-1]):
+            yield row | {"skipped": "its blocks do not fit on the device together"}
+            continue
+        with torch.no_grad(), patch.object(cuda_launch, "EPILOGUE", way):
+            y, end = backend.run(*args)
+            truth = quantize_rows(y)
+            same = True
+            for _ in range(RUNS):
+                rows, state = backend.run_quantized(*args)  # type: ignore[misc]
+                same &= torch.equal(rows.values, truth.values) and torch.equal(rows.scale, truth.scale)
+                same &= torch.equal(state, end)
+        yield row | {"right": same}
+
+
 def all_rows(quick: bool) -> Iterator[Row]:
     gpu = [b for b in selective_scan.BACKENDS if b.name not in ("cpu", "blocked", "reference")]
     conv = [b for b in causal_conv1d.BACKENDS if b.name not in ("cpu", "reference")]
@@ -141,7 +169,10 @@ def all_rows(quick: bool) -> Iterator[Row]:
             yield from forward_rows("causal_conv1d", causal_conv1d, case, [b for b in conv if b.name != "upstream"])
         small = replace(scan_case, name="65 x 150", length=65, channels=150, batch=2, packing="wild")
         yield from gradient_rows("selective_scan", selective_scan, small, gpu)
+        yield from int8_rows(replace(scan_case, name="200 x 256", length=200, channels=256))
         return
+    for length in (2, 2049, 36_000, 147_000):
+        yield from int8_rows(replace(scan_case, name=f"{length:,}", length=length, state=True))
     for name, op, plain, backends, names in (
         ("selective_scan", selective_scan, scan_case, gpu, scan_cases.NAMES),
         ("causal_conv1d", causal_conv1d, conv_case, conv, conv_cases.NAMES),

@@ -69,7 +69,7 @@ def rows_of(op: Op, case: Any, direction: str, device: str, limits: dict[str, fl
             rows[name]["skipped"] = str(error).splitlines()[0]
         else:
             calls[name] = call
-            against = name if against == op.backends[-1].name and "pieces" not in name else against  # the first
+            against = name if against == op.backends[-1].name and "," not in name else against  # the first
     times = interleaved(calls, device)
     for name, measured in times.items():
         calls_of_one = LAYERS if direction == STEP else 1  # a graph holds one token's calls of every layer
