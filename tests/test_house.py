@@ -148,3 +148,13 @@ def test_an_installed_wheel_works_outside_the_clone(tmp_path: Path) -> None:
     )  # fmt: skip
     expected = f"{home}/longllava/__init__.py None {home}/longllava/configs/models/nano.yaml\n"
     assert (done.stdout, done.stderr) == (expected, "")
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "passive"), ("active", "active")])
+def test_waiting_threads_sleep_unless_told_otherwise(given: str | None, found: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    if given is not None:
+        environment["OMP_WAIT_POLICY"] = given
+    code = "import longllava, os; print(os.environ['OMP_WAIT_POLICY'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == found
