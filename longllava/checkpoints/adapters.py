@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from longllava.checkpoints.folders import listed
 from longllava.errors import CheckpointError
+from longllava.files import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from longllava.model import Model
 
 ADAPTER_CONFIG = "adapter_config.json"
+RECORD = "training.json"  # of which stage a model is, for the stage that starts from it
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # what peft's LoRA can do beyond W + scale * B A
@@ -152,4 +154,8 @@ def merge(base: str | Path, folder: str | Path, target: str | Path, *, dtype: to
         raise CheckpointError(f"{target}: would be written over what it is made of; name another folder")
     model = load_model(source, dtype=dtype)
     merge_(model, adapter, folder)
-    return save_model(model, Tokenizer.from_folder(source, model.config.prompt), target)
+    written = save_model(model, Tokenizer.from_folder(source, model.config.prompt), target)
+    record = Path(folder) / RECORD
+    if record.is_file():
+        write_text(written / RECORD, record.read_text("utf-8"))
+    return written

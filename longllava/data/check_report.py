@@ -23,13 +23,16 @@ BINS = 60
 
 
 def show_check(console: Console, config: RecipeConfig, checks: Sequence[SourceCheck], tokenizer: Tokenizer) -> None:
-    from rich.table import Table
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Column, Table
 
-    table = Table("source", "samples", "share", "images", "tokens: median", "99 %", "longest", "learned", "left out",
-                  title=f"{config.name}: {config.about}", title_justify="left")  # fmt: skip
+    # without lines between columns it fits 80 of them
+    table = Table(Column("source", overflow="fold"), "samples", "share", "images", "tokens: median", "99 %", "longest",
+                  "learned", "left out", title=f"{config.name}: {config.about}", title_justify="left",
+                  box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # fmt: skip
     for one in checks:
         if one.missing is not None:
-            table.add_row(one.config.name, "[red]missing[/red]", *[""] * 7)
+            table.add_row(one.config.name, "[red]unusable[/red]", *[""] * 7)
             continue
         found = one.as_dict()
         tokens = found["tokens"]

@@ -204,6 +204,8 @@ def record_source(row: SourceConfig, folder: Path) -> Source:
     else:
         paths = paths_of(row.path or "", folder)
         store, label = open_store(row.format, paths, columns, files), str(paths[0])
+        if files and not root.is_dir():
+            raise DataError(f"image_root: {root}: no such folder")
         root = root if files else paths[0].parent
     return RecordSource(row.name, store, label, root, shape=shape, media=row.media, count=row.count, seed=row.seed,
                         max_bad=row.max_bad, duplicates=row.duplicates)  # fmt: skip

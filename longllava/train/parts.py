@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longllava.checkpoints import find_folder
+from longllava.checkpoints.adapters import is_adapter
 from longllava.checkpoints.load import read_entries
 from longllava.checkpoints.published import read_config
+from longllava.errors import TrainingError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def read_part(folder: Path, part: str) -> dict[str, Tensor]:
-    """The tensors of one part, in fp32, without the part's name."""
+    """The tensors of one part, in fp32, without the part's name. Raises: TrainingError for a folder of adapters."""
     from safetensors.torch import load_file
 
+    if is_adapter(folder):
+        raise TrainingError(f"{folder}: holds adapters; make a whole model of them first, with longllava merge")
     own = folder / f"{part}.safetensors"
     files = [own] if own.is_file() else sorted({entry.file for entry in read_entries(folder).values()})
     tensors = {}

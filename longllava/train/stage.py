@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from longllava.checkpoints import find_folder, save_model, shipped_models
 from longllava.config import Int8Config, ModelConfig
 from longllava.data.recipes import Recipe
-from longllava.errors import TrainingError
+from longllava.errors import ConfigError, TrainingError
 from longllava.files import write_json
 from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
@@ -46,7 +46,10 @@ def main(path: str | Path, overrides: Sequence[str] = ()) -> None:
     overrides = list(overrides)
     if os.environ.get("PRESET") and not any(item.startswith("preset=") for item in overrides):
         overrides.insert(0, f"preset={os.environ['PRESET']}")
-    if "stage" not in read_mapping(path):
+    written = read_mapping(path)
+    if "sources" in written:
+        raise ConfigError(f"{path}: this is a data recipe, which a stage names under recipe; train the stage's YAML")
+    if "stage" not in written:
         from longllava.train import vision
 
         vision.main(str(path), *overrides)

@@ -124,6 +124,15 @@ def frozen_tensors(
         yield from part.named_buffers()
 
 
+def differences(key: str, then: Any, now: Any) -> list[str]:
+    """Each setting that differs, by its own name: phases.0.rows."""
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        then, now = dict(enumerate(then)), dict(enumerate(now))
+    if isinstance(then, dict) and isinstance(now, dict) and then.keys() == now.keys():
+        return [line for name in then for line in differences(f"{key}.{name}", then[name], now[name])]
+    return [] if then == now else [f"{key}: {then!r} then, {now!r} now"]
+
+
 def compare(saved: dict[str, Any], now: dict[str, Any], n_phases: int) -> None:
     """Whether a run that was begun with the facts `saved` may go on with `now`.
 
@@ -134,7 +143,7 @@ def compare(saved: dict[str, Any], now: dict[str, Any], n_phases: int) -> None:
     if "phases" in pairs:
         then, at = (phases and phases[:n_phases] for phases in pairs["phases"])
         pairs["phases"] = then, at
-    different = [f"{key}: {then!r} then, {at!r} now" for key, (then, at) in pairs.items() if then != at]
+    different = [line for key, (then, at) in pairs.items() for line in differences(key, then, at)]
     if different:
         raise TrainingError(
             f"this run was begun with other settings ({'; '.join(different)}); use those, or another output"

@@ -25,6 +25,7 @@ from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.settings import build, load, read_mapping
 from longllava.shipped import shipped
+from longllava.train.stage import main as train_stage
 
 LONGLLAVA = ("longllava/stage1", "longllava/stage2", "longllava/stage3")
 
@@ -218,6 +219,11 @@ def test_the_commands(tmp_path: Path) -> None:
     (found,) = json.loads(checked.stdout)["sources"]
     assert checked.exit_code == 0 and (found["samples"], found["looked_at"]) == (12, 5)
     assert (tmp_path / "runs/check/own/lengths.png").is_file()
+    with pytest.raises(ConfigError, match="own/recipe.yaml: this is a data recipe, which a stage names"):
+        train_stage("own/recipe.yaml")
+    (tmp_path / "own/images").rename(tmp_path / "own/pictures")
+    with pytest.raises(DataError, match="source 'own': image_root: own/images: no such folder"):
+        Recipe.load("own/recipe.yaml")
     missing = CliRunner().invoke(app, ["data", "check", "longllava/stage2"])
     assert isinstance(missing.exception, DataError)
     assert "2 of 2 sources cannot be used: llava-1.5, mantis-single" in str(missing.exception)

@@ -25,6 +25,7 @@ from longllava.train import stage as stage_module
 from longllava.train.config import load_stage
 from longllava.train.lora import LoraConfig, add_adapters_
 from longllava.train.optimizer import select_parts
+from longllava.train.parts import read_part
 from longllava.train.stage import run_stage
 from tests.tiny_world import TOKENIZER, world_config, world_samples, write_foundation, write_stage
 
@@ -84,6 +85,9 @@ def test_merged_and_reloaded_it_answers_as_with_its_adapters(runs, monkeypatch, 
         again = answers(LongLLaVA.from_pretrained(where, dtype="float32"))
         assert [text for text, _ in again] == [text for text, _ in learned]
         assert [likely for _, likely in again] == pytest.approx([likely for _, likely in learned], abs=1e-4)
+    assert json.loads((merged / "training.json").read_text())["stage"] == "own"  # a next stage may start from it
+    with pytest.raises(TrainingError, match="own/model: holds adapters; make a whole model of them first"):
+        read_part(folder, parts[0])
     base, whole = load_model(runs / "base/model").state_dict(), load_model(merged).state_dict()
     changed = {name.split(".")[0] for name in base if not torch.equal(base[name], whole[name])}
     assert changed == set(train_only)

@@ -233,7 +233,7 @@ def test_a_run_goes_on_only_as_the_same_run(runs, monkeypatch) -> None:
         run_stage(load_stage(path))
     for override, message in (
         ("seed=2", "seed: 1 then, 2 now"),
-        ("phases.0.learning_rate=0.1", "phases"),
+        ("phases.0.learning_rate=0.1", r"settings \(phases.0.learning_rate: 0.005 then, 0.1 now\); use"),
         ("threads=2", "threads: 1 then, 2 now"),
     ):
         with pytest.raises(TrainingError, match=message):
