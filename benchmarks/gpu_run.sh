@@ -7,7 +7,8 @@
 #
 #   PEERS=folder   sdists or wheels of mamba-ssm 2.3.2.post1 and causal-conv1d 1.7.0, built for this GPU alone
 #   (pip download --no-deps --no-binary :all: mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0); wheels go to RESULTS
-#   PYTHON=python3
+#   In two calls each has time enough: RESULTS build check kernels cpu, then RESULTS first sanitize.
+#   PYTHON=python3  LIMIT=480   seconds in all: what is under way at its end is cut off, what had not begun is named
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=$(mkdir -p "${1:?where the results go}" && cd "$1" && pwd)
@@ -18,6 +19,11 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 start=$SECONDS
 wants() { [[ " $steps " == *" $1 "* ]]; }
 say() { echo "== $((SECONDS - start)) s: $*"; }
+left() { echo $((${LIMIT:-480} - SECONDS + start)); }
+within() {
+  if (($(left) < 20)); then say "no time left for: ${*:2}"; return 1; fi
+  timeout "$(left)" "$@" || say "exit code $?: ${*:2}"
+}
 
 # the peers' setup.py builds for nine GPUs; nvcc sees only the one that is here
 sm=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
@@ -61,10 +67,10 @@ if wants build; then
   LONGLLAVA_CUDA=1 LONGLLAVA_CUDA_ARCHS=$sm "$python" csrc/build.py 2>&1 | tail -n 5
   say "built csrc"
 fi
-wants check && { "$python" benchmarks/kernel_checks.py --output "$results/kernel-checks.json"; say "checked"; }
+wants check && { within "$python" benchmarks/kernel_checks.py --output "$results/kernel-checks.json"; say "checked"; }
 if wants sanitize; then
   for tool in memcheck racecheck; do
-    timeout 90 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/kernel_checks.py --quick \
+    timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/kernel_checks.py --quick \
       > "$results/sanitizer-$tool.log" 2>&1
     say "compute-sanitizer $tool: exit code $?, $(tail -n 1 "$results/sanitizer-$tool.log")"
   done
@@ -76,7 +82,12 @@ if wants cpu; then  # two cores of the machine, beside the GPU's benchmark
     > "$results/kernels-cpu.log" 2>&1; say "timed two cores") &
   cpu=$!
 fi
-wants kernels && { "$python" benchmarks/kernels.py --device cuda --output "$results/kernels.json"; say "timed the GPU"; }
-wants first && { "$python" benchmarks/gpu_first_token.py --seconds 200 --save "$results/gpu_first_token.json"; say "first tokens"; }
-[ -z "${cpu:-}" ] || wait "$cpu"
+wants kernels && { within "$python" benchmarks/kernels.py --device cuda --output "$results/kernels.json"; say "timed the GPU"; }
+if wants first; then  # what it began before --seconds are over may take 40 more
+  seconds=$(($(left) - 40))
+  within "$python" benchmarks/gpu_first_token.py --seconds $((seconds < 200 ? seconds : 200)) \
+    --save "$results/gpu_first_token.json"
+  say "first tokens"
+fi
+[ -z "${cpu:-}" ] || { (($(left) > 0)) || kill "$cpu"; wait "$cpu"; } 2> /dev/null
 say "done"
