@@ -35,11 +35,11 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_foundation(tmp_path / "runs")
 
 
-def launch(path: Path, n: int) -> subprocess.Popen:
+def launch(path: Path, n: int, *overrides: str) -> subprocess.Popen:
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m", "longllava.train"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, "-m", *launcher, str(path)], env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return subprocess.Popen([sys.executable, "-m", *launcher, str(path), *overrides], env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
 def compare(one: Path, several: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from longllava.checkpoints import save_model
 from longllava.checkpoints.load import ASSETS
@@ -21,6 +23,8 @@ from longllava.shipped import shipped
 from longllava.train.config import load_stage
 from longllava.train.preview import preview
 from longllava.train.stage import run_stage
+from tests.train.test_processes import launch
+from tests.train.test_zero import needs_deepspeed
 
 MODELS = ("longllava-9b", "longllava-53b-a13b")
 # Align.sh, SingleImageSFT.sh, MultiImageSFT.sh of FreedomIntelligence/LongLLaVA
@@ -93,3 +97,33 @@ def test_one_step_of_each_by_the_same_way(tmp_path: Path, monkeypatch: pytest.Mo
         assert json.loads(line)["rate"] == rate
         record = json.loads((tmp_path / stage / "model" / "training.json").read_text())
         assert (record["stage"], record["trained"]) == (stage, parts)
+
+
+@pytest.mark.long
+@needs_deepspeed
+def test_one_step_of_each_as_written_over_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engine, dtype and checkpointing are the YAMLs' own: ZeRO-3 in bf16."""
+    monkeypatch.chdir(tmp_path)
+    pretrained = start = narrow(tmp_path)
+    for stage in PUBLISHED:
+        overrides = [
+            f"model={tmp_path / 'narrow.json'}", f"recipe=nano/{stage}", f"output={tmp_path / stage}", "device=cpu",
+            "threads=1", "window=1", "phases.0.steps=1", "phases.0.rows=2", "phases.0.row_length=1024",
+            "phases.0.warmup=1",
+        ]  # fmt: skip
+        if stage == "stage1":
+            overrides += [f"init_from.backbone={pretrained}", f"init_from.encoder={pretrained}"]
+        if stage == "stage3":
+            overrides.append("phases.0.tasks={needle: {n_images: [2, 3], n_questions: [1, 2]}}")
+        child = launch(path_of("longllava-9b", stage), 2, *overrides)
+        printed, _ = child.communicate(timeout=300)
+        assert child.returncode == 0, printed
+        (line,) = (tmp_path / stage / "log.jsonl").read_text().splitlines()
+        assert math.isfinite(json.loads(line)["loss"]) and json.loads(line)["norm"] > 0
+        written = json.loads((tmp_path / stage / "config.json").read_text())["train"]
+        assert (written["engine"], written["dtype"], written["gradient_checkpointing"]) == ("zero3", "bfloat16", True)
+        trained = tmp_path / stage / "model"
+        before, after = (load_file(folder / "model.safetensors") for folder in (start, trained))
+        changed = {name.split(".")[0] for name in before if not torch.equal(before[name].float(), after[name])}
+        assert changed == set(PUBLISHED[stage][2]), stage
+        start = trained
