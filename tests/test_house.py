@@ -158,3 +158,14 @@ def test_waiting_threads_sleep_unless_told_otherwise(given: str | None, found: s
     code = "import longllava, os; print(os.environ['OMP_WAIT_POLICY'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == found
+
+
+def test_an_answer_on_a_cpu_imports_no_compiler() -> None:
+    """torch._dynamo, sympy and triton took two seconds and 190 MB of every start, for one decorator."""
+    code = (
+        "from longllava import LongLLaVA; import sys;"
+        "print(LongLLaVA.from_pretrained('nano', device='cpu').generate('What is this?', max_new_tokens=2));"
+        "print('imported', {'torch._dynamo', 'sympy', 'triton', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "imported set()"

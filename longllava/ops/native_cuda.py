@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longllava.errors import BackendError
 from longllava.ops import upstream_support
+from longllava.ops.dispatch import constant_when_traced
 
 PATH = Path(__file__).resolve().parent.parent / "lib" / "liblongllava_cuda.so"
 ABI = 2  # csrc/trial.cu holds the same number; raise both when the C interface changes
@@ -34,7 +35,7 @@ def why_not(**tensors: Tensor | None) -> str | None:
     return missing()
 
 
-@torch.compiler.assume_constant_result  # under torch.compile it is asked, not traced
+@constant_when_traced
 def missing() -> str | None:
     """None where the kernels are built, fit this package and have once run on the GPU; else a sentence."""
     return _loaded()[1]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longllava.ops import upstream_support
+from longllava.ops.dispatch import constant_when_traced
 
 OLDEST = (3, 6)  # tuples of tensors in kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,7 +34,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result  # under torch.compile it is asked, not traced
+@constant_when_traced
 def missing() -> str | None:
     """None where a triton is installed that can compile these kernels and, with a GPU, has run one; else a sentence."""
     return _missing()
