@@ -205,7 +205,8 @@ def test_conv_gradients_of_packed_rows_reach_far_and_not_beyond(on_cpu) -> None:
 def test_conv_in_place_and_cut_anywhere(on_cpu) -> None:
     with torch.no_grad():
         wide = CONV_CASES[-1]
-        for case in (wide, replace(wide, length=1), replace(wide, n_taps=8, packing="middle")):
+        far = replace(wide, length=120, packing="left")  # tokens of a second thread's run read the state
+        for case in (wide, replace(wide, length=1), replace(wide, n_taps=8, packing="middle"), far):
             split_equals_whole(conv.run, conv_cases.NAMES, case.inputs(), (0, 1, 2, 33), 1e-6)
             args = case.inputs()
             y, end = conv.run(*args)
