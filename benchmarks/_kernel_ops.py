@@ -78,6 +78,8 @@ def scan_peers(case: scan_cases.Case, direction: str, args: tuple[Any, ...]) -> 
     from longllava.ops.selective_scan import upstream
 
     u, delta, A, B, C, D, z, bias, softplus, state, seq_idx = args
+    if u.device.type == "cpu":
+        return transformers_loop(args) if direction == FORWARD and case.name == "prefill" else {}
     pieces = scan_in_pieces(args) if direction == FORWARD and case.name == "36,864" else {}
     pieces |= scan_to_int8(args) if direction == FORWARD and case.name == "36,000" else {}
     if direction == STEP or upstream.why_not(u, delta, A, B, C, D, z, bias, softplus, None, seq_idx) is not None:
@@ -93,6 +95,34 @@ def scan_peers(case: scan_cases.Case, direction: str, args: tuple[Any, ...]) -> 
         return timed_direction(call, tensors, direction)
 
     return {"mamba-ssm": prepare, **pieces}
+
+
+def transformers_loop(args: tuple[Any, ...]) -> dict[str, Callable[[], Call]]:
+    """The loop over tokens that transformers' Jamba runs in plain torch, on tensors in its layout.
+
+    Not its backward: each token's slice gets a gradient as large as the whole, some 270 GB of zeros at 2,048 tokens.
+    """
+    try:
+        from transformers.models.jamba.modeling_jamba import mamba_selective_scan
+    except ImportError:  # older ones have it inside a layer
+        return {}
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    u, delta, A, B, C, D, z, bias, softplus, _, _ = args
+    u_BEL, delta_BEL, B_BNL, C_BNL, z_BEL = (x.transpose(1, 2).contiguous() for x in (u, delta, B, C, z))
+
+    def call() -> Any:
+        with torch.no_grad():
+            return mamba_selective_scan(u_BEL, delta_BEL, A, B_BNL, C_BNL, D, z_BEL, bias, softplus)
+
+    def prepare() -> Call:
+        truth = selective_scan.selective_scan(*args, backend="reference")[0].transpose(1, 2)
+        if not torch.allclose(call(), truth, rtol=1e-4, atol=1e-4):
+            raise RuntimeError("differs from the reference")
+        return call
+
+    return {"transformers, its loop": prepare}
 
 
 def scan_in_pieces(args: tuple[Any, ...]) -> dict[str, Callable[[], Call]]:

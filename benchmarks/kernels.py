@@ -85,7 +85,7 @@ def rows_of(op: Op, case: Any, direction: str, device: str, limits: dict[str, fl
 
 
 def line(row: dict[str, Any]) -> str:
-    head = f"{row['op']:15} {row['case']:22} {row['direction']:9} {row['backend']:13}"
+    head = f"{row['op']:15} {row['case']:22} {row['direction']:9} {row['backend']:22}"
     if "skipped" in row:
         return f"{head} skipped: {row['skipped']}"
     if "wrong" in row:
