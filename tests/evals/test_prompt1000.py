@@ -62,7 +62,8 @@ def test_from_files_to_the_report(tmp_path: Path) -> None:
     LongLLaVA(model, tiny_tokenizer()).save_pretrained(tmp_path / "tiny")
     line = [sys.executable, SCRIPT, "--model", tmp_path / "tiny", "--images", "3", "--save", tmp_path / "result.json"]
     done = subprocess.run(line, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    slower = "longllava runs its slower plain-torch code"  # said once where there is no compiler
+    assert done.returncode == 0 and all(told.startswith(slower) for told in done.stderr.splitlines()), done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert [row["images"] for row in result["prompts"]] == [3, 6]
     for row in result["prompts"]:

@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longllava.errors import BackendError, LongLLaVAError
-from longllava.ops import native
 from longllava.ops.attention import BACKENDS, attention, cpu, merge
 from longllava.ops.attention.cases import CASES, Case
-
-needs_kernels = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+from tests.kernels import needs_kernels
 
 
 def results(case: Case, backend: str, dtype: torch.dtype, gradients: bool = True) -> dict[str, Tensor]:

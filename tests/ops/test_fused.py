@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from longllava.errors import BackendError, LongLLaVAError
-from longllava.ops import native
 from longllava.ops.fused import Quantized, call, rms_norm, swiglu
 from longllava.ops.int8_linear import quantize_rows
+from tests.kernels import needs_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-needs_kernels = pytest.mark.skipif(native.why_not() is not None, reason="needs the compiled kernels")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

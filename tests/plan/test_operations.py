@@ -11,6 +11,7 @@ from longllava.nn import Context
 from longllava.ops.selective_scan import reference
 from longllava.plan import operations
 from longllava.plan.operations import scan_operations
+from tests.kernels import needs_kernels
 from tests.tiny import tiny_config
 
 N_TOKENS, N_PAST = 13, 6
@@ -24,6 +25,7 @@ def counted(call) -> int:
     return counter.get_total_flops()
 
 
+@needs_kernels  # a scan in plain torch is counted too
 @pytest.mark.parametrize("n_experts", [1, 4])
 def test_products_and_attention_are_what_torch_counts(n_experts, monkeypatch):
     """The reference attends to every key and hides the later ones; they are not counted here."""

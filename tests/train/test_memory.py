@@ -16,6 +16,7 @@ from longllava.train.config import TrainConfig
 from longllava.train.forward import Forward
 from longllava.train.memory import estimate, layer_bytes
 from longllava.train.optimizer import build_optimizer, select_parts
+from tests.kernels import needs_kernels
 from tests.live_bytes import LiveBytes
 
 # LongLLaVA-9B's proportions, a 64th as wide
@@ -39,6 +40,7 @@ def measured(config: BackboneConfig, layer: int, dtype: torch.dtype, learns: boo
     return saved, live.peak - saved
 
 
+@needs_kernels  # what plain torch keeps is another matter
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("learns", [True, False])
@@ -71,6 +73,7 @@ def packed_row(n_tokens: int, tokens_per_image: int) -> tuple[Batch, torch.Tenso
     return batch, torch.randn(number, tokens_per_image, ENCODER.width)
 
 
+@needs_kernels  # what plain torch keeps is another matter
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_a_packed_step(checkpointing: bool) -> None:
     backbone = dataclasses.replace(SMALL, n_layers=12)
