@@ -42,14 +42,21 @@ def run(
     delta = step_sizes(delta, delta_bias_E, delta_softplus, padding_BL1)
 
     h_BEN = u.new_zeros(u.shape[0], *A.shape) if state_BEN is None else state_BEN.to(dtype, copy=True)
+    # Written in place where no gradient is wanted: rows that live on between the loop's states keep the heap from
+    # reusing their room, and it grew by nearly a state a token.
+    rows_BLE = None if torch.is_grad_enabled() else torch.empty_like(u)
     ys = []
     for t in range(u.shape[1]):
         if resets_BL is not None:
             h_BEN = h_BEN.masked_fill(resets_BL[:, t, None, None], 0)
         input_BEN = (delta[:, t] * u[:, t])[..., None] * B[:, t, None, :]
         h_BEN = torch.exp(delta[:, t, :, None] * A) * h_BEN + input_BEN
-        ys.append((h_BEN * C[:, t, None, :]).sum(-1))
-    y_BLE = torch.stack(ys, 1) if ys else torch.zeros_like(u)
+        y_BE = (h_BEN * C[:, t, None, :]).sum(-1)
+        if rows_BLE is None:
+            ys.append(y_BE)
+        else:
+            rows_BLE[:, t] = y_BE
+    y_BLE = rows_BLE if rows_BLE is not None else torch.stack(ys, 1) if ys else torch.zeros_like(u)
     if D_E is not None:
         y_BLE = y_BLE + D_E.to(dtype) * u
     if z is not None:
