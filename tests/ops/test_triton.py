@@ -36,19 +36,22 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-def interpreted(*options: str) -> None:
-    command = [sys.executable, "-m", "pytest", "tests/ops/triton_interpreted.py", "-q", "-p", "no:cacheprovider"]
+def interpreted(*options: str, file: str = "triton_interpreted") -> None:
+    command = [sys.executable, "-m", "pytest", f"tests/ops/{file}.py", "-q", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 @needs_interpreter
-@pytest.mark.parametrize(
-    "part", ["scan and not spans", "spans", "conv", "attention or choose or in_place or vision or few_rows"]
-)
+@pytest.mark.parametrize("part", ["scan and not spans", "spans", "conv", "attention or choose or in_place or vision"])
 def test_kernels_in_the_interpreter(part: str) -> None:
     interpreted("-k", part)
+
+
+@needs_interpreter
+def test_kernels_of_decoding_in_the_interpreter() -> None:
+    interpreted(file="decoding_interpreted")
 
 
 @needs_interpreter

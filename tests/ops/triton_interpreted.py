@@ -24,7 +24,6 @@ from longllava.ops.attention import triton as attention
 from longllava.ops.causal_conv1d import cases as conv_cases
 from longllava.ops.causal_conv1d import reference as conv_reference
 from longllava.ops.causal_conv1d import triton as conv
-from longllava.ops.few_rows import few_rows_linear
 from longllava.ops.selective_scan import cases as scan_cases
 from longllava.ops.selective_scan import reference as scan_reference
 from longllava.ops.selective_scan import triton as scan
@@ -274,17 +273,6 @@ def test_a_state_replaced_in_place_is_the_new_state(length, packing, several_spa
             address = given.data_ptr()
             assert torch.equal(getattr(op, f"{name}_")(*args, backend="triton"), y)
             assert torch.equal(given, state) and given.data_ptr() == address
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1024, 17), (1, 5, 3), (2, 300, 8), (4, 512, 9)])
-def test_few_rows_match_the_reference(rows, inputs, outputs, dtype) -> None:
-    x, weight = torch.randn(rows, 1, inputs).to(dtype), torch.randn(outputs, 2 * inputs).to(dtype)[:, :inputs]
-    for bias in (None, torch.randn(outputs).to(dtype)):
-        truth = few_rows_linear(*(None if t is None else t.double() for t in (x, weight, bias)), backend="reference")
-        found = few_rows_linear(x, weight, bias, backend="triton")
-        slack = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-        assert found.dtype == dtype and found.shape == truth.shape and error(found, truth) < slack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -10,7 +10,7 @@ from torch import Tensor
 from longllava.ops import triton_support
 from longllava.ops.causal_conv1d.autograd import wrapped
 from longllava.ops.sequences import reset_mask
-from longllava.ops.triton_support import OPTIONS, plain, rowed
+from longllava.ops.triton_support import DTYPES, OPTIONS, plain, rowed
 
 MAX_TAPS = 8
 TOKENS, CHANNELS = 32, 128  # of a block: 8 KB of bf16
@@ -67,7 +67,12 @@ def _common(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None
     arguments: dict[str, Any] = {"CHANNELS": channels, "TAPS": n_taps, "BLOCK": block, **OPTIONS}
     arguments |= {"x": x, "x_batch": x.stride(0), "X_STEP": x.stride(1), "length": x.shape[1], "state": state}
     arguments["state_batch"], arguments["STATE_STEP"] = (0, 0) if state is None else state.stride()[:2]
-    return arguments | {"weight": plain(weight), "bias": plain(bias)}
+    return arguments | {"weight": held(weight), "bias": held(bias)}
+
+
+def held(x: Tensor | None) -> Tensor | None:
+    """Taps or bias as the kernels read them, in their own dtype: a cast in each layer would be a launch each token."""
+    return x.contiguous() if x is not None and x.dtype in DTYPES else plain(x)
 
 
 def _grid(batch: int, length: int, tokens: int, common: dict[str, Any]) -> tuple[int]:

@@ -55,11 +55,11 @@ def convolve(x, weight, bias, state, sources, t_T, e_E, length, X_STEP: tl.const
     mask_E = e_E < CHANNELS
     sum_TE = tl.zeros([T, BLOCK], tl.float32)
     for k in tl.static_range(TAPS):
-        weight_E = tl.load(weight + e_E * TAPS + k, mask=mask_E, other=0)
+        weight_E = tl.load(weight + e_E * TAPS + k, mask=mask_E, other=0).to(tl.float32)
         p_T = source(sources, t_T, length, k, TAPS)
         sum_TE += weight_E[None] * line(x, state, p_T, e_E, length, X_STEP, STATE_STEP, CHANNELS, TAPS - 1)
     if bias is not None:
-        sum_TE += tl.load(bias + e_E, mask=mask_E, other=0)[None]
+        sum_TE += tl.load(bias + e_E, mask=mask_E, other=0).to(tl.float32)[None]
     return sum_TE
 
 
@@ -171,7 +171,7 @@ def backward_line(
         else:
             user_T = p_T - k
         mask_TE = ((user_T >= 0) & (user_T < length))[:, None] & mask_1E
-        weight_E = tl.load(weight + e_E * TAPS + k, mask=e_E < CHANNELS, other=0)
+        weight_E = tl.load(weight + e_E * TAPS + k, mask=e_E < CHANNELS, other=0).to(tl.float32)
         row_TE = tl.load(grad_sums + (b * length + user_T)[:, None] * CHANNELS + e_E[None], mask=mask_TE, other=0)
         grad_TE += weight_E[None] * row_TE
     if grad_state is not None:

@@ -5,6 +5,17 @@ import triton.language as tl
 
 
 @triton.jit
+def widened(weight):
+    """As fp32, exactly. int8 by way of 2^23 + 128 + weight, whose last byte that is: a GPU converts from integers at an
+    eighth of the rate at which it adds floats, too slow for memory's."""
+    if weight.dtype == tl.int8:
+        bits = weight.to(tl.uint8, bitcast=True).to(tl.int32) ^ 0x4B000080
+        return bits.to(tl.float32, bitcast=True) - 8388736.0
+    else:
+        return weight.to(tl.float32)
+
+
+@triton.jit
 def multiply(
     x, weight, scale, bias, y, n_outputs, weight_row, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -18,17 +29,18 @@ def multiply(
         sums = sums + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),)  # type: ignore[assignment]
     for k in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
-            weight_NK = tl.load(weight + weight_N1 + k + k_K[None], eviction_policy="evict_first").to(tl.float32)
+            weight_NK = tl.load(weight + weight_N1 + k + k_K[None], eviction_policy="evict_first")
         else:
             inside_1K = (k + k_K < K)[None]
-            weight_NK = tl.load(weight + weight_N1 + k + k_K[None], mask=inside_1K, other=0).to(tl.float32)
+            weight_NK = tl.load(weight + weight_N1 + k + k_K[None], mask=inside_1K, other=0)
+        wide_NK = widened(weight_NK)
         added = ()  # type: ignore[var-annotated]
         for m in tl.static_range(ROWS):
             if K % BLOCK_K == 0:
                 x_K = tl.load(x + m * K + k + k_K).to(tl.float32)
             else:
                 x_K = tl.load(x + m * K + k + k_K, mask=k + k_K < K, other=0).to(tl.float32)
-            added = added + (sums[m] + weight_NK * x_K[None],)  # type: ignore[assignment]
+            added = added + (sums[m] + wide_NK * x_K[None],)  # type: ignore[assignment]
         sums = added
     for m in tl.static_range(ROWS):
         y_N = tl.sum(sums[m], 1)

@@ -1,0 +1,64 @@
+"""The Triton kernels of decoding, one token a sequence, in Triton's interpreter. test_triton.py runs this file:
+
+TRITON_INTERPRET=1 python -m pytest tests/ops/decoding_interpreted.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longllava.config import BackboneConfig
+from longllava.nn import Context, StaticMambaState
+from longllava.nn.mamba import Mamba
+from longllava.ops.few_rows import few_rows_linear
+from longllava.ops.few_rows import triton as few_rows
+from tests.ops.parity import error
+
+# numpy's words for what a GPU does without one
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1024, 17), (1, 5, 3), (2, 300, 8), (4, 512, 9)])
+def test_few_rows_match_the_reference(rows, inputs, outputs, dtype) -> None:
+    x, weight = torch.randn(rows, 1, inputs).to(dtype), torch.randn(outputs, 2 * inputs).to(dtype)[:, :inputs]
+    for bias in (None, torch.randn(outputs).to(dtype)):
+        truth = few_rows_linear(*(None if t is None else t.double() for t in (x, weight, bias)), backend="reference")
+        found = few_rows_linear(x, weight, bias, backend="triton")
+        slack = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        assert found.dtype == dtype and found.shape == truth.shape and error(found, truth) < slack
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 256, 256), (3, 300, 9), (4, 2500, 5)])
+def test_few_rows_take_every_int8_weight_exactly(rows, inputs, outputs) -> None:
+    weight = torch.arange(outputs * inputs).view(outputs, inputs).to(torch.int8)  # each value in each column or so
+    scale = torch.rand(outputs)
+    x = torch.randint(-8, 9, (rows, inputs)).float()  # products and sums of integers are exact
+    truth = ((x.double() @ weight.double().T).float() * scale).double()
+    assert torch.equal(few_rows.product(x, weight, scale, None).double(), truth)
+
+
+class Casts(TorchDispatchMode):
+    """Notes the dtypes of what is cast; copies by the interpreter itself, of bytes, are none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default):
+            self.seen = [*getattr(self, "seen", []), args[0].dtype]
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_mixer_that_decodes_copies_nothing() -> None:
+    mixer = Mamba(BackboneConfig(width=32, dt_rank=8))
+    mixer.initialise_()
+    for name, parameter in mixer.named_parameters():
+        if name not in ("A_log_EN", "D_E", "dt_bias_E"):  # as a model keeps them
+            parameter.data = parameter.data.bfloat16()
+    state = StaticMambaState(*mixer.empty_state(1, 1, torch.device("cpu"), torch.bfloat16))
+    x = torch.randn(1, 1, 32).bfloat16()
+    with torch.no_grad():
+        mixer(x, Context(), state)  # A is made once
+        with Casts() as casts:
+            mixer(x, Context(), state)
+    assert getattr(casts, "seen", []) == []
