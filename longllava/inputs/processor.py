@@ -174,6 +174,7 @@ class Writer:
         self.encoded = Encoded()
         self.text = ""
         self.sources: list[tuple[int, int, int]] = []  # (start, end in self.text, start in the turn's text)
+        self.split: dict[str, list[str | int]] = {}  # markup in parts: a thousand pictures have the same two tags
 
     def begin_turn(self) -> None:
         """Each turn begins with bos, so no text joins over its start."""
@@ -197,7 +198,9 @@ class Writer:
                 self.put([self.tokenizer.pad_id] * length, [(piece.start, piece.end)] * length)
 
     def markup(self, text: str) -> None:
-        for part in self.tokenizer.split_specials(text):
+        if text not in self.split:
+            self.split[text] = self.tokenizer.split_specials(text)
+        for part in self.split[text]:
             if isinstance(part, int):
                 self.flush()
                 self.put([part], [(0, 0)])
