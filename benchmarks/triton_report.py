@@ -35,6 +35,7 @@ from longllava.ops.fused import triton as fused
 from longllava.ops.int8_linear import triton as int8
 from longllava.ops.selective_scan import triton as scan
 from longllava.ops.selective_scan import triton_launch as launch
+from longllava.ops.vision import triton as vision
 from longllava.version import __version__
 
 PROCESSORS = 132  # of an H100: decides how many spans a short width is cut into
@@ -108,6 +109,14 @@ def norm_and_swiglu(quantized: bool) -> None:
     fused.swiglu(gate, gate, None, quantized)
 
 
+def encoder_passes(quantized: bool) -> None:
+    """CLIP-L's, 64 pictures at a time."""
+    x, hidden = empty(64, 577, 1024), empty(64, 577, 4096)
+    vision.add_layer_norm(x, x, empty(1024), empty(1024), 1e-5, quantized)
+    for activation in ("quick_gelu", "gelu_tanh", "gelu"):
+        (vision.activated_rows if quantized else vision.activate_)(hidden, activation)
+
+
 CALLS: dict[str, Callable[[], None]] = {
     "scan 9B, 36,000 tokens": lambda: scan_forward(*scan_arguments(36_000, 8192)),
     "scan 9B, packed": lambda: scan_forward(*scan_arguments(4096, 8192, packed=True)),
@@ -133,6 +142,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "int8 9B, weights alone, 64 tokens": lambda: int8_product(64, 4096, 28672, "weight_only"),
     "norm and SwiGLU 9B": lambda: norm_and_swiglu(False),
     "norm and SwiGLU 9B, int8 output": lambda: norm_and_swiglu(True),
+    "encoder CLIP-L": lambda: encoder_passes(False),
+    "encoder CLIP-L, int8 output": lambda: encoder_passes(True),
     "attention nano, one token": lambda: attend(1, 36_000, 4, 2, 64),
 }
 

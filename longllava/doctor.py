@@ -56,7 +56,7 @@ CALLS: dict[str, Callable[[Make], tuple]] = {
     "rms_norm": lambda make: (make(33, 64), make(64), 1e-6, make(33, 64), False),
     "swiglu": lambda make: (make(33, 64), make(33, 64), None, False),
     "few_rows_linear": lambda make: (make(3, 64), make(40, 64), make(40)),
-    "add_layer_norm": lambda make: (make(33, 64), make(33, 64), make(64), make(64), 1e-5),
+    "add_layer_norm": lambda make: (make(33, 64), make(33, 64), make(64), make(64), 1e-5, False),
 }
 # Where an op's backends are, if not in the folder of its name as BACKENDS.
 PLACES = {

@@ -9,8 +9,6 @@ arXiv:2106.14881).
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -21,13 +19,7 @@ from torch import Tensor, nn
 from longllava.config import EncoderConfig
 from longllava.errors import InputError
 from longllava.nn.linear import Conv2d, Linear, better_in_fp32
-from longllava.ops.vision import add_layer_norm, quick_gelu_
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
+from longllava.ops.vision import activate_, add_layer_norm
 
 
 class VisionTransformer(nn.Module):
@@ -98,14 +90,12 @@ class VisionTransformer(nn.Module):
         y_NTC = blocks[0].attention_norm(x_NTC)
         with fastest_attention(x_NTC.device):
             for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-                norm = block.mlp_norm
                 attended_NTC = block.out(block.attend(y_NTC)).to(x_NTC.dtype)  # under autocast x is fp32, it is bf16
-                y_NTC, x_NTC = add_layer_norm(x_NTC, attended_NTC, norm.weight, norm.bias, norm.eps)
+                y_NTC, x_NTC = block.mlp_norm.added(attended_NTC, x_NTC)
                 fed_NTC = block.feed(y_NTC).to(x_NTC.dtype)
                 if following is None:
                     return x_NTC + fed_NTC
-                norm = following.attention_norm
-                y_NTC, x_NTC = add_layer_norm(x_NTC, fed_NTC, norm.weight, norm.bias, norm.eps)
+                y_NTC, x_NTC = following.attention_norm.added(fed_NTC, x_NTC)
         return x_NTC
 
 
@@ -128,19 +118,45 @@ def fastest_attention(device: torch.device) -> AbstractContextManager[Any]:
     return sdpa_kernel(order, set_priority=True)
 
 
+class LayerNorm(nn.LayerNorm):
+    def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of total = residual + x, and total, in one pass where there is a kernel."""
+        y, total = add_layer_norm(residual, x, self.weight, self.bias, self.eps)
+        assert isinstance(y, Tensor)
+        return y, total
+
+
+class Activation(nn.Module):
+    """Of the MLP's hidden rows; without gradients in their place."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return activate_(x, self.name)
+        if self.name == "quick_gelu":
+            return x * torch.sigmoid(1.702 * x)
+        return F.gelu(x, approximate="tanh" if self.name == "gelu_tanh" else "none")
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
 class VisionBlock(nn.Module):
-    """Pre-norm attention and MLP, biases everywhere, as CLIP."""
+    """Pre-norm attention and MLP, biases everywhere, as CLIP. What stands between two linear layers may hand on rows
+    that the second one reads in another form; the norm of the first block gives floats."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.n_heads = config.n_heads
-        self.activation = ACTIVATIONS[config.activation]
-        self.quick = config.activation == "quick_gelu"
-        self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = LayerNorm(config.width, eps=config.norm_eps)
         self.qkv = Linear(config.width, 3 * config.width)
         self.out = Linear(config.width, config.width)
-        self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp_norm = LayerNorm(config.width, eps=config.norm_eps)
         self.up = Linear(config.width, config.mlp_width)
+        self.activation = Activation(config.activation)
         self.down = Linear(config.mlp_width, config.width)
 
     def forward(self, x_NTC: Tensor) -> Tensor:
@@ -148,21 +164,20 @@ class VisionBlock(nn.Module):
         return x_NTC + self.feed(self.mlp_norm(x_NTC))
 
     def feed(self, x_NTC: Tensor) -> Tensor:
-        hidden_NTF = self.up(x_NTC)
-        in_place = self.quick and not torch.is_grad_enabled()
-        return self.down(quick_gelu_(hidden_NTF) if in_place else self.activation(hidden_NTF))
+        return self.down(self.activation(self.up(x_NTC)))
 
     def attend(self, x_NTC: Tensor) -> Tensor:
-        n, t, c = x_NTC.shape
-        q, k, v = self.qkv(x_NTC).view(n, t, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        if x_NTC.device.type == "cuda":
+        qkv = self.qkv(x_NTC)
+        n, t, _ = qkv.shape
+        q, k, v = qkv.view(n, t, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        if qkv.device.type == "cuda":
             y_NHTK = F.scaled_dot_product_attention(q, k, v)
-            return y_NHTK.transpose(1, 2).reshape(n, t, c)
+            return y_NHTK.transpose(1, 2).reshape(n, t, -1)
         if better_in_fp32(q, k):
             q, k, v = q.float(), k.float(), v.float()
         # two products and a softmax: torch's CPU SDPA takes 38 % of a training step in its backward
         weights_NHTT = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
-        return (weights_NHTT @ v).transpose(1, 2).reshape(n, t, c).to(x_NTC.dtype)
+        return (weights_NHTT @ v).transpose(1, 2).reshape(n, t, -1).to(qkv.dtype)
 
 
 class Stem(nn.Module):

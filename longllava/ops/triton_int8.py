@@ -25,8 +25,11 @@ def scales(bits_R):
 
 
 @triton.jit
-def to_int8(x_RK, factor_R, seen_R):
-    """To the nearest, ties to even, within -127 .. 127: 1.5 * 2^23 more leaves the integer in the lowest bits."""
-    scaled_RK = tl.minimum(tl.maximum(x_RK.to(tl.float32) * factor_R[:, None], -127.0), 127.0)
+def to_int8(x_RK, factor_R, seen_R, CLAMPED: tl.constexpr = True):
+    """To the nearest, ties to even, within -127 .. 127: 1.5 * 2^23 more leaves the integer in the lowest bits.
+    CLAMPED may be False where factor_R is of the largest magnitude of these very numbers: none is above 127.00002."""
+    scaled_RK = x_RK.to(tl.float32) * factor_R[:, None]
+    if CLAMPED:
+        scaled_RK = tl.minimum(tl.maximum(scaled_RK, -127.0), 127.0)
     bits_RK = (scaled_RK + 12582912.0).to(tl.int32, bitcast=True)
     return tl.where(seen_R[:, None], bits_RK, 0).to(tl.int8)

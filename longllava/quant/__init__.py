@@ -2,7 +2,16 @@
 
 from longllava.config import Int8Config
 from longllava.quant.apply import Place, build_model, float_places, fuse_scans_, quantize_
-from longllava.quant.layers import Inputs, Int8Experts, Int8Linear, Int8Module, Int8SwiGLU, QuantizedNorm
+from longllava.quant.layers import (
+    Inputs,
+    Int8Experts,
+    Int8Linear,
+    Int8Module,
+    Int8SwiGLU,
+    QuantizedActivation,
+    QuantizedLayerNorm,
+    QuantizedNorm,
+)
 from longllava.quant.weights import all_finite, fill_
 
 __all__ = [
@@ -13,6 +22,8 @@ __all__ = [
     "Int8Module",
     "Int8SwiGLU",
     "Place",
+    "QuantizedActivation",
+    "QuantizedLayerNorm",
     "QuantizedNorm",
     "all_finite",
     "build_model",

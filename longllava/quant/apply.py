@@ -5,25 +5,38 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from longllava.config import Int8Config, ModelConfig
+from longllava.encoders.vit import Activation, LayerNorm, VisionBlock
 from longllava.errors import ConfigError, LongLLaVAError
 from longllava.model import Model
 from longllava.nn import Block
 from longllava.nn.mamba import Mamba
 from longllava.nn.mlp import Experts, SwiGLU
 from longllava.nn.norm import RMSNorm
-from longllava.quant.layers import NEVER, Inputs, Int8Experts, Int8Linear, Int8SwiGLU, QuantizedNorm
+from longllava.quant.layers import (
+    NEVER,
+    Inputs,
+    Int8Experts,
+    Int8Linear,
+    Int8SwiGLU,
+    QuantizedActivation,
+    QuantizedLayerNorm,
+    QuantizedNorm,
+)
 from longllava.quant.weights import all_finite, fill_
 
 # a recurrence of ten thousand steps hangs on the first two, which expert is asked on the third; together they are a
 # hundredth of the products
 FLOATS = ("x_proj", "dt_proj", "router")
 HEAD = "lm_head"
+FUSED: dict[type, Any] = {
+    RMSNorm: QuantizedNorm, LayerNorm: QuantizedLayerNorm, Activation: QuantizedActivation
+}  # fmt: skip
 Holder = Int8Linear | Int8SwiGLU | Int8Experts
 
 
@@ -164,7 +177,7 @@ def check_names(model: Model, config: Int8Config) -> None:
 
 
 def fuse_norms_(model: Model) -> None:
-    """Norms that int8 layers alone read quantise their rows as they make them."""
+    """Norms and activations that int8 layers alone read quantise their rows as they make them."""
     for block in model.backbone.modules():
         if not isinstance(block, Block):
             continue
@@ -174,12 +187,19 @@ def fuse_norms_(model: Model) -> None:
         ffn = block.ffn
         block.ffn_norm = fused(block.ffn_norm, [ffn.gate_up_proj] if isinstance(ffn, Int8SwiGLU) else [])
 
+    for block in model.encoder.modules() if model.encoder is not None else ():
+        if isinstance(block, VisionBlock):
+            block.attention_norm = fused(block.attention_norm, [block.qkv])
+            block.mlp_norm = fused(block.mlp_norm, [block.up])
+            block.activation = fused(block.activation, [block.down])
 
-def fused(norm: RMSNorm, readers: list[nn.Module]) -> RMSNorm:
+
+def fused(module: Any, readers: list[nn.Module]) -> Any:
+    """What stands for it: itself, or a module of the same use that quantises its rows."""
     inputs = {reader.inputs if isinstance(reader, Int8Linear) else Inputs(NEVER) for reader in readers}
-    if len(inputs) != 1 or not isinstance(norm, RMSNorm) or not min(inputs).fused(NEVER - 1):
-        return norm
-    return cast(RMSNorm, QuantizedNorm(norm, inputs.pop()))
+    if len(inputs) != 1 or type(module) not in FUSED or not min(inputs).fused(NEVER - 1):
+        return module
+    return FUSED[type(module)](module, inputs.pop())
 
 
 def fuse_scans_(model: Model, wanted: bool = True) -> None:

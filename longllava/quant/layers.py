@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from longllava.encoders.vit import Activation, LayerNorm
 from longllava.nn.norm import RMSNorm
 from longllava.ops.fused import rms_norm, swiglu
 from longllava.ops.int8_linear import int8_grouped_linear, int8_linear, quantize_rows
 from longllava.ops.quantized import Quantized
+from longllava.ops.vision import activated_rows, add_layer_norm
 
 NEVER = 2**31  # dynamic_from of a layer whose inputs stay floats
 Multiply = Callable[[Tensor | Quantized, str, bool], Tensor]  # rows, mode, whether the bias is added
@@ -196,6 +198,36 @@ class QuantizedNorm(nn.Module):
 
     def quantizes(self, x_BLD: Tensor) -> bool:
         return self.inputs.fused(x_BLD.shape[-2]) and not differentiated(x_BLD, self.weight)
+
+
+class QuantizedLayerNorm(nn.Module):
+    """An encoder's norm whose rows are quantised where the residual is added in the same pass. Stands for LayerNorm."""
+
+    def __init__(self, norm: LayerNorm, inputs: Inputs):
+        super().__init__()
+        self.weight, self.bias, self.eps, self.inputs = norm.weight, norm.bias, norm.eps, inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor | Quantized, Tensor]:
+        """The norm of total = residual + x, and total."""
+        fused = self.inputs.fused(x.shape[-2]) and not differentiated(x, residual, self.weight, self.bias)
+        return add_layer_norm(residual, x, self.weight, self.bias, self.eps, quantized=fused)
+
+
+class QuantizedActivation(nn.Module):
+    """An encoder's activation whose rows are quantised as they are made. Stands for Activation."""
+
+    def __init__(self, activation: Activation, inputs: Inputs):
+        super().__init__()
+        self.floats, self.inputs = activation, inputs
+
+    def forward(self, x: Tensor) -> Tensor | Quantized:
+        if torch.is_grad_enabled() or not self.inputs.fused(x.shape[-2]):
+            y: Tensor = self.floats(x)
+            return y
+        return activated_rows(x, self.floats.name)
 
 
 def differentiated(*tensors: Tensor) -> bool:

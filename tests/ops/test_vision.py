@@ -1,11 +1,14 @@
 """The encoder's passes: worked out by hand, against torch, and what they refuse."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from longllava.errors import BackendError, LongLLaVAError
-from longllava.ops.vision import add_layer_norm, quick_gelu_
+from longllava.ops.int8_linear import quantize_rows
+from longllava.ops.vision import ACTIVATIONS, Quantized, activate_, activated_rows, add_layer_norm
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -19,12 +22,34 @@ def test_the_sum_is_normalised_and_given_back():
     assert torch.allclose(y, torch.tensor([[-0.5, 10.0], [-0.5, 10.0]]), atol=1e-6)
 
 
-def test_quick_gelu_works_in_place():
-    x = torch.tensor([-100.0, -1.0, 0.0, 2.0, 100.0])
-    found = quick_gelu_(x)
-    assert found is x
-    expected = [0.0, -1 / (1 + 2.718281828**1.702), 0.0, 2 / (1 + 2.718281828**-3.404), 100.0]
-    assert x.tolist() == pytest.approx(expected, abs=1e-6)
+def test_activations_work_in_place():
+    for activation, factor in (("quick_gelu", 1.702), ("gelu_tanh", 2 * (2 / math.pi) ** 0.5 * 1.044715)):
+        x = torch.tensor([-100.0, -1.0, 0.0, 1.0, 100.0])
+        found = activate_(x, activation)
+        assert found is x
+        expected = [0.0, -1 / (1 + math.exp(factor)), 0.0, 1 / (1 + math.exp(-factor)), 100.0]
+        assert x.tolist() == pytest.approx(expected, abs=1e-6)
+    x = torch.tensor([-100.0, -1.0, 0.0, 1.0, 100.0])
+    assert activate_(x, "gelu") is x
+    assert x.tolist() == pytest.approx([0.0, -0.158655254, 0.0, 0.841344746, 100.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_output_is_the_quantisation_of_the_other(dtype):
+    x, delta, weight, bias = rows(2, 5, 48).to(dtype), rows(2, 5, 48).mul(3).to(dtype), rows(48), rows(48).mul(2)
+    x[0, 0], delta[0, 0], x[0, 1, 3] = 0, 0, torch.nan
+    pairs = [
+        [add_layer_norm(x, delta, weight.to(dtype), bias.to(dtype), 1e-5, quantized=q)[0] for q in (False, True)],
+        *([activate_(x.clone(), name), activated_rows(x.clone(), name)] for name in ACTIVATIONS),
+    ]
+    for floats, int8 in pairs:
+        expected = quantize_rows(floats, backend="reference")
+        assert isinstance(int8, Quantized) and int8.dtype == dtype and int8.scale[0, 1].isnan()
+        assert torch.equal(int8.values, expected.values)
+        assert torch.equal(int8.scale.nan_to_num(7), expected.scale.nan_to_num(7))
+    leaf = rows(2, 8).requires_grad_()
+    int8, total = add_layer_norm(leaf, rows(2, 8), rows(8), rows(8), 1e-5, quantized=True)
+    assert torch.equal(torch.autograd.grad(total.sum(), leaf)[0], torch.ones(2, 8)) and not int8.scale.requires_grad
 
 
 def test_gradients_go_to_all():
@@ -45,4 +70,8 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(LongLLaVAError, match=r"weight and bias must be \(8,\), got \(7,\)"):
         add_layer_norm(x, x, rows(7), rows(8), 1e-5)
     with pytest.raises(BackendError, match="needs CUDA tensors, got x on cpu"):
-        quick_gelu_(x, backend="triton")
+        activate_(x, "gelu", backend="triton")
+    with pytest.raises(LongLLaVAError, match="activation: got 'relu', allowed: gelu, gelu_tanh, quick_gelu"):
+        activated_rows(x, "relu")
+    with pytest.raises(LongLLaVAError, match=r"x must be rows \(\.\.\., F\), got a scalar"):
+        activated_rows(torch.ones(()), "gelu")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from longllava.encoders.vit import Activation, LayerNorm
 from longllava.errors import ConfigError, LongLLaVAError
 from longllava.nn import Context
 from longllava.nn.mlp import MixtureOfExperts, SwiGLU
@@ -23,6 +24,8 @@ from longllava.quant import (
     Int8Experts,
     Int8Linear,
     Int8SwiGLU,
+    QuantizedActivation,
+    QuantizedLayerNorm,
     QuantizedNorm,
     build_model,
     float_places,
@@ -143,6 +146,38 @@ def test_norms_quantise_as_their_layers_would():
             block.mixer_norm.weight.data.uniform_(0.5, 2, generator=torch.Generator().manual_seed(3))
     x_BLD = torch.randn(2, 33, 32)
     assert torch.equal(hidden(model, x_BLD), hidden(apart, x_BLD))
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoders_passes_quantise_as_their_readers_would(activation, dtype, monkeypatch):
+    eyes = dataclasses.replace(tiny_config().encoder, n_layers=3, activation=activation)
+    model = quantize_(tiny(encoder=eyes), Int8Config(parts=("encoder",))).to(dtype)
+    apart = copy.deepcopy(model)
+    for block in apart.encoder.layers:
+        assert isinstance(block.attention_norm, QuantizedLayerNorm) and isinstance(block.mlp_norm, QuantizedLayerNorm)
+        assert isinstance(block.activation, QuantizedActivation)
+        block.activation = block.activation.floats
+        for norm in (block.attention_norm, block.mlp_norm):
+            norm.inputs = Inputs(10**6)
+    pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    found, rows, product = [], [], Inputs.product
+    monkeypatch.setattr(Inputs, "product", lambda inputs, x, *rest: rows.append(x) or product(inputs, x, *rest))
+    for one, in_int8 in ((model, 3 + 3 + 2), (apart, 0)):  # what up, down, and qkv but the first read
+        rows.clear()
+        with torch.no_grad():
+            found.append(one.encode(pixels))
+        assert len(rows) == 12 and sum(isinstance(x, Quantized) for x in rows) == in_int8
+    assert torch.equal(*found)
+    trained = model.encoder(pixels)  # where gradients are wanted, rows stay floats until the product
+    assert trained.requires_grad and (trained - found[0]).norm() < 0.05 * found[0].norm()
+
+
+def test_an_encoder_whose_inputs_stay_floats_has_its_own_passes():
+    config = Int8Config(parts=("encoder",), weight_only=("down",), two_terms=("qkv",), keep=("encoder.layers.1.up",))
+    first, second = quantize_(tiny(), config).encoder.layers
+    assert isinstance(first.mlp_norm, QuantizedLayerNorm)
+    assert type(first.attention_norm) is type(second.mlp_norm) is LayerNorm and type(first.activation) is Activation
 
 
 @pytest.mark.parametrize("config", [Int8Config(), Int8Config(**ALWAYS), Int8Config(two_terms=("out_proj",))], ids=str)
@@ -320,7 +355,8 @@ def test_faults_are_said_before_anything_changes():
 
 
 def test_a_model_of_its_config_has_the_same_tensors():
-    config = Int8Config(parts=("backbone", "bridge"), keep=("q_proj",), lm_head=True, weight_only=("down_proj",))
+    parts = ("backbone", "bridge", "encoder")
+    config = Int8Config(parts=parts, keep=("q_proj",), lm_head=True, weight_only=("down_proj",))
     model = quantize_(tiny(4), config)
     with torch.device("meta"):
         empty = build_model(model.config)

@@ -1,4 +1,5 @@
-"""Elementwise work of a vision encoder in one pass over memory: residual and layer norm, CLIP's activation.
+"""Elementwise work of a vision encoder in one pass over memory: residual and layer norm, the activation of an MLP, each
+with int8 output.
 
 A thousand pictures of 577 tokens are 1.2 GB at every step between two linear layers: each pass that is saved is.
 """
@@ -10,22 +11,45 @@ from torch import Tensor
 
 from longllava.errors import LongLLaVAError
 from longllava.ops.dispatch import Backend, choose
+from longllava.ops.quantized import Quantized
 from longllava.ops.vision import reference, triton
 
+__all__ = [
+    "ACTIVATIONS",
+    "ACTIVATION_BACKENDS",
+    "LAYER_NORM_BACKENDS",
+    "Quantized",
+    "activate_",
+    "activated_rows",
+    "add_layer_norm",
+]
+
+ACTIVATIONS = tuple(reference.IN_PLACE)
 # best first; the last is the judge
 MODULES = (("triton", triton), ("reference", reference))
-LAYER_NORM_BACKENDS = tuple(Backend(name, module.add_layer_norm, module.why_not) for name, module in MODULES)
-QUICK_GELU_BACKENDS = tuple(Backend(name, module.quick_gelu_, module.why_not) for name, module in MODULES)
+LAYER_NORM_BACKENDS = tuple(Backend(name, module.add_layer_norm, module.why_not_layer_norm) for name, module in MODULES)
+ACTIVATION_BACKENDS = tuple(
+    Backend(name, module.activate_, module.why_not_activation, run_quantized=module.activated_rows)
+    for name, module in MODULES
+)
 
 
 def add_layer_norm(
-    x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    quantized: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor | Quantized, Tensor]:
     """Layer norm of total = x + delta over the last axis, and total: both of x's shape and dtype.
 
     Shapes:  x, delta (..., C), of one dtype; weight, bias (C).
     dtypes:  fp32, bf16 or fp16 (fp64 in plain torch). total is rounded to it, then normalised in fp32, rounded once.
-    Gradients go to all tensors (by the reference).
+    With `quantized` the norm is what `quantize_rows` of it gives, and its floats are never written.
+    Gradients go to all tensors (by the reference); with `quantized` through total alone.
     Source:  Ba et al. 2016, arXiv:1607.06450.
     """
     if delta.shape != x.shape or delta.dtype != x.dtype or x.ndim < 1:
@@ -37,14 +61,39 @@ def add_layer_norm(
         raise LongLLaVAError(
             f"add_layer_norm: weight and bias must be ({x.shape[-1]},), got {tuple(weight.shape)}, {tuple(bias.shape)}"
         )
-    args = (x, delta, weight, bias, eps)
-    return choose("add_layer_norm", LAYER_NORM_BACKENDS, *args, forced=backend).run(*args)
+    args = (x, delta, weight, bias, eps, quantized)
+    y, scale, total = choose("add_layer_norm", LAYER_NORM_BACKENDS, *args, forced=backend).run(*args)
+    return (y if scale is None else Quantized(y, scale, x.dtype)), total
 
 
 @torch.no_grad()
-def quick_gelu_(x: Tensor, *, backend: str | None = None) -> Tensor:
-    """x sigmoid(1.702 x) in the place of x, computed in fp32. Without gradients.
+def activate_(x: Tensor, activation: str, *, backend: str | None = None) -> Tensor:
+    """The activation of x in the place of x, computed in fp32 by kernels. Without gradients.
 
-    Source: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2, as CLIP was trained with it.
+    activation: "gelu", x Phi(x); "gelu_tanh", its approximation; "quick_gelu", x sigmoid(1.702 x).
+    Source: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2;
+    CLIP was trained with the last, SigLIP with the second.
     """
-    return choose("quick_gelu", QUICK_GELU_BACKENDS, x, forced=backend).run(x)
+    args = (x, _known(activation))
+    y: Tensor = choose("activation", ACTIVATION_BACKENDS, *args, forced=backend).run(*args)
+    return y
+
+
+@torch.no_grad()
+def activated_rows(x: Tensor, activation: str, *, backend: str | None = None) -> Quantized:
+    """`quantize_rows` of what `activate_` gives, in one pass: x (..., F) stays as it is or becomes what activate_ makes
+    of it; take it for lost. Without gradients.
+    """
+    if x.ndim < 1:
+        raise LongLLaVAError("activated_rows: x must be rows (..., F), got a scalar")
+    args = (x, _known(activation))
+    chosen = choose("activation", ACTIVATION_BACKENDS, *args, forced=backend)
+    assert chosen.run_quantized is not None
+    values, scale = chosen.run_quantized(*args)
+    return Quantized(values, scale, x.dtype)
+
+
+def _known(activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        raise LongLLaVAError(f"activation: got {activation!r}, allowed: {', '.join(ACTIVATIONS)}")
+    return activation

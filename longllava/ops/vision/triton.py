@@ -1,51 +1,107 @@
-"""The encoder's passes on an NVIDIA GPU by Triton kernels."""
+"""The encoder's passes on an NVIDIA GPU by Triton kernels.
+
+Int8 output has the bits that quantising the float output would have: the same kernels in the same shape, without fusion
+of multiply and add, which the rule of int8 rows forbids.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from longllava.ops import triton_support
-from longllava.ops.triton_support import OPTIONS
+from longllava.ops.triton_support import OPTIONS, rowed
 
-MAX_WIDTH = 8192  # of a row that one program holds in registers
-BLOCK = 4096  # elements of a program of quick_gelu_
+MAX_WIDTH = 16384  # of a row that one program holds in registers
+BLOCK = 4096  # elements of a program of activate_
+UNFUSED = {**OPTIONS, "enable_fp_fusion": False}
 
 
-def why_not(x: Tensor, *rest: Any) -> str | None:
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *rest)):
+def why_not_layer_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float, quantized: bool = False
+) -> str | None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, delta, weight, bias)):
         return "has no backward, and gradients are wanted"
-    if rest and x.shape[-1] > MAX_WIDTH:
+    return _why_not(x)
+
+
+def why_not_activation(x: Tensor, activation: str) -> str | None:
+    return _why_not(x)
+
+
+def _why_not(x: Tensor) -> str | None:
+    if x.ndim and x.shape[-1] > MAX_WIDTH:
         return f"takes rows of at most {MAX_WIDTH}, got {x.shape[-1]}"
     if torch.compiler.is_compiling():
         return "is not traced"
     return triton_support.why_not(x=x)
 
 
-def add_layer_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float, quantized: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
     from longllava.ops.vision.triton_kernels import add_layer_norm as kernel
 
     x, delta = x.contiguous(), delta.contiguous()
-    y, total = torch.empty_like(x), torch.empty_like(x)
+    total = torch.empty_like(x)
+    y, scale = _int8_outputs(x) if quantized else (torch.empty_like(x), None)
     width = x.shape[-1]
-    if y.numel() == 0:
-        return y, total
-    padded = max(16, 1 << (width - 1).bit_length())
-    with torch.cuda.device_of(x):
-        kernel[(x.numel() // width,)](
-            x, delta, weight.contiguous(), bias.contiguous(), y, total, eps, WIDTH=width, PADDED=padded,
-            num_warps=min(16, max(1, padded // 256)), **OPTIONS,
-        )  # fmt: skip
-    return y, total
+    if y.numel():
+        block, rows, warps = norm_shape(width)
+        n_rows = x.numel() // width
+        with torch.cuda.device_of(x):
+            kernel[(-(-n_rows // rows),)](
+                x, delta, weight.contiguous(), bias.contiguous(), y, scale, total, n_rows, float(eps), WIDTH=width,
+                ROWS=rows, BLOCK=block, num_warps=warps, **UNFUSED,
+            )  # fmt: skip
+    return y, scale, total
 
 
-def quick_gelu_(x: Tensor) -> Tensor:
-    from longllava.ops.vision.triton_kernels import quick_gelu as kernel
+def activate_(x: Tensor, activation: str) -> Tensor:
+    from longllava.ops.vision.triton_kernels import activate as kernel
 
     flat = x if x.is_contiguous() else x.contiguous()
     if flat.numel():
         with torch.cuda.device_of(x):
-            kernel[(-(-flat.numel() // BLOCK),)](flat, flat.numel(), BLOCK=BLOCK, num_warps=8, **OPTIONS)
+            kernel[(-(-flat.numel() // BLOCK),)](
+                flat, flat.numel(), ACTIVATION=activation, BLOCK=BLOCK, num_warps=8, **UNFUSED
+            )
     return x if flat is x else x.copy_(flat)
+
+
+def activated_rows(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    from longllava.ops.vision.triton_kernels import activated_rows as kernel
+
+    values, scale = _int8_outputs(x)
+    if x.numel():
+        width = x.shape[-1]
+        rows_TF = rowed(x.reshape(-1, width))
+        block, rows, warps = rows_shape(width)
+        with torch.cuda.device_of(x):
+            kernel[(-(-len(rows_TF) // rows),)](
+                rows_TF, values, scale, len(rows_TF), rows_TF.stride(0), ACTIVATION=activation, WIDTH=width, ROWS=rows,
+                BLOCK=block, num_warps=warps, **UNFUSED,
+            )  # fmt: skip
+    return values, scale
+
+
+def norm_shape(width: int) -> tuple[int, int, int]:
+    """(numbers, rows, warps) of a program: 1,024 numbers at least, 8 a thread, 32 a thread at most for wide rows."""
+    block = _power_of_two(width)
+    return block, max(1, 1024 // block), max(4, min(16, block // 256))
+
+
+def rows_shape(width: int) -> tuple[int, int, int]:
+    """As norm_shape, with 16 numbers a thread."""
+    block = _power_of_two(width)
+    return block, max(1, 2048 // block), max(4, min(16, block // 512))
+
+
+def _power_of_two(width: int) -> int:
+    return 1 << max(0, width - 1).bit_length()
+
+
+def _int8_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """values and scale; rows of no numbers have scale 1."""
+    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device), scale if x.shape[-1] else scale.fill_(1)
