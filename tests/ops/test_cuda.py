@@ -213,6 +213,19 @@ def test_conv_in_place_and_cut_anywhere(on_cpu) -> None:
             assert torch.equal(conv.run_(*args), y) and torch.equal(args[conv_cases.NAMES.index("state")], end)
 
 
+@pytest.mark.parametrize("n_taps", [3, 4])
+@pytest.mark.parametrize(("channels", "length"), [(16, 130), (5, 3)])  # 16 bytes at a time, and one by one
+def test_conv_reads_taps_and_bias_in_their_own_dtype(channels, length, n_taps, on_cpu) -> None:
+    case = replace(conv_cases.PLAIN, channels=channels, length=length, n_taps=n_taps, dtype=torch.bfloat16)
+    x, weight, bias, *rest = case.inputs()
+    for dtype, of_bias in ((torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float64,) * 2, (torch.half, x.dtype)):
+        narrow, last = weight.to(dtype), bias.to(of_bias)
+        for got, wide in zip(conv.run(x, narrow, last, *rest), conv.run(x, narrow.float(), last.float(), *rest)):
+            assert torch.equal(got, wide)
+    grown = torch.cat([weight[:1], weight]).bfloat16()[1:]  # at an address that 32 does not divide
+    assert torch.equal(conv.run(x, grown, bias, *rest)[0], conv.run(x, grown.float(), bias, *rest)[0])
+
+
 def test_a_tensor_that_is_not_on_a_gpu_and_other_calls_are_refused() -> None:
     u = torch.ones(1, 2, 4)
     with pytest.raises(BackendError, match="cuda: needs CUDA tensors, got u on cpu"):
@@ -226,7 +239,7 @@ def test_a_library_that_is_missing_or_of_another_interface_is_a_reason(on_cpu, m
     assert scan.why_not(u, u.double(), u[0], u, u) == "takes float32, bfloat16 or float16, got delta in float64"
     monkeypatch.setattr(native_cuda, "ABI", 99)
     forget()
-    assert str(native_cuda.missing()).startswith("the CUDA kernels speak interface 2, this longllava needs 99; run `")
+    assert str(native_cuda.missing()).startswith("the CUDA kernels speak interface 3, this longllava needs 99; run `")
     monkeypatch.setattr(native_cuda, "PATH", tmp_path / "nowhere.so")
     forget()
     assert str(native_cuda.missing()).startswith("the CUDA kernels are not built (")

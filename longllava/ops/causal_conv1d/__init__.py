@@ -13,8 +13,8 @@ from longllava.ops.dispatch import Backend, choose
 BACKENDS = tuple(
     Backend(name, module.run, module.why_not, getattr(module, "run_", None))
     for name, module in (
-        ("triton", triton),
         ("cuda", cuda),
+        ("triton", triton),
         ("upstream", upstream),
         ("cpu", cpu),
         ("reference", reference),

@@ -11,11 +11,11 @@ from torch import Tensor
 from longllava.ops import native_cuda
 from longllava.ops.causal_conv1d.autograd import wrapped
 from longllava.ops.causal_conv1d.triton import users_of, windows
-from longllava.ops.native_cuda import address, plain, rowed, rows
+from longllava.ops.native_cuda import address, rowed, rows
 
 MAX_TAPS = 8
-RUN, BACKWARD_RUN = 32, 64  # CONV_RUN and CONV_BACKWARD_RUN of csrc/causal_conv1d_cuda.cuh
-FIELDS = struct.Struct("@41q")  # ConvArguments there
+RUN, BACKWARD_RUN = 64, 64  # CONV_RUN and CONV_BACKWARD_RUN of csrc/causal_conv1d_cuda.cuh
+FIELDS = struct.Struct("@42q")  # ConvArguments there
 NO_ROWS = (0, 0, 0)
 
 
@@ -36,18 +36,28 @@ def _call(
 ) -> None:  # fmt: skip
     batch, length, channels = x.shape
     x, state, grad_y, grad_state = (rowed(t, x.dtype) for t in (x, state, grad_y, grad_state))  # type: ignore[assignment]
-    weight, bias = plain(weight), plain(bias)  # type: ignore[assignment]
+    weight, bias = parameters(weight, bias)
     tensors = (x, state, y, state_out, grad_y, grad_state, grad_x, grad_start)
     first = [rows(t) for t in tensors]
     arguments = FIELDS.pack(
         FIELDS.size, native_cuda.DTYPES[x.dtype], batch, length, channels, weight.shape[1], silu,
-        native_cuda.is_wide(16, *tensors), native_cuda.stream(x), *(field for row in first[:4] for field in row),
+        native_cuda.is_wide(16, *tensors), native_cuda.DTYPES[weight.dtype], native_cuda.stream(x),
+        *(field for row in first[:4] for field in row),
         address(weight), address(bias), address(sources), address(last),
         *(field for row in first[4:] for field in row), address(grad_weight), address(grad_bias),
         address(users), address(grad_sums),
     )  # fmt: skip
     with torch.cuda.device_of(x):
         native_cuda.succeed(native_cuda.function(entry)(arguments), "causal_conv1d")
+
+
+def parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As the kernels read them: as they are, where both are of one dtype; a cast would be a launch in each layer."""
+    if weight.dtype not in native_cuda.DTYPES or (bias is not None and bias.dtype != weight.dtype):
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    found = [None if x is None else x.contiguous() for x in (weight, bias)]
+    weight, bias = (x if x is None or x.data_ptr() % 32 == 0 else x.clone() for x in found)  # type: ignore[assignment]
+    return weight, bias
 
 
 def compute(
