@@ -54,6 +54,7 @@ CALLS: dict[str, Callable[[Make], tuple]] = {
     "int8_linear": int8_call,
     "quantize_rows": lambda make: (make(33, 64), None),
     "rms_norm": lambda make: (make(33, 64), make(64), 1e-6, make(33, 64), False),
+    "rms_norm_parts": lambda make: (make(33, 64), (make(32), make(16), make(16)), 1e-6),
     "swiglu": lambda make: (make(33, 64), make(33, 64), None, False),
     "few_rows_linear": lambda make: (make(3, 64), make(40, 64), make(40)),
     "add_layer_norm": lambda make: (make(33, 64), make(33, 64), make(64), make(64), 1e-5, False),
@@ -62,6 +63,7 @@ CALLS: dict[str, Callable[[Make], tuple]] = {
 PLACES = {
     "quantize_rows": ("int8_linear", "QUANTIZE_BACKENDS"),
     "rms_norm": ("fused", "RMS_NORM_BACKENDS"),
+    "rms_norm_parts": ("fused", "RMS_NORM_PARTS_BACKENDS"),
     "swiglu": ("fused", "SWIGLU_BACKENDS"),
     "few_rows_linear": ("few_rows", "BACKENDS"),
     "add_layer_norm": ("vision", "LAYER_NORM_BACKENDS"),

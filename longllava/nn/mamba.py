@@ -16,7 +16,7 @@ from longllava.config import BackboneConfig
 from longllava.nn.cache import MambaState, StaticMambaState
 from longllava.nn.context import Context
 from longllava.nn.linear import Linear
-from longllava.nn.norm import RMSNorm
+from longllava.nn.norm import RMSNorm, normed_parts
 from longllava.ops.causal_conv1d import causal_conv1d, causal_conv1d_
 from longllava.ops.selective_scan import selective_scan, selective_scan_
 
@@ -27,7 +27,6 @@ class Mamba(nn.Module):
     def __init__(self, config: BackboneConfig):
         super().__init__()
         width, inner, rank, states = config.width, config.d_inner(), config.dt_rank, config.state_size
-        self.sizes = [rank, states, states]
         self.in_proj = Linear(width, 2 * inner, bias=config.proj_bias)
         self.conv_weight_EK = nn.Parameter(torch.empty(inner, config.conv_size))
         self.conv_bias_E = nn.Parameter(torch.zeros(inner)) if config.conv_bias else None
@@ -60,13 +59,13 @@ class Mamba(nn.Module):
 
     def scanned(self, u_BLE: Tensor, z_BLE: Tensor) -> dict[str, Any]:
         """What the scan takes beside its state."""
-        delta_BLR, B_BLN, C_BLN = self.x_proj(u_BLE).split(self.sizes, dim=-1)
+        delta_BLR, B_BLN, C_BLN = normed_parts(self.x_proj(u_BLE), [self.dt_norm, self.B_norm, self.C_norm])
         return {
             "u": u_BLE,
-            "delta": self.dt_proj(self.dt_norm(delta_BLR)),
+            "delta": self.dt_proj(delta_BLR),
             "A": self.A(),
-            "B": self.B_norm(B_BLN),
-            "C": self.C_norm(C_BLN),
+            "B": B_BLN,
+            "C": C_BLN,
             "D": self.D_E.float(),
             "z": z_BLE,
             "delta_bias": self.dt_bias_E.float(),
@@ -99,6 +98,6 @@ class Mamba(nn.Module):
         self.D_E.fill_(1.0)
         step_E = torch.exp(torch.rand(inner) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(min=1e-4)
         self.dt_bias_E.copy_(step_E + torch.log(-torch.expm1(-step_E)))  # softplus of this is the step
-        nn.init.uniform_(self.dt_proj.weight, -self.sizes[0] ** -0.5, self.sizes[0] ** -0.5)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_proj.in_features**-0.5), self.dt_proj.in_features**-0.5)
         bound = self.conv_weight_EK.shape[1] ** -0.5
         nn.init.uniform_(self.conv_weight_EK, -bound, bound)

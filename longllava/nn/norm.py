@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longllava.ops.fused import rms_norm
+from longllava.ops.fused import rms_norm, rms_norm_parts
 
 
 class RMSNorm(nn.Module):
@@ -30,3 +30,11 @@ class RMSNorm(nn.Module):
         y, total = rms_norm(x, self.weight, self.eps, residual)
         assert isinstance(y, Tensor)
         return y, total
+
+
+def normed_parts(x: Tensor, norms: list[RMSNorm]) -> tuple[Tensor, ...]:
+    """The parts of x's last axis, each by its norm; on a GPU in one launch where no gradients are wanted."""
+    weights = tuple(norm.weight for norm in norms)
+    if x.device.type == "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return tuple(norm(part) for norm, part in zip(norms, x.split([len(weight) for weight in weights], -1)))
+    return rms_norm_parts(x, weights, norms[0].eps)

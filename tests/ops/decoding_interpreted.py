@@ -10,11 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longllava.config import BackboneConfig
+from longllava.errors import BackendError, LongLLaVAError
 from longllava.nn import Context, StaticMambaState
 from longllava.nn.mamba import Mamba
+from longllava.ops import fused
 from longllava.ops.few_rows import few_rows_linear
 from longllava.ops.few_rows import triton as few_rows
-from tests.ops.parity import error
+from tests.ops.parity import error, poison_empty
 
 # numpy's words for what a GPU does without one
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -38,6 +40,30 @@ def test_few_rows_take_every_int8_weight_exactly(rows, inputs, outputs) -> None:
     x = torch.randint(-8, 9, (rows, inputs)).float()  # products and sums of integers are exact
     truth = ((x.double() @ weight.double().T).float() * scale).double()
     assert torch.equal(few_rows.product(x, weight, scale, None).double(), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "sizes"), [(1, (256, 16, 16)), (7, (5, 1, 3)), (0, (4, 4, 4))])
+def test_norms_of_parts_are_the_norms_of_each(rows, sizes, dtype, monkeypatch) -> None:
+    poison_empty(monkeypatch)
+    x = torch.randn(rows, 2 * sum(sizes)).to(dtype)[None, :, : sum(sizes)]
+    weights = tuple(torch.randn(size).to(dtype) for size in sizes)
+    found = fused.rms_norm_parts(x, weights, 1e-6, backend="triton")
+    for part, weight, y in zip(x.split(sizes, -1), weights, found):
+        truth, _ = fused.rms_norm(part, weight, 1e-6, backend="triton")
+        assert y.is_contiguous() and torch.equal(y, truth)
+        wide, _ = fused.rms_norm(part.double(), weight.double(), 1e-6, backend="reference")
+        assert rows == 0 or error(y, wide) < {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+
+
+def test_norms_of_parts_say_what_does_not_fit() -> None:
+    x, weight = torch.randn(2, 6), torch.ones(2)
+    for y, truth in zip(fused.rms_norm_parts(x, (weight, weight * 2, weight), 1e-6), (1, 2, 1)):
+        assert (y.square().mean(-1) - truth**2).abs().max() < 1e-4
+    with pytest.raises(LongLLaVAError, match=r"as long together as x's rows of \(6,\), got \(2,\), \(2,\)"):
+        fused.rms_norm_parts(x, (weight, weight), 1e-6)
+    with pytest.raises(BackendError, match="takes three parts, got 2"):
+        fused.rms_norm_parts(x[:, :4], (weight, weight), 1e-6, backend="triton")
 
 
 class Casts(TorchDispatchMode):

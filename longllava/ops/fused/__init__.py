@@ -5,10 +5,25 @@ from __future__ import annotations
 from torch import Tensor
 
 from longllava.errors import LongLLaVAError
-from longllava.ops.fused.call import RMS_NORM_BACKENDS, SWIGLU_BACKENDS, normed, swish_gated
+from longllava.ops.dispatch import choose
+from longllava.ops.fused.call import (
+    RMS_NORM_BACKENDS,
+    RMS_NORM_PARTS_BACKENDS,
+    SWIGLU_BACKENDS,
+    normed,
+    swish_gated,
+)
 from longllava.ops.quantized import Quantized
 
-__all__ = ["RMS_NORM_BACKENDS", "SWIGLU_BACKENDS", "Quantized", "rms_norm", "swiglu"]
+__all__ = [
+    "RMS_NORM_BACKENDS",
+    "RMS_NORM_PARTS_BACKENDS",
+    "SWIGLU_BACKENDS",
+    "Quantized",
+    "rms_norm",
+    "rms_norm_parts",
+    "swiglu",
+]
 
 
 def rms_norm(
@@ -39,6 +54,25 @@ def rms_norm(
     args = (_rows(x), weight, eps, None if residual is None else _rows(residual), quantized)
     y, scale, total = normed(*args, backend)
     return _wrapped(y, scale, x), x if total is None else total.view(x.shape)
+
+
+def rms_norm_parts(
+    x: Tensor, weights: tuple[Tensor, ...], eps: float, *, backend: str | None = None
+) -> tuple[Tensor, ...]:
+    """`rms_norm` of parts that lie side by side in x's last axis, each with its own weight: one launch for all.
+
+    Shapes:  x (..., D), where D is the sum of the weights' lengths. A view is read in place if its last stride is 1.
+    Returns: for each weight (..., its length), in x's dtype.
+    Gradients: none by the kernel, which is not for calls that want them.
+    """
+    if x.ndim < 1 or any(w.ndim != 1 for w in weights) or x.shape[-1] != sum(len(w) for w in weights):
+        got = ", ".join(str(tuple(weight.shape)) for weight in weights)
+        raise LongLLaVAError(
+            f"rms_norm_parts: weights must be as long together as x's rows of {tuple(x.shape[-1:])}, got {got}"
+        )
+    args = (_rows(x), weights, eps)
+    found = choose("rms_norm_parts", RMS_NORM_PARTS_BACKENDS, *args, forced=backend).run(*args)
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in found)
 
 
 def swiglu(

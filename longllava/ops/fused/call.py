@@ -18,6 +18,10 @@ MODULES = (("cpu", cpu), ("triton", triton), ("reference", reference))
 # the last is the judge; of the others the quickest to say no goes first: a CPU that decodes comes here for each norm
 RMS_NORM_BACKENDS = tuple(Backend(name, module.rms_norm, module.why_not_rms_norm) for name, module in MODULES)
 SWIGLU_BACKENDS = tuple(Backend(name, module.swiglu, module.why_not_swiglu) for name, module in MODULES)
+RMS_NORM_PARTS_BACKENDS = (
+    Backend("triton", triton.rms_norm_parts, triton.why_not_rms_norm_parts),
+    Backend("reference", reference.rms_norm_parts, reference.why_not_rms_norm_parts),
+)
 
 
 def normed(

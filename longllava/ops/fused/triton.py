@@ -47,6 +47,29 @@ def rms_norm(
     return y, scale, total
 
 
+def why_not_rms_norm_parts(x: Tensor, weights: tuple[Tensor, ...], eps: float) -> str | None:
+    if len(weights) != 3:
+        return f"takes three parts, got {len(weights)}"
+    return why_not_rms_norm(x, weights[0], eps, None)
+
+
+def rms_norm_parts(x: Tensor, weights: tuple[Tensor, ...], eps: float) -> tuple[Tensor, ...]:
+    from longllava.ops.fused.triton_kernels import rms_norm_parts as kernel
+
+    x = rowed(x)
+    sizes = [len(weight) for weight in weights]
+    ys = tuple(x.new_empty((x.shape[0], size)) for size in sizes)
+    blocks = [_shape(size)[0] for size in sizes]
+    _, rows, warps = _shape(max(sizes))
+    if x.numel():
+        with torch.cuda.device_of(x):
+            kernel[(-(-x.shape[0] // rows),)](
+                x, *(weight.contiguous() for weight in weights), *ys, x.shape[0], x.stride(0), float(eps), *sizes,
+                *blocks, ROWS=rows, num_warps=warps, **UNFUSED,
+            )  # fmt: skip
+    return ys
+
+
 def swiglu(gate: Tensor, up: Tensor, absmax: Tensor | None, quantized: bool) -> tuple[Tensor, Tensor | None]:
     from longllava.ops.fused.triton_kernels import swiglu as kernel
 

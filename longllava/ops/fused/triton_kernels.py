@@ -22,6 +22,15 @@ def write(y_RD, absmax, y, scale, row_R, inside_R, mask_RD, spot_RD):
 
 
 @triton.jit
+def normed(x_RD, weight, d_D, eps, D: tl.constexpr):
+    wide_RD = x_RD.to(tl.float32)
+    mean_R = tl.sum(wide_RD * wide_RD, 1) / D
+    normed_RD = (wide_RD * tl.rsqrt(mean_R + eps)[:, None]).to(x_RD.dtype)
+    weight_D = tl.load(weight + d_D, mask=d_D < D, other=0)
+    return (normed_RD.to(tl.float32) * weight_D.to(tl.float32)[None]).to(x_RD.dtype)
+
+
+@triton.jit
 def rms_norm(
     x, weight, residual, y, scale, total, n_rows, x_row, residual_row, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -37,12 +46,29 @@ def rms_norm(
         old_RD = tl.load(residual + (row_R * residual_row)[:, None] + d_D[None], mask=mask_RD, other=0)
         x_RD = (x_RD.to(tl.float32) + old_RD.to(tl.float32)).to(total.dtype.element_ty)
         tl.store(total + spot_RD, x_RD, mask=mask_RD)
-    wide_RD = x_RD.to(tl.float32)
-    mean_R = tl.sum(wide_RD * wide_RD, 1) / D
-    normed_RD = (wide_RD * tl.rsqrt(mean_R + eps)[:, None]).to(x_RD.dtype)
-    weight_D = tl.load(weight + d_D, mask=d_D < D, other=0)
-    y_RD = (normed_RD.to(tl.float32) * weight_D.to(tl.float32)[None]).to(x_RD.dtype)
+    y_RD = normed(x_RD, weight, d_D, eps, D)
     write(y_RD, None, y, scale, row_R, inside_R, mask_RD, spot_RD)
+
+
+@triton.jit
+def norm_part(x, weight, y, row_R, n_rows, x_row, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+    d_D = tl.arange(0, BLOCK)
+    mask_RD = (row_R < n_rows)[:, None] & (d_D < D)[None]
+    x_RD = tl.load(x + (row_R * x_row)[:, None] + d_D[None], mask=mask_RD, other=0)
+    tl.store(y + (row_R * D)[:, None] + d_D[None], normed(x_RD, weight, d_D, eps, D), mask=mask_RD)
+
+
+@triton.jit
+def rms_norm_parts(
+    x, weight_0, weight_1, weight_2, y_0, y_1, y_2, n_rows, x_row, eps,
+    D_0: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr,
+    BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Three parts that lie side by side in each row of x, each by its own norm: y_j (T, D_j)."""
+    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    norm_part(x, weight_0, y_0, row_R, n_rows, x_row, eps, D_0, BLOCK_0)
+    norm_part(x + D_0, weight_1, y_1, row_R, n_rows, x_row, eps, D_1, BLOCK_1)
+    norm_part(x + D_0 + D_1, weight_2, y_2, row_R, n_rows, x_row, eps, D_2, BLOCK_2)
 
 
 @triton.jit
