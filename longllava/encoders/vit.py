@@ -79,7 +79,9 @@ class VisionTransformer(nn.Module):
         # on a GPU, where convolutions of 3 channels are slow, CLIP's patches are rows of one product
         if isinstance(patches, nn.Conv2d) and pixels_N3SS.device.type == "cuda":
             rows_NTP = patch_rows(pixels_N3SS, self.config.patch_size)
-            return F.linear(rows_NTP, patches.weight.flatten(1), patches.bias)
+            weight_CP = patches.weight.flatten(1)
+            weight_CP = F.pad(weight_CP, (0, rows_NTP.shape[2] - weight_CP.shape[1]))
+            return F.linear(rows_NTP, weight_CP, patches.bias)
         return patches(pixels_N3SS.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)
 
     def without_gradients(self, x_NTC: Tensor) -> Tensor:
@@ -100,10 +102,16 @@ class VisionTransformer(nn.Module):
 
 
 def patch_rows(pixels_N3SS: Tensor, size: int) -> Tensor:
-    """(N, 3, S, S) -> (N, T, 3 size size): what a convolution of `size` pixels, as many apart, multiplies."""
+    """(N, 3, S, S) -> (N, T, P): what a convolution of `size` pixels, as many apart, multiplies, and zeros up to a
+    multiple of 8: tensor cores read rows of 588 by twos."""
     n, grid = len(pixels_N3SS), pixels_N3SS.shape[-1] // size
-    tiles_N3GPGP = pixels_N3SS.reshape(n, 3, grid, size, grid, size)
-    return tiles_N3GPGP.permute(0, 2, 4, 1, 3, 5).reshape(n, grid * grid, 3 * size * size)
+    width = 3 * size * size
+    rows_NTP = pixels_N3SS.new_zeros(n, grid * grid, -(-width // 8) * 8)
+    seen = grid * size
+    tiles_N3GPGP = pixels_N3SS[..., :seen, :seen].reshape(n, 3, grid, size, grid, size)
+    to_NGG3PP = rows_NTP[..., :width].unflatten(2, (3, size, size)).unflatten(1, (grid, grid))
+    to_NGG3PP.copy_(tiles_N3GPGP.permute(0, 2, 4, 1, 3, 5))
+    return rows_NTP
 
 
 def fastest_attention(device: torch.device) -> AbstractContextManager[Any]:

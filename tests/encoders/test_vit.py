@@ -30,16 +30,19 @@ def test_without_gradients_it_gives_the_same(activation, changes):
     assert truth.std() > 0.1 and torch.allclose(found, truth, atol=2e-5)
 
 
-def test_patches_as_rows_are_the_convolution():
-    pixels, weight = torch.randn(2, 3, 28, 28), torch.randn(5, 3, 7, 7)
-    truth = F.conv2d(pixels, weight, stride=7).flatten(2).transpose(1, 2)
-    assert torch.allclose(F.linear(patch_rows(pixels, 7), weight.flatten(1)), truth, atol=1e-4)
+@pytest.mark.parametrize(("side", "size"), [(28, 7), (31, 7), (16, 4)])  # 31: 3 pixels are left over, as of SigLIP's
+def test_patches_as_rows_are_the_convolution(side, size):
+    pixels, weight = torch.randn(2, 3, side, side), torch.randn(5, 3, size, size)
+    truth = F.conv2d(pixels, weight, stride=size).flatten(2).transpose(1, 2)
+    rows, width = patch_rows(pixels, size), 3 * size * size
+    assert rows.shape[2] == -(-width // 8) * 8 and not rows[..., width:].any()
+    assert torch.allclose(F.linear(rows[..., :width], weight.flatten(1)), truth, atol=1e-4)
 
 
 @pytest.mark.gpu
 def test_a_gpu_gives_what_a_cpu_gives():
-    vit = encoder(width=128, activation="quick_gelu")
-    pixels = torch.randint(0, 256, (5, 3, 28, 28), generator=torch.Generator().manual_seed(1)).byte()
+    vit = encoder(width=128, activation="quick_gelu", image_size=31)
+    pixels = torch.randint(0, 256, (5, 3, 31, 31), generator=torch.Generator().manual_seed(1)).byte()
     with torch.no_grad():
         truth = vit(pixels)
         found = vit.to("cuda", torch.bfloat16)(pixels.cuda())
