@@ -5,6 +5,8 @@ TRITON_INTERPRET=1 python -m pytest tests/ops/decoding_interpreted.py
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,9 +16,11 @@ from longllava.errors import BackendError, LongLLaVAError
 from longllava.nn import Context, StaticMambaState
 from longllava.nn.mamba import Mamba
 from longllava.ops import fused
+from longllava.ops.causal_conv1d import cases as conv_cases
+from longllava.ops.causal_conv1d import triton as conv
 from longllava.ops.few_rows import few_rows_linear
 from longllava.ops.few_rows import triton as few_rows
-from tests.ops.parity import error, poison_empty
+from tests.ops.parity import error, outputs_and_gradients, poison_empty
 
 # numpy's words for what a GPU does without one
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -64,6 +68,19 @@ def test_norms_of_parts_say_what_does_not_fit() -> None:
         fused.rms_norm_parts(x, (weight, weight), 1e-6)
     with pytest.raises(BackendError, match="takes three parts, got 2"):
         fused.rms_norm_parts(x[:, :4], (weight, weight), 1e-6, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_conv_reads_taps_and_bias_in_their_own_dtype(dtype) -> None:
+    x, weight, bias, *rest = replace(conv_cases.PLAIN, length=5, channels=9, batch=1).inputs()
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    assert conv.held(weight).dtype == (torch.float32 if dtype == torch.float64 else dtype)
+    narrow, wide = (
+        outputs_and_gradients(conv.run, conv_cases.NAMES, (x, w, b, *rest))
+        for w, b in ((weight, bias), (weight.float(), bias.float()))
+    )
+    for name, value in narrow.items():
+        assert torch.equal(value, wide[name].to(value.dtype)), name
 
 
 class Casts(TorchDispatchMode):
