@@ -75,3 +75,24 @@ def test_what_does_not_fit_is_named():
         activated_rows(x, "relu")
     with pytest.raises(LongLLaVAError, match=r"x must be rows \(\.\.\., F\), got a scalar"):
         activated_rows(torch.ones(()), "gelu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [192, 1024, 1152, 4096])
+def test_on_a_gpu_int8_output_has_the_bits_of_the_other(width, dtype):
+    """Sums over a row are made in the same order, whatever the rows are written as."""
+    x, delta = (factor * rows(1000, width).to("cuda", dtype) for factor in (1, 3))
+    weight, bias = (factor * rows(width).to("cuda", dtype) for factor in (1, 2))
+    plain, total = add_layer_norm(x, delta, weight, bias, 1e-5, backend="triton")
+    int8, same = add_layer_norm(x, delta, weight, bias, 1e-5, quantized=True, backend="triton")
+    truth, _ = add_layer_norm(*(t.double() for t in (x, delta, weight, bias)), 1e-5)
+    assert torch.equal(total, same) and (plain - truth).norm() < 5e-3 * truth.norm()
+    pairs = [(plain, int8)]
+    for name in ACTIVATIONS:
+        pairs.append((activate_(x.clone(), name, backend="triton"), activated_rows(x, name, backend="triton")))
+        truth = activate_(x.double(), name)
+        assert (pairs[-1][0] - truth).norm() < 5e-3 * truth.norm()
+    for floats, found in pairs:
+        expected = quantize_rows(floats)
+        assert torch.equal(found.values, expected.values) and torch.equal(found.scale, expected.scale)
