@@ -8,7 +8,8 @@ CXXFLAGS adds flags.
 
 The second needs nvcc (CUDA 12 or newer) on PATH and is built where a GPU is seen, or LONGLLAVA_CUDA=1 asks for it;
 LONGLLAVA_CUDA=0 forbids it. It takes minutes. LONGLLAVA_CUDA_ARCHS names the GPUs, "80 90" if it is not set; the last
-is also put in as PTX, which the driver of a newer GPU compiles.
+is also put in as PTX, which the driver of a newer GPU compiles. csrc/*_sm90a.cu is for Hopper alone, whose matrix
+instructions no other GPU has, and left out where 90 is not among them.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ X86_FORMS: dict[str, list[str]] = {"portable": [], "avx2": AVX2, "avx512": AVX2 
 CUDA_NAME = "liblongllava_cuda.so"
 CUDA_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = "80 90"
+HOPPER = "_sm90a"  # ends the names of the sources that only sm_90a can run
 
 
 class NoCompiler(RuntimeError):
@@ -90,12 +92,25 @@ def build_cuda(output_dir: str | Path) -> Path:
     archs = os.environ.get("LONGLLAVA_CUDA_ARCHS", CUDA_ARCHS).split()
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    command = [nvcc, *CUDA_FLAGS, f"-I{SOURCES}", *codes]
+    command = [nvcc, *CUDA_FLAGS, f"-I{SOURCES}"]
     with tempfile.TemporaryDirectory(prefix="longllava-build-") as scratch:
-        jobs = [[*command, "-c", str(x), "-o", f"{scratch}/{x.stem}.o"] for x in sorted(SOURCES.glob("*.cu"))]
+        jobs = [
+            [*command, *(hopper_codes(archs) if is_hoppers(x) else codes), "-c", str(x), "-o", f"{scratch}/{x.stem}.o"]
+            for x in sorted(SOURCES.glob("*.cu"))
+            if hopper_codes(archs) or not is_hoppers(x)
+        ]
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(_run, jobs))
-        return _link([*command, "-shared", *(job[-1] for job in jobs)], Path(output_dir), CUDA_NAME)
+        return _link([*command, *codes, "-shared", *(job[-1] for job in jobs)], Path(output_dir), CUDA_NAME)
+
+
+def is_hoppers(source: Path) -> bool:
+    return source.stem.endswith(HOPPER)
+
+
+def hopper_codes(archs: list[str]) -> list[str]:
+    """What the sources for Hopper alone are compiled for: nothing where it is not asked for."""
+    return ["-gencode=arch=compute_90a,code=sm_90a"] if "90" in archs else []
 
 
 def _link(command: list[str], output_dir: Path, name: str) -> Path:

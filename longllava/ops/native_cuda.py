@@ -71,6 +71,11 @@ def _try(library: Any, device: torch.device) -> None:
         raise RuntimeError("a kernel ran and wrote nothing")
 
 
+def has(name: str) -> bool:
+    """Whether the library holds an entry: those for one kind of GPU are left out where it was not built for it."""
+    return hasattr(_loaded()[0], name)
+
+
 @functools.lru_cache
 def function(name: str) -> Any:
     """An entry that takes the address of its arguments' struct. Raises BackendError without a library."""

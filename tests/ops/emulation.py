@@ -26,7 +26,8 @@ FLAGS = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 def library() -> Path:
     """The emulation, built once for all workers, and again when a source changes. Needs g++ 12 or newer (_Float16)."""
     sources = sorted((ROOT / "csrc").glob("*.cu"))
-    texts = [*sources, *sorted((ROOT / "csrc").glob("*.cuh")), ROOT / "tests/ops/emulated/device.cuh", Path(__file__)]
+    headers = [path for folder in ("csrc", "tests/ops/emulated") for path in sorted((ROOT / folder).glob("*.cuh"))]
+    texts = [*sources, *headers, Path(__file__)]
     key = hashlib.sha256(b"".join(path.read_bytes() for path in texts)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"longllava-emulated-{os.getuid()}-{key}"
     folder.mkdir(mode=0o700, exist_ok=True)

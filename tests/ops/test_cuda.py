@@ -41,6 +41,7 @@ CASES += [replace(WIDE, name=f"wide-{dtype}", dtype=dtype) for dtype in (torch.f
 CASES += [replace(WIDE, name="wide-wild", packing="wild", length=90, batch=2, dtype=torch.bfloat16)]
 # the scan: blocks of at most 512 threads, backward 256; the convolution takes many with eight taps
 MOST_REGISTERS = {"selective_scan_backward": 232, "selective_scan": 128, "trial": 16, "causal_conv1d": 255}
+MOST_REGISTERS["int8_linear"] = 168  # three warpgroups; two of them take more from the third, once they run
 CONV_CASES = [*conv_cases.CASES]
 CONV_CASES += [
     replace(conv_cases.PLAIN, name=f"wide-wild-{n_taps}-{dtype}", channels=16, n_taps=n_taps, dtype=dtype,
@@ -269,7 +270,7 @@ def test_time_is_cut_only_where_channels_do_not_fill_the_gpu(
     for source in sorted((ROOT / "csrc").glob("*.cu"))
 ])  # fmt: skip
 def test_kernels_compile_for_gpus_that_are_not_here_and_nothing_spills(source: str, tmp_path: Path) -> None:
-    for arch in (80, 90):
+    for arch in ("90a",) if source.endswith("_sm90a.cu") else (80, 90):
         command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT}/csrc", "-cubin"]
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(ROOT / "csrc" / source)]
         done = subprocess.run([*command, "-o", str(tmp_path / "x")], capture_output=True, text=True)
@@ -278,6 +279,7 @@ def test_kernels_compile_for_gpus_that_are_not_here_and_nothing_spills(source: s
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
         assert registers and len(spills) == len(registers)
         assert set(spills) == {("0", "0", "0")}
+        assert "serialized" not in done.stderr  # products that would wait for each other
         assert max(registers) <= next(most for name, most in MOST_REGISTERS.items() if source.startswith(name))
 
 
