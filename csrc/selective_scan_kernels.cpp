@@ -1,8 +1,8 @@
 // Selective scan, forward, for one instruction set (isa.h).
 //
 // WIDTH channels fill a vector, a group of states of these channels stays in registers, time is walked serially:
-// no sums across lanes, one exponential per (token, channel, state), about 12 vector operations with AVX-512 and
-// 15 with AVX2. Tokens go in chunks of 32: B and C are widened to fp32 once per chunk and tile of channels, the
+// no sums across lanes, one exponential per (token, channel, state), 11 vector operations with AVX-512 and 15 with
+// AVX2. Tokens go in chunks of 32: B and C are widened to fp32 once per chunk and tile of channels, the
 // step size and the gate (softplus, silu) are computed apart from the recurrence, where registers are free.
 // Memory per token and channel: u, delta, z in, y out, each once; nothing else grows with length except the
 // saved states (N / 32 floats per channel and token) when gradients are wanted.

@@ -131,35 +131,42 @@ LONGLLAVA_INLINE void transpose(vec (&rows)[WIDTH]) {
   }
 }
 
-// x[k] = 2^x[k] by a degree-5 polynomial on [-1/2, 1/2]; relative error 1.5e-7, and exactly 1 at 0, so that a step
-// of length 0 keeps the state as it is. With CLAMP any finite x; without it |x| <= 126 (the AVX-512 form needs no
-// clamp: its scale instruction saturates). K vectors go in step, each waiting for the others instead of for its own
-// chain of dependent operations.
+// x[k] = 2^x[k] by a degree-5 polynomial; relative error 1.5e-7, and exactly 1 at 0, so that a step of length 0 keeps
+// the state as it is. With CLAMP any finite x; without it |x| <= 126. K vectors go in step, each waiting for the others
+// instead of for its own chain of dependent operations.
+#define EACH _Pragma("GCC unroll 8") for (int k = 0; k < K; ++k)
+#if defined(__AVX512F__) && LONGLLAVA_WIDTH == 16
+// The polynomial takes x - floor(x), in [0, 1), and the instruction that scales takes floor(x) from x itself: seven
+// operations. It saturates, so that nothing is clamped.
+template <bool CLAMP, int K>
+LONGLLAVA_INLINE void exp2_together(vec (&x)[K]) {
+  vec f[K], p[K];
+  EACH f[k] = (vec)_mm512_reduce_ps((__m512)x[k], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  EACH p[k] = splat(0.00186928f) * f[k] + 0.00900735f;
+  EACH p[k] = p[k] * f[k] + 0.0558121f;
+  EACH p[k] = p[k] * f[k] + 0.2401589f;
+  EACH p[k] = p[k] * f[k] + 0.69315207f;
+  EACH p[k] = p[k] * f[k] + 1.0f;
+  EACH x[k] = (vec)_mm512_scalef_ps((__m512)p[k], (__m512)x[k]);
+}
+#else
+// The polynomial takes what is left of x beside the nearest whole number, in [-1/2, 1/2].
 template <bool CLAMP, int K>
 LONGLLAVA_INLINE void exp2_together(vec (&x)[K]) {
   vec f[K], p[K], shifted[K];
-#define EACH _Pragma("GCC unroll 8") for (int k = 0; k < K; ++k)
-#if defined(__AVX512F__) && LONGLLAVA_WIDTH == 16
-  EACH shifted[k] = (vec)_mm512_roundscale_ps((__m512)x[k], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  EACH f[k] = x[k] - shifted[k];
-#else
   if (CLAMP) EACH x[k] = minimum(splat(126.0f), maximum(splat(-126.0f), x[k]));
   const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits
   EACH shifted[k] = x[k] + magic;
   EACH f[k] = x[k] - (shifted[k] - magic);
-#endif
   EACH p[k] = splat(0.0013333538f) * f[k] + 0.0096662454f;
   EACH p[k] = p[k] * f[k] + 0.0555050038f;
   EACH p[k] = p[k] * f[k] + 0.2402235121f;
   EACH p[k] = p[k] * f[k] + 0.6931471229f;
   EACH p[k] = p[k] * f[k] + 1.0f;
-#if defined(__AVX512F__) && LONGLLAVA_WIDTH == 16
-  EACH x[k] = (vec)_mm512_scalef_ps((__m512)p[k], (__m512)shifted[k]);
-#else
   EACH x[k] = bits<vec>(bits<ivec>(p[k]) + (bits<ivec>(shifted[k]) << 23));
+}
 #endif
 #undef EACH
-}
 
 template <bool CLAMP>
 LONGLLAVA_INLINE vec exp2_vec(vec x) {
