@@ -8,8 +8,9 @@ Prompts: 1000x36 is 1,000 pictures of 36 tokens each, whose pixels lie on the de
 int8 (the language model's layers), int8-all (bridge and encoder too). A model of configs/models has random weights in
 its true shape and nano's tokenizer, and the table says how many tokens each prompt has, tags included. Every prompt
 but those of --once is read twice: `first` has what is done once a process and length (cuDNN plans its attention),
-`seconds` is the second time, layout of the prompt and sampling included. `limit` is what the prompt's arithmetic takes
-at the rates measured at the start. What does not begin within --seconds is not measured, and its row says so.
+`seconds` is the second time, layout of the prompt and sampling included. Files, sessions and batches are measured with
+the last weights. `limit` is what the prompt's arithmetic takes at the rates measured at the start. What does not begin
+within --seconds is not measured, and its row says so.
 """
 
 import _environment  # noqa: F401
@@ -55,7 +56,7 @@ def gpu_first_token(
     ),
     weights: Annotated[str, typer.Option(help="bf16,int8 or bf16,int8-all, or one of them.")] = ("bf16,int8"),
     prompts: Annotated[str, typer.Option(help="Prompts read twice.")] = "1000x36,1000x144,100000",
-    once: Annotated[str, typer.Option(help="Prompts read once, with the first weights, at the end.")] = "10000x36",
+    once: Annotated[str, typer.Option(help="Prompts read once, with the first weights.")] = "10000x36",
     answer: Annotated[int, typer.Option(min=8, help="Tokens decoded after the longest text prompt.")] = 256,
     batches: Annotated[str, typer.Option(help="Rows decoded together, 8,192 tokens each; empty: none.")] = "1,8,64",
     peer: Annotated[bool, typer.Option(help="transformers beside: Jamba with its kernels, and CLIP.")] = True,
@@ -85,15 +86,16 @@ def gpu_first_token(
         measured.warm()
         for images, tokens in twice:
             measured.prompt(images, tokens, repeat=True, answer=0 if images else answer)
+        for images, tokens in last if name == order[0] else ():
+            measured.prompt(images, tokens, repeat=False)
+        if name != order[-1]:
+            continue
+        measured.files(files)
         if epilogue and name != "bf16" and twice:
             measure_epilogue(measured, *twice[0])
-        if name == order[-1]:
-            measured.files(files)
         measured.session(next((prompt for prompt in twice if prompt[0]), None))
         for n_rows in rows:
             measured.batch(n_rows)
-        for images, tokens in last if name == order[0] else ():
-            measured.prompt(images, tokens, repeat=False)
     if fit:
         measured.fit([tokens for images, tokens in twice if images])
     if peer:

@@ -13,6 +13,7 @@ lie 16,384 elements apart: at 270,000 tokens offsets pass 2^32):
 - pieces of 2,048 tokens with the state carried: the same as the whole
 - 20 runs of forward and backward: the same bits
 - int8 rows of the scan, quantised by the kernel itself too, 20 times: the bits of the quantisation of its y
+- int8 products of many rows, 20 times: the bits that exact sums give
 
 Writes benchmarks/results/kernel-checks-<device>.json. Exit code 1 when a line fails.
 """
@@ -33,7 +34,7 @@ from _kernel_timing import grad_of, judge_of_some_channels, prepare, worst_error
 from longllava.cli import run
 from longllava.errors import LongLLaVAError
 from longllava.files import write_json
-from longllava.ops import causal_conv1d, selective_scan
+from longllava.ops import causal_conv1d, int8_linear, selective_scan
 from longllava.ops.causal_conv1d import cases as conv_cases
 from longllava.ops.dispatch import Backend
 from longllava.ops.int8_linear import quantize_rows
@@ -43,7 +44,7 @@ from longllava.train.record import environment
 
 LENGTHS = (1, 63, 2047, 2049, 36_000, 147_000, 270_000)
 WHOLE = 4096  # tokens up to which all channels are judged, by the reference
-SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-5}
+SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 RUNS = 20
 Row = dict[str, Any]
 
@@ -158,25 +159,48 @@ def int8_rows(case: Any, device: str = "cuda") -> Iterator[Row]:
         yield row | {"right": same}
 
 
-def all_rows(quick: bool) -> Iterator[Row]:
-    gpu = [b for b in selective_scan.BACKENDS if b.name not in ("cpu", "blocked", "reference")]
-    conv = [b for b in causal_conv1d.BACKENDS if b.name not in ("cpu", "reference")]
+def product_rows(n_rows: int, n_outputs: int, n_inputs: int, bias: bool, device: str = "cuda") -> Iterator[Row]:
+    """Sums in fp64 are exact; scaled in fp32, then times the row's scale, plus bias, in one rounding."""
+    name = f"int8 {n_rows:,} x {n_outputs:,} x {n_inputs:,}{', bias' if bias else ''}"
+    generator = torch.Generator(device).manual_seed(0)
+    x, weight = (torch.randint(-127, 128, (n, n_inputs), generator=generator, device=device).to(torch.int8)
+                 for n in (n_rows, n_outputs))  # fmt: skip
+    x_scale, scale, bias_N = (torch.rand(n, generator=generator, device=device) / 100 + 1e-3
+                              for n in (n_rows, n_outputs, n_outputs))  # fmt: skip
+    args = (x, weight, scale, bias_N if bias else None, x_scale, None, "dynamic", torch.bfloat16)
+    y = ((x.double() @ weight.double().T).float() * scale).double() * x_scale.double()[:, None]
+    truth = (y + bias_N.double() if bias else y).float().bfloat16()
+    for backend in int8_linear.BACKENDS[:2]:
+        row = {"op": "int8_linear", "what": f"{RUNS} runs, {name}", "backend": backend.name}
+        if (reason := backend.why_not(*args)) is not None:
+            yield row | {"skipped": reason}
+            continue
+        yield row | {"right": all(torch.equal(backend.run(*args), truth) for _ in range(RUNS))}
+
+
+def all_rows(quick: bool, wanted: str) -> Iterator[Row]:
+    scans = [b for b in selective_scan.BACKENDS if b.name not in ("cpu", "blocked", "reference")]
+    convolutions = [b for b in causal_conv1d.BACKENDS if b.name not in ("cpu", "reference")]
     scan_case, conv_case = scan_cases.GPU_BENCHMARKS[0], conv_cases.GPU_BENCHMARKS[0]
     if quick:
-        for case in scan_cases.CASES:
-            yield from forward_rows("selective_scan", selective_scan, case, [b for b in gpu if b.name != "upstream"])
-        for case in conv_cases.CASES:
-            yield from forward_rows("causal_conv1d", causal_conv1d, case, [b for b in conv if b.name != "upstream"])
-        small = replace(scan_case, name="65 x 150", length=65, channels=150, batch=2, packing="wild")
-        yield from gradient_rows("selective_scan", selective_scan, small, gpu)
-        yield from int8_rows(replace(scan_case, name="200 x 256", length=200, channels=256))
+        if wanted in "selective_scan":
+            for case in scan_cases.CASES:
+                yield from forward_rows("selective_scan", selective_scan, case, scans[:2])
+            small = replace(scan_case, name="65 x 150", length=65, channels=150, batch=2, packing="wild")
+            yield from gradient_rows("selective_scan", selective_scan, small, scans[:2])
+            yield from int8_rows(replace(scan_case, name="200 x 256", length=200, channels=256))
+        if wanted in "causal_conv1d":
+            for case in conv_cases.CASES:
+                yield from forward_rows("causal_conv1d", causal_conv1d, case, convolutions[:2])
         return
-    for length in (2, 2049, 36_000, 147_000):
+    for length in (2, 2049, 36_000, 147_000) if wanted in "selective_scan" else ():
         yield from int8_rows(replace(scan_case, name=f"{length:,}", length=length, state=True))
     for name, op, plain, backends, names in (
-        ("selective_scan", selective_scan, scan_case, gpu, scan_cases.NAMES),
-        ("causal_conv1d", causal_conv1d, conv_case, conv, conv_cases.NAMES),
+        ("selective_scan", selective_scan, scan_case, scans, scan_cases.NAMES),
+        ("causal_conv1d", causal_conv1d, conv_case, convolutions, conv_cases.NAMES),
     ):
+        if wanted not in name:
+            continue
         for length in LENGTHS:
             case = replace(plain, name=f"{length:,}", length=length)
             yield from forward_rows(name, op, case, backends)
@@ -205,6 +229,7 @@ def line(row: Row) -> str:
 
 def checks(
     quick: Annotated[bool, typer.Option(help="Only small shapes, of every kind.")] = False,
+    op: Annotated[str, typer.Option(help="Only ops whose name contains this.")] = "",
     output: Annotated[
         Path | None, typer.Option(help="JSON file; default benchmarks/results/kernel-checks-cuda.json.")
     ] = None,
@@ -213,7 +238,7 @@ def checks(
     if not torch.cuda.is_available():
         raise LongLLaVAError("torch sees no GPU here; tests/ops checks the kernels without one")
     rows = []
-    for row in all_rows(quick):
+    for row in all_rows(quick, op):
         rows.append(row)
         print(line(row), flush=True)
     wrong = sum(not row.get("right", True) for row in rows)

@@ -182,8 +182,8 @@ def test_an_encoder_whose_inputs_stay_floats_has_its_own_passes():
 
 @pytest.mark.parametrize("config", [Int8Config(), Int8Config(**ALWAYS), Int8Config(two_terms=("out_proj",))], ids=str)
 def test_scans_quantise_as_their_readers_would(config, monkeypatch):
-    model, rows = quantize_(tiny(), config), []
-    apart = quantize_(tiny(), dataclasses.replace(config, scan_epilogue=False))
+    model, rows = quantize_(tiny(), dataclasses.replace(config, scan_epilogue=True)), []
+    apart = quantize_(tiny(), config)
     product = Inputs.product
     monkeypatch.setattr(Inputs, "product", lambda inputs, x, *rest: rows.append(x) or product(inputs, x, *rest))
     for length in (1, 2, 33):
