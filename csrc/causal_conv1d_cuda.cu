@@ -3,7 +3,7 @@
 
 namespace longllava {
 
-constexpr int CONV_AHEAD = 2;  // tokens asked for before the first of them is used; as many again are on their way
+constexpr int CONV_AHEAD = 4;  // tokens asked for before the first of them is used; as many again are on their way
 
 template <class T, int N>
 __device__ __forceinline__ void conv_finish(T* to, float (&y)[N], bool silu) {
@@ -85,9 +85,9 @@ __device__ __forceinline__ void conv_gather(const ConvArguments& p, const ConvPl
   }
 }
 
-// Four blocks a processor, where the window of four taps lets their registers fit, keep enough loads on their way.
+// Six blocks a processor, where the window of four taps lets their registers fit, keep enough loads on their way.
 template <class T, int N, int TAPS, bool PACKED>
-__global__ void __launch_bounds__(CONV_THREADS, TAPS == 4 ? 4 : 1)
+__global__ void __launch_bounds__(CONV_THREADS, TAPS == 4 ? 6 : 1)
 conv_forward(const __grid_constant__ ConvArguments p) {
   const ConvPlace<N, CONV_RUN> at(p, p.length);
   if (!at.exists) return;
@@ -115,7 +115,7 @@ template <class T, int N, bool PACKED> int conv_forward_with(const ConvArguments
 }
 
 template <class T> int conv_forward_of(const ConvArguments& p) {
-  constexpr int WIDE = 16 / sizeof(T);
+  constexpr int WIDE = 8 / sizeof(T);  // with 16 an H100 took 7% longer for a prompt: more registers, fewer threads
   if (p.wide) return p.sources ? conv_forward_with<T, WIDE, true>(p) : conv_forward_with<T, WIDE, false>(p);
   return p.sources ? conv_forward_with<T, 1, true>(p) : conv_forward_with<T, 1, false>(p);
 }

@@ -14,18 +14,18 @@ namespace longllava {
 
 constexpr int CONV_MAX_TAPS = 8;
 constexpr int CONV_THREADS = 128;
-constexpr int CONV_RUN = 64;            // tokens a thread walks
+constexpr int CONV_RUN = 32;            // tokens a thread walks
 constexpr int CONV_BACKWARD_RUN = 64;   // backward, where each run also leaves a partial sum
 
 struct ConvArguments {
   int64_t bytes;  // sizeof(ConvArguments), to catch a caller of another version
   int64_t dtype;  // of all Rows: 0 fp32, 1 bf16, 2 fp16
   int64_t batch, length, channels, taps, silu;
-  int64_t wide;   // rows may be read 16 bytes at a time
+  int64_t wide;   // rows may be read four elements at a time
   int64_t weight_dtype;  // of weight and bias
   void* stream;
   Rows x, state, y, state_out;  // state.data may be null; state_out may be state where length <= CONV_RUN
-  const void *weight, *bias;    // (E, K), (E) or null, at addresses that 32 divides
+  const void *weight, *bias;    // (E, K), (E) or null, at addresses that 16 divides
   const int32_t *sources, *last;  // (B, L, K), (B, K - 1): where in the line `state, then tokens` each tap reads, -1 is
                                   // nowhere; null without seq_idx
   Rows grad_y, grad_state, grad_x, grad_start;  // grad_state.data may be null

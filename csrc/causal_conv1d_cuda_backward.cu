@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(CONV_THREADS) conv_backward_sums(const __grid_
 template <class T, int N, int TAPS>
 __global__ void __launch_bounds__(CONV_THREADS) conv_backward_line(const __grid_constant__ ConvArguments p) {
   const int64_t past = p.taps - 1, n_line = p.length + past;
-  const ConvPlace<N, CONV_RUN> at(p, n_line);
+  const ConvPlace<N, CONV_BACKWARD_RUN> at(p, n_line);
   if (!at.exists) return;
   const ConvWeights<N, TAPS> weights(p, at.channel);
   for (int64_t q = at.begin; q < at.end; ++q) {
@@ -164,7 +164,7 @@ template <class T, int N, int TAPS> int conv_backward_as(const ConvArguments& p)
   if (p.sources == nullptr) return launch(conv_backward_kernel<T, N, TAPS>, blocks, CONV_THREADS, 0, p.stream, p);
   const int error = launch(conv_backward_sums<T, N, TAPS>, blocks, CONV_THREADS, 0, p.stream, p);
   if (error != 0) return error;
-  const int64_t of_line = conv_blocks<N, CONV_RUN>(p, p.length + p.taps - 1);
+  const int64_t of_line = conv_blocks<N, CONV_BACKWARD_RUN>(p, p.length + p.taps - 1);
   return launch(conv_backward_line<T, N, TAPS>, of_line, CONV_THREADS, 0, p.stream, p);
 }
 

@@ -29,3 +29,14 @@ def test_what_does_not_fit_is_named():
         few_rows_linear(x, weight, backend="triton")
     assert "in rows, of x's dtype" in str(triton.why_not(x[:4].half(), weight))
     assert "has no backward" in str(triton.why_not(x[:4].requires_grad_(), weight))
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "bytes_each", "rows", "expected"), [
+    (28672, 4096, 1, 1, (2, 4096)), (4096, 14336, 1, 1, (4, 2048)), (1024, 4096, 1, 1, (1, 4096)),
+    (65536, 4096, 2, 1, (2, 2048)), (4096, 14336, 2, 1, (2, 2048)), (288, 8192, 2, 1, (1, 4096)),
+    (8192, 256, 2, 1, (4, 256)), (8192, 256, 1, 1, (4, 256)), (4096, 4096, 2, 3, (2, 1024)), (8192, 5, 4, 4, (4, 16)),
+])  # fmt: skip
+def test_a_program_has_the_outputs_and_inputs_that_a_gpu_was_fastest_with(
+    outputs, inputs, bytes_each, rows, expected
+) -> None:
+    assert triton.shape(outputs, inputs, bytes_each, rows) == expected

@@ -14,7 +14,7 @@ from longllava.ops.causal_conv1d.triton import users_of, windows
 from longllava.ops.native_cuda import address, rowed, rows
 
 MAX_TAPS = 8
-RUN, BACKWARD_RUN = 64, 64  # CONV_RUN and CONV_BACKWARD_RUN of csrc/causal_conv1d_cuda.cuh
+RUN, BACKWARD_RUN = 32, 64  # CONV_RUN and CONV_BACKWARD_RUN of csrc/causal_conv1d_cuda.cuh
 FIELDS = struct.Struct("@42q")  # ConvArguments there
 NO_ROWS = (0, 0, 0)
 
@@ -41,7 +41,7 @@ def _call(
     first = [rows(t) for t in tensors]
     arguments = FIELDS.pack(
         FIELDS.size, native_cuda.DTYPES[x.dtype], batch, length, channels, weight.shape[1], silu,
-        native_cuda.is_wide(16, *tensors), native_cuda.DTYPES[weight.dtype], native_cuda.stream(x),
+        native_cuda.is_wide(4 * x.element_size(), *tensors), native_cuda.DTYPES[weight.dtype], native_cuda.stream(x),
         *(field for row in first[:4] for field in row),
         address(weight), address(bias), address(sources), address(last),
         *(field for row in first[4:] for field in row), address(grad_weight), address(grad_bias),
@@ -56,7 +56,7 @@ def parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | No
     if weight.dtype not in native_cuda.DTYPES or (bias is not None and bias.dtype != weight.dtype):
         weight, bias = weight.float(), None if bias is None else bias.float()
     found = [None if x is None else x.contiguous() for x in (weight, bias)]
-    weight, bias = (x if x is None or x.data_ptr() % 32 == 0 else x.clone() for x in found)  # type: ignore[assignment]
+    weight, bias = (x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in found)  # type: ignore[assignment]
     return weight, bias
 
 

@@ -9,7 +9,8 @@ from longllava.ops import triton_support
 from longllava.ops.triton_support import OPTIONS
 
 MAX_ROWS = 4  # each row's sums are held in registers beside the others'
-STEP_BYTES = 2048  # of weights that a warp asks for at once: four times 16 a thread
+WARPS = 4  # of a program
+STEP_BYTES = 8192  # of weights that a program asks for at once: four times 16 a thread
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
@@ -38,18 +39,21 @@ def product(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor | None, bias_N: Ten
 
     n_rows, n_inputs = x_MK.shape
     y_MN = x_MK.new_empty((n_rows, len(weight_NK)))
-    outputs, inputs, warps = shape(len(weight_NK), n_inputs, weight_NK.element_size(), n_rows)
+    outputs, inputs = shape(len(weight_NK), n_inputs, weight_NK.element_size(), n_rows)
     with torch.cuda.device_of(x_MK):
         multiply[(-(-len(weight_NK) // outputs),)](
             x_MK.contiguous(), weight_NK, scale_N, bias_N, y_MN, len(weight_NK), weight_NK.stride(0), K=n_inputs,
-            ROWS=n_rows, BLOCK_N=outputs, BLOCK_K=inputs, num_warps=warps, **OPTIONS,
+            ROWS=n_rows, BLOCK_N=outputs, BLOCK_K=inputs, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
     return y_MN
 
 
-def shape(n_outputs: int, n_inputs: int, bytes_each: int, n_rows: int) -> tuple[int, int, int]:
-    """(outputs, inputs of a step, warps) of a program: warps enough for all processors, in programs of few, which do
-    not wait for each other; few outputs in programs of one each."""
-    outputs, warps = (4, 1) if n_outputs >= 8192 else (4, 4) if n_outputs >= 2048 else (1, 4)
-    inputs = STEP_BYTES * warps // (outputs * bytes_each * (1 if n_rows == 1 else 2))
-    return outputs, min(inputs, max(16, 1 << (n_inputs - 1).bit_length())), warps
+def shape(n_outputs: int, n_inputs: int, bytes_each: int, n_rows: int) -> tuple[int, int]:
+    """(outputs, inputs of a step) of a program: one each where outputs are few, so that there are programs for all
+    processors; otherwise as many as an H100 was fastest with, more where a step of two would reach past the inputs."""
+    if n_outputs < 2048:
+        outputs = 1
+    else:
+        outputs = 4 if n_inputs <= 1024 or (bytes_each == 1 and n_outputs < 8192) else 2
+    inputs = STEP_BYTES // (outputs * bytes_each * (1 if n_rows == 1 else 2))
+    return outputs, min(inputs, max(16, 1 << (n_inputs - 1).bit_length()))
