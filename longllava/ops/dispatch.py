@@ -1,4 +1,5 @@
-"""Which backend runs a call: the first of an op's list that does not object, or the one that was asked for.
+"""Which backend runs a call: the first of an op's list that does not object, or the one that was asked for. Calls that
+a backend is `first_for` it gets before those that the list has before it.
 
 A backend answers `why_not(*args)` from metadata only (device, dtype, shape, what is installed): None when it
 can run the call, else one sentence. A forced backend runs or raises; it never falls back.
@@ -21,6 +22,7 @@ class Backend:
     run_: as `run` without gradients, but the new state is written over the old one, and y alone is returned. Backends
     that have none compute a new state, which is then copied.
     run_quantized: as `run` without gradients, y as int8 rows. For backends that have none y is quantised afterwards.
+    first_for: whether it is the quickest for a call, told from metadata, wherever it stands in the list.
     """
 
     name: str
@@ -28,19 +30,25 @@ class Backend:
     why_not: Callable[..., str | None]
     run_: Callable[..., Any] | None = None
     run_quantized: Callable[..., Any] | None = None
+    first_for: Callable[..., bool] | None = None
 
     def __str__(self) -> str:
         return self.name
 
 
 def choose(op: str, backends: Sequence[Backend], *args: Any, forced: str | None = None) -> Backend:
-    """First backend able to run `args`. `forced`, or the variable LONGLLAVA_<OP>, names the only candidate.
+    """First backend able to run `args`, those that are first for them before the others. `forced`, or the variable
+    LONGLLAVA_<OP>, names the only candidate.
 
     Raises BackendError when the name is unknown or no candidate can run the call, with every reason.
     """
     forced = forced or os.environ.get(f"LONGLLAVA_{op.upper()}") or None
     reasons = {}
+    sooner: list[Backend] = []
+    later: list[Backend] = []
     for backend in backends:
+        (sooner if backend.first_for is not None and backend.first_for(*args) else later).append(backend)
+    for backend in sooner + later:
         if forced is None or backend.name == forced:
             reason = backend.why_not(*args)
             if reason is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from longllava.errors import BackendError, LongLLaVAError
 from longllava.ops.causal_conv1d import BACKENDS, causal_conv1d, causal_conv1d_, cpu, reference
 from longllava.ops.causal_conv1d.cases import CASES, NAMES, Case
+from longllava.ops.dispatch import choose
 from tests.ops.parity import assert_matches, error, outputs_and_gradients, poison_empty, split_equals_whole
 from tests.ops.test_selective_scan import first_of_same_sequence, skip_if_it_cannot
 
@@ -106,6 +109,15 @@ def test_the_state_returned_is_a_new_tensor(backend, length) -> None:
     _, state = backend.run(*args)
     state.fill_(7)
     assert torch.equal(args[0], before[0]) and torch.equal(args[NAMES.index("state")], before[1])
+
+
+@pytest.mark.parametrize(("batch", "length", "name"), [
+    (1, 1, "triton"), (200, 1, "triton"), (1, 256, "triton"), (1, 257, "cuda"), (2, 200, "cuda"), (1, 36_000, "cuda"),
+])  # fmt: skip
+def test_where_all_could_run_a_few_tokens_are_tritons_and_a_prompt_is_cudas(batch, length, name) -> None:
+    able = [replace(backend, why_not=lambda *args: None) for backend in BACKENDS]
+    assert choose("causal_conv1d", able, torch.empty(batch, length, 8, device="meta"), torch.ones(8, 4)).name == name
+    assert choose("causal_conv1d", able, torch.empty(batch, length, 8), torch.ones(8, 4), forced="cpu").name == "cpu"
 
 
 def test_a_state_replaced_in_place_is_the_new_state() -> None:

@@ -124,6 +124,19 @@ def test_choose_takes_the_first_that_does_not_object() -> None:
         choose("op", backends, 3, forced="even")
 
 
+def test_choose_takes_what_is_first_for_a_call_before_the_list(monkeypatch) -> None:
+    def why_not(x: int) -> str | None:
+        return "takes 5 at most" if x > 5 else None
+
+    small = Backend("small", abs, why_not, first_for=lambda x: x < 3 or x == 7)
+    backends = (Backend("usual", abs, lambda x: None), small, Backend("last", abs, lambda x: None))
+    assert [choose("op", backends, x).name for x in (1, 3, 7)] == ["small", "usual", "usual"]
+    assert [choose("op", backends, x, forced="small").name for x in (1, 3)] == ["small", "small"]
+    assert choose("op", backends, 1, forced="usual").name == "usual"
+    monkeypatch.setenv("LONGLLAVA_OP", "last")
+    assert choose("op", backends, 1).name == "last"
+
+
 def test_copies_are_made_only_where_the_kernels_need_them() -> None:
     x = torch.randn(2, 3, 8)
     for same in (x, x[:, :, :4], x[:, 1:], x[:, ::2], x.bfloat16()):

@@ -11,7 +11,9 @@ from longllava.ops.dispatch import Backend, choose
 
 # best first; the last is the judge
 BACKENDS = tuple(
-    Backend(name, module.run, module.why_not, getattr(module, "run_", None))
+    Backend(
+        name, module.run, module.why_not, getattr(module, "run_", None), first_for=getattr(module, "first_for", None)
+    )
     for name, module in (
         ("cuda", cuda),
         ("triton", triton),

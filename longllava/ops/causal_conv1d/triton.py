@@ -14,6 +14,7 @@ from longllava.ops.triton_support import DTYPES, OPTIONS, plain, rowed
 
 MAX_TAPS = 8
 TOKENS, CHANNELS = 32, 128  # of a block: 8 KB of bf16
+FEW = 256  # tokens, which a program each 32 of them gets done sooner than CUDA's threads walk over theirs
 TILES = 8  # of TOKENS, over which a backward program sums the gradients of its weights
 
 
@@ -23,6 +24,10 @@ def why_not(
     if weight.shape[1] > MAX_TAPS:
         return f"takes at most {MAX_TAPS} taps, got {weight.shape[1]}"
     return triton_support.why_not(x=x, state=state)
+
+
+def first_for(x: Tensor, *rest: Any) -> bool:
+    return x.shape[0] * x.shape[1] <= FEW
 
 
 def windows(seq_idx_BL: Tensor, n_past: int) -> tuple[Tensor, Tensor]:
