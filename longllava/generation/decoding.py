@@ -117,7 +117,7 @@ class Decoder:
         logits_BV = self.reader.logits(hidden_BD)
         uniform_B = self.uniform_CB.index_select(0, self.drawn_1)[0] if self.sampling.temperature else None
         self.chosen_B.copy_(drawn(logits_BV, self.sampling, uniform_B))
-        self.token_B.copy_(self.chosen_B.clamp(min=0))
+        torch.clamp(self.chosen_B, min=0, out=self.token_B)
         self.drawn_1 += 1
 
     def step(self) -> None:

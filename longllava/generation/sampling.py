@@ -83,11 +83,11 @@ def drawn(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> Te
 
     uniform_B: a number from 0 to 1 (fp64) for each row, with which it draws; None at temperature 0.
     """
-    logits_BV = logits_BV.float()
-    largest_B1 = logits_BV.amax(-1, keepdim=True)  # NaN where any is
-    finite_B = torch.isfinite(largest_B1)[:, 0]
+    largest_B1, likeliest_B1 = logits_BV.max(-1, keepdim=True)  # NaN where any is
+    finite_B = largest_B1[:, 0].abs() < torch.inf
     if uniform_B is None:
-        return torch.where(finite_B, logits_BV.argmax(-1), NOT_FINITE)
+        return torch.where(finite_B, likeliest_B1[:, 0], NOT_FINITE)
+    logits_BV = logits_BV.float()
     # the largest becomes 0 first: divided by a tiny temperature, of which fp32 makes 0, it would be infinite
     probabilities_BV = kept(torch.softmax((logits_BV - largest_B1) / max(sampling.temperature, 1e-30), -1), sampling)
     sums_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)  # a token is drawn where they pass the row's number
