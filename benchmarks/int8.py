@@ -5,9 +5,10 @@
     python benchmarks/int8.py --device cuda --tune --shape 9b
 
 One row a shape: milliseconds of each way (median of interleaved rounds; on a GPU ten calls in a CUDA graph), after
-its values were checked. "ours" takes rows of bf16; "int_mm" is torch._int_mm between torch's own quantisation and
-scaling; "fp8" is torch._scaled_mm with a scale a row. Few rows are the decoder's: weights alone are int8 there.
---tune tries the launches of longllava/ops/int8_linear/triton.py instead. Writes benchmarks/results/int8-<device>.json.
+its values were checked. "ours" takes rows of bf16, by the backend that the row names; those that come after it have
+rows of their own for the product alone. "int_mm" is torch._int_mm between torch's own quantisation and scaling; "fp8"
+is torch._scaled_mm with a scale a row. Few rows are the decoder's: weights alone are int8 there. --tune tries the
+launches of longllava/ops/int8_linear/cuda.py and triton.py instead. Writes benchmarks/results/int8-<device>.json.
 """
 
 import _environment  # noqa: F401
@@ -30,8 +31,9 @@ from longllava.cli import run
 from longllava.errors import LongLLaVAError
 from longllava.files import write_json
 from longllava.ops import native
+from longllava.ops.dispatch import choose
 from longllava.ops.fused import rms_norm, swiglu
-from longllava.ops.int8_linear import int8_linear, quantize_rows, reference, triton
+from longllava.ops.int8_linear import BACKENDS, Quantized, cuda, int8_linear, quantize_rows, reference, triton
 from longllava.ops.int8_linear.cases import BENCHMARKS, Case
 from longllava.train.record import environment
 
@@ -49,15 +51,24 @@ def by_hand(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).round().to(torch.int8), scale
 
 
-def ways(case: Case, device: str) -> dict[str, Call]:
+def backends(rows: Tensor | Quantized, weight: Tensor, scale: Tensor, mode: str) -> list[str]:
+    """Names of those that can, the chosen one first; the judge only if it is chosen."""
+    x, x_scale, dtype = rows if isinstance(rows, Quantized) else (rows, None, rows.dtype)
+    args = (x, weight, scale, None, x_scale, None, mode, dtype)
+    chosen = choose("int8_linear", BACKENDS, *args).name
+    others = [backend.name for backend in BACKENDS[:-1] if backend.why_not(*args) is None]
+    return [chosen, *(name for name in others if name != chosen)]
+
+
+def ways(inputs: tuple[Any, ...], device: str) -> dict[str, Call]:
     """The calls to time, by name; a way that torch does not have here is a reason instead, raised when called."""
-    x, weight, scale, *_ = case.inputs_of(device)
+    x, weight, scale, *_, mode, _ = inputs
     bf16 = (weight.float() * scale[:, None]).to(torch.bfloat16)
     found: dict[str, Call] = {
-        "ours": lambda: int8_linear(x, weight, scale, mode=case.mode),
+        "ours": lambda: int8_linear(x, weight, scale, mode=mode),
         "bf16": lambda: F.linear(x, bf16),
     }
-    if case.mode == "weight_only":
+    if mode == "weight_only":
         if device == "cpu":
             fp32, wide = bf16.float(), x.float()
             found["fp32"] = lambda: F.linear(wide, fp32)
@@ -66,6 +77,8 @@ def ways(case: Case, device: str) -> dict[str, Call]:
     fp32, wide = bf16.float(), x.float()
     found["ours, fp32 in and out"] = lambda: int8_linear(wide, weight, scale)
     found["ours, product alone"] = lambda: int8_linear(quantized, weight, scale)
+    for name in backends(quantized, weight, scale, mode)[1:]:
+        found[f"{name}, product alone"] = partial(int8_linear, quantized, weight, scale, backend=name)
     found["ours, quantisation alone"] = lambda: quantize_rows(x)
     found["fp32"] = lambda: F.linear(wide, fp32)
 
@@ -92,18 +105,18 @@ def ways(case: Case, device: str) -> dict[str, Call]:
     return found
 
 
-def check(case: Case, device: str) -> float:
+def check(name: str, inputs: tuple[Any, ...]) -> float:
     """SQNR in dB of ours against the product of unquantised numbers. Raises where ours is not what the reference gives,
     or below LEAST_SQNR."""
-    x, weight, scale, bias, *rest = case.inputs_of(device)
+    x, weight, scale, bias, x_scale, offsets, mode, dtype = inputs
     x = x.abs() ** 0.5 * x.sign()  # no two cases alike: not the numbers that are timed
-    got = int8_linear(x, weight, scale, mode=case.mode).float()
-    expected = reference.run(x, weight, scale, bias, *rest).float()
+    got = int8_linear(x, weight, scale, mode=mode).float()
+    expected = reference.run(x, weight, scale, bias, x_scale, offsets, mode, dtype).float()
     truth = x.float() @ (weight.float() * scale[:, None]).T
     off = float((got - expected).norm() / expected.norm())
     sqnr = float(10 * torch.log10(truth.square().sum() / (got - truth).square().sum()))
     if not off < 5e-3 or not sqnr > LEAST_SQNR:
-        raise LongLLaVAError(f"{case.name}: off by {off:.1e} from the reference, SQNR {sqnr:.1f} dB: never timed")
+        raise LongLLaVAError(f"{name}: off by {off:.1e} from the reference, SQNR {sqnr:.1f} dB: never timed")
     return sqnr
 
 
@@ -147,8 +160,10 @@ def interleaved(found: dict[str, Call], device: str) -> dict[str, Any]:
 
 def row_of(case: Case, device: str) -> dict[str, Any]:
     row: dict[str, Any] = {"shape": case.name, "rows": case.rows, "inputs": case.inputs, "outputs": case.outputs}
-    row |= {"mode": case.mode, "source": case.source, "sqnr_db": round(check(case, device), 1)}
-    times = interleaved(ways(case, device), device)
+    inputs = case.inputs_of(device)
+    row |= {"mode": case.mode, "backend": backends(*inputs[:3], case.mode)[0], "source": case.source}
+    row["sqnr_db"] = round(check(case.name, inputs), 1)
+    times = interleaved(ways(inputs, device), device)
     row["ms"] = {name: t * 1e3 if isinstance(t, float) else t for name, t in times.items()}
     operations = 2 * case.rows * case.inputs * case.outputs
     row["TOP/s"] = operations / times["ours"] / 1e12
@@ -162,7 +177,7 @@ def row_of(case: Case, device: str) -> dict[str, Any]:
 def line(row: dict[str, Any]) -> str:
     shown = ", ".join(f"{name} {t:.3f}" if isinstance(t, float) else f"{name} {t}" for name, t in row["ms"].items())
     ratios = ", ".join(f"{row[key]:.2f} x {key[6:]}" for key in row if key.startswith("times_"))
-    head = f"{row['shape']} ({row['rows']}, {row['inputs']}) -> {row['outputs']}, {row['mode']}"
+    head = f"{row['shape']} ({row['rows']}, {row['inputs']}) -> {row['outputs']}, {row['mode']}, {row['backend']}"
     return f"{head}: {row['TOP/s']:.2f} TOP/s, {row['weights_GB/s']:.1f} GB/s; {ratios}\n    ms: {shown}"
 
 
@@ -196,30 +211,29 @@ def elementwise(device: str) -> list[dict[str, Any]]:
 
 
 def tune(case: Case) -> list[dict[str, Any]]:
-    """Milliseconds and TOP/s of each launch in triton.CANDIDATES, values of each checked."""
+    """Milliseconds and TOP/s of each launch in CANDIDATES of cuda and triton, values of each checked."""
     x, weight, scale, *_ = case.inputs_of("cuda")
     values, x_scale, dtype = quantize_rows(x)
-    expected = int8_linear(x, weight, scale)
+    expected = int8_linear(x, weight, scale, backend="triton")
+    args = (values, weight, scale, None, x_scale, None, "dynamic", dtype)
+    modules = (triton,) if cuda.why_not(*args) else (cuda, triton)
     calls: dict[str, Call] = {}
-    for tiles in triton.CANDIDATES:
-
-        def call(tiles: triton.Tiles = tiles) -> Tensor:
-            return triton.run(values, weight, scale, None, x_scale, None, "dynamic", dtype, tiles)
-
+    for module, launch in [(backend, launch) for backend in modules for launch in backend.CANDIDATES]:
+        call = partial(module.run, *args, launch)
         try:
             same = torch.equal(call(), expected)
         except Exception as error:  # too much shared memory, a compiler that gives up: the next one may do
-            print(f"{case.name} {tiles}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+            print(f"{case.name} {launch}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
             continue
         if not same:
-            print(f"{case.name} {tiles}: wrong", flush=True)
+            print(f"{case.name} {launch}: wrong", flush=True)
             continue
-        calls[str(tiles)] = call
+        calls[str(launch)] = call
     times = interleaved(calls, "cuda")
     operations = 2 * case.rows * case.inputs * case.outputs
     rows = []
     for name, t in sorted(times.items(), key=lambda item: item[1] if isinstance(item[1], float) else 1e9):
-        rows.append({"shape": case.name, "tiles": name, "ms": t * 1e3, "TOP/s": operations / t / 1e12})
+        rows.append({"shape": case.name, "launch": name, "ms": t * 1e3, "TOP/s": operations / t / 1e12})
         print(f"{case.name} {rows[-1]['TOP/s']:8.1f} TOP/s {t * 1e3:8.3f} ms {name}", flush=True)
     return rows
 

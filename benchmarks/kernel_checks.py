@@ -192,7 +192,12 @@ def all_rows(quick: bool, wanted: str) -> Iterator[Row]:
         if wanted in "causal_conv1d":
             for case in conv_cases.CASES:
                 yield from forward_rows("causal_conv1d", causal_conv1d, case, convolutions[:2])
+        if wanted in "int8_linear":
+            yield from product_rows(1500, 3000, 144, bias=True)
         return
+    if wanted in "int8_linear":
+        yield from product_rows(8191, 3072, 1024, bias=True)
+        yield from product_rows(1001, 4104, 14336, bias=False)
     for length in (2, 2049, 36_000, 147_000) if wanted in "selective_scan" else ():
         yield from int8_rows(replace(scan_case, name=f"{length:,}", length=length, state=True))
     for name, op, plain, backends, names in (

@@ -132,7 +132,7 @@ template <int N> __device__ __forceinline__ void settle(int (&sum)[N]) {
 #define LONGLLAVA_FOUR(i) "+r"(sum[i]), "+r"(sum[i + 1]), "+r"(sum[i + 2]), "+r"(sum[i + 3])
 #define LONGLLAVA_EIGHT(i) LONGLLAVA_FOUR(i), LONGLLAVA_FOUR(i + 4)
 
-// sum (64, N) = a (64, 32) b (N, 32)^T, added to sum if `add`; int8 and int32. Thread t of the warpgroup holds of the
+// sum (64, 256) = a (64, 32) b (256, 32)^T, added to sum if `add`; int8 and int32. Thread t of the warpgroup holds of the
 // rows 16 (t / 32) + t % 32 / 4 (sum[4 j], sum[4 j + 1]) and 8 further (sum[4 j + 2], sum[4 j + 3]) the columns
 // 8 j + 2 (t % 4) and the next one.
 __device__ __forceinline__ void multiply(int (&sum)[128], uint64_t a, uint64_t b, bool add) {
@@ -152,19 +152,6 @@ __device__ __forceinline__ void multiply(int (&sum)[128], uint64_t a, uint64_t b
         LONGLLAVA_EIGHT(32), LONGLLAVA_EIGHT(40), LONGLLAVA_EIGHT(48), LONGLLAVA_EIGHT(56),
         LONGLLAVA_EIGHT(64), LONGLLAVA_EIGHT(72), LONGLLAVA_EIGHT(80), LONGLLAVA_EIGHT(88),
         LONGLLAVA_EIGHT(96), LONGLLAVA_EIGHT(104), LONGLLAVA_EIGHT(112), LONGLLAVA_EIGHT(120)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-__device__ __forceinline__ void multiply(int (&sum)[64], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-      "}, %64, %65, add;\n}"
-      : LONGLLAVA_EIGHT(0), LONGLLAVA_EIGHT(8), LONGLLAVA_EIGHT(16), LONGLLAVA_EIGHT(24),
-        LONGLLAVA_EIGHT(32), LONGLLAVA_EIGHT(40), LONGLLAVA_EIGHT(48), LONGLLAVA_EIGHT(56)
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 

@@ -1,4 +1,4 @@
-// The C interface of the int8 product on Hopper, the shapes that its kernel can have, and where its tiles lie.
+// The C interface of the int8 product on Hopper, and where its tiles lie in memory and in shared memory.
 #pragma once
 
 #include <hopper.cuh>
@@ -8,40 +8,37 @@ namespace longllava {
 // longllava/ops/int8_linear/cuda.py fills this field by field, in this order, 8 bytes each.
 struct Int8ProductArguments {
   int64_t bytes;  // sizeof(Int8ProductArguments), to catch a caller of another version
-  int64_t dtype;  // of y: 0 fp32, 1 bf16, 2 fp16
+  int64_t dtype;  // of y: 1 bf16, 2 fp16
   int64_t bias_dtype;
   int64_t rows, outputs, inputs;  // M, N, K
   int64_t group;                  // tiles of rows that go together along the outputs
+  int64_t staggered;              // 1: the second warpgroup begins a stage after the first
   int64_t processors;
   void* stream;
   const int8_t *x, *weight;  // (M, K), (N, K), both at addresses that 16 divides, as it does K
   const float *x_scale, *scale;
   const void* bias;  // (N) or null
-  void* y;           // (M, N)
+  void* y;           // (M, N), 8 divides N
 };
 
+constexpr int ROWS = 128, COLUMNS = 256;  // of a block's tile; a cluster's are one above the other
+constexpr int CLUSTER = 2, STAGES = 4;
 constexpr int STAGE_INPUTS = 128;  // a row of a stage, in the 128 bytes that the swizzle mixes
 constexpr int STEP_INPUTS = 32;    // of one instruction
 constexpr int WARPGROUP = 128;
 constexpr int THREADS = 3 * WARPGROUP;
-// What a warp writes at once: 64 bytes of each of its rows.
-constexpr int PUT_COLUMNS = 32, PUT_ROWS = 16;
+// What a warp writes at once: 64 bytes of each of its rows, from one of its three buffers.
+constexpr int PUT_COLUMNS = 32, PUT_ROWS = 16, PUTS = 3;
 constexpr int PUT_BYTES = PUT_ROWS * PUT_COLUMNS * 2;
 
-// BLOCKS: of 64 rows, a warpgroup. COLUMNS: of a tile. PUTS: buffers of a warp for what it writes.
-template <int BLOCKS_, int COLUMNS_, bool PINGPONG_, int CLUSTER_, int STAGES_, int PUTS_, bool STAGGER_> struct Shape {
-  static constexpr int BLOCKS = BLOCKS_, COLUMNS = COLUMNS_, CLUSTER = CLUSTER_, STAGES = STAGES_, PUTS = PUTS_;
-  static constexpr bool PINGPONG = PINGPONG_, STAGGER = STAGGER_;
-  static constexpr int ROWS = 64 * BLOCKS * (PINGPONG ? 1 : 2);
-  static constexpr int X_BYTES = ROWS * STAGE_INPUTS, WEIGHT_BYTES = COLUMNS * STAGE_INPUTS;
-  static constexpr int STAGE_BYTES = X_BYTES + WEIGHT_BYTES;
-  static constexpr int PUT_PLACE = STAGES * STAGE_BYTES;
-  static constexpr int SCALE_PLACE = PUT_PLACE + 8 * PUTS * PUT_BYTES;
-  static constexpr int BARRIER_PLACE = SCALE_PLACE + 2 * 2 * COLUMNS * 4;
-  static constexpr int BYTES = BARRIER_PLACE + 2 * STAGES * 8;
-  static constexpr int RELEASES = (PINGPONG ? 4 : 8) * CLUSTER;  // warps that read a stage, of both blocks
-  static_assert(BYTES <= 227 * 1024);
-};
+constexpr int X_BYTES = ROWS * STAGE_INPUTS, WEIGHT_BYTES = COLUMNS * STAGE_INPUTS;
+constexpr int STAGE_BYTES = X_BYTES + WEIGHT_BYTES;
+constexpr int PUT_PLACE = STAGES * STAGE_BYTES;
+constexpr int SCALE_PLACE = PUT_PLACE + 8 * PUTS * PUT_BYTES;
+constexpr int BARRIER_PLACE = SCALE_PLACE + 2 * 2 * COLUMNS * 4;
+constexpr int SHARED_BYTES = BARRIER_PLACE + 2 * STAGES * 8;
+constexpr int RELEASES = 8 * CLUSTER;  // warps that read a stage, of both blocks
+static_assert(SHARED_BYTES <= 227 * 1024);
 
 // Where a tile lies. Groups of tiles of rows share what they read of the weights in the second-level cache; within one,
 // rows go first.

@@ -23,56 +23,27 @@ __device__ __forceinline__ float scaled(int sum, float scale, float x_scale, flo
   return fmaf(static_cast<float>(sum) * scale, x_scale, bias);
 }
 
-template <class T, class S>
-__device__ __forceinline__ void write_directly(const int (&sum)[S::COLUMNS / 2], const float* scales,
-                                               const float (&x_scale)[2], const Int8ProductArguments& p, int row,
-                                               int column) {
-  const int lane = threadIdx.x % 32;
-  T* y = static_cast<T*>(p.y);
-#pragma unroll
-  for (int j = 0; j < S::COLUMNS / 8; ++j) {
-    const int at = 8 * j + lane % 4 * 2;
-    const float2 scale = *reinterpret_cast<const float2*>(scales + at);
-    const float2 bias = *reinterpret_cast<const float2*>(scales + S::COLUMNS + at);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t m = row + 8 * half + lane / 4;
-      const float first = scaled(sum[4 * j + 2 * half], scale.x, x_scale[half], bias.x);
-      const float second = scaled(sum[4 * j + 2 * half + 1], scale.y, x_scale[half], bias.y);
-      if (m >= p.rows) continue;
-      T* to = y + m * p.outputs + column + at;
-      if (p.outputs % 2 == 0) {
-        if (column + at < p.outputs) *reinterpret_cast<Pair<T>*>(to) = pair_from(first, second, T{});
-      } else {
-        if (column + at < p.outputs) to[0] = from_float<T>(first);
-        if (column + at + 1 < p.outputs) to[1] = from_float<T>(second);
-      }
-    }
-  }
-}
-
 // Through shared memory, where a warp's 16 rows of 64 bytes lie as the accelerator's 64-byte swizzle has them.
-template <class T, class S>
-__device__ __forceinline__ void write_by_puts(const int (&sum)[S::COLUMNS / 2], const float* scales,
-                                              const float (&x_scale)[2], const Int8ProductArguments& p,
-                                              const TensorMap* y, unsigned char* buffers, int& buffer, int row,
-                                              int column) {
+template <class T>
+__device__ __forceinline__ void write(const int (&sum)[COLUMNS / 2], const float* scales, const float (&x_scale)[2],
+                                      const Int8ProductArguments& p, const TensorMap* y, unsigned char* buffers,
+                                      int& buffer, int row, int column) {
   const int lane = threadIdx.x % 32, lane_row = lane % 16;
 #pragma unroll
-  for (int c = 0; c < S::COLUMNS / PUT_COLUMNS; ++c) {
+  for (int c = 0; c < COLUMNS / PUT_COLUMNS; ++c) {
     uint32_t bits[8];
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
       const int j = 4 * c + b, at = 8 * j + lane % 4 * 2;
       const float2 scale = *reinterpret_cast<const float2*>(scales + at);
-      const float2 bias = *reinterpret_cast<const float2*>(scales + S::COLUMNS + at);
+      const float2 bias = *reinterpret_cast<const float2*>(scales + COLUMNS + at);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         bits[2 * b + half] = two<T>(scaled(sum[4 * j + 2 * half], scale.x, x_scale[half], bias.x),
                                     scaled(sum[4 * j + 2 * half + 1], scale.y, x_scale[half], bias.y));
     }
     unsigned char* place = buffers + buffer * PUT_BYTES;
-    if (lane == 0) wait_read_puts<S::PUTS - 1>();
+    if (lane == 0) wait_read_puts<PUTS - 1>();
     __syncwarp();
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
@@ -86,7 +57,7 @@ __device__ __forceinline__ void write_by_puts(const int (&sum)[S::COLUMNS / 2], 
       if (row < p.rows && column + c * PUT_COLUMNS < p.outputs) put(y, column + c * PUT_COLUMNS, row, place);
       end_puts();  // a group without puts counts, too
     }
-    buffer = buffer + 1 == S::PUTS ? 0 : buffer + 1;
+    buffer = buffer + 1 == PUTS ? 0 : buffer + 1;
   }
 }
 

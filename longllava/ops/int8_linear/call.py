@@ -13,7 +13,7 @@ from longllava.ops.dispatch import Backend, choose
 from longllava.ops.int8_linear import cpu, cuda, reference, triton
 
 # best first; the last is the judge
-MODULES = (("triton", triton), ("cuda", cuda), ("cpu", cpu), ("reference", reference))
+MODULES = (("cuda", cuda), ("triton", triton), ("cpu", cpu), ("reference", reference))
 QUANTIZERS = (("triton", triton), ("cpu", cpu), ("reference", reference))
 BACKENDS = tuple(Backend(name, module.run, module.why_not) for name, module in MODULES)
 QUANTIZE_BACKENDS = tuple(Backend(name, module.quantize_rows, module.why_not_quantize) for name, module in QUANTIZERS)

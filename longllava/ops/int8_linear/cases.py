@@ -85,6 +85,7 @@ CASES = (
 )
 
 NANO, JAMBA = "configs/models/nano.yaml, in_proj and down_proj", "LongLLaVA-9B's config.json"
+CLIP = "CLIP ViT-L/14 at 336, 64 pictures"
 BENCHMARKS = (
     Case("nano-in", 8192, 192, 768, torch.bfloat16, False, source=NANO),
     Case("nano-down", 8192, 384, 192, torch.bfloat16, False, source=NANO),
@@ -92,4 +93,6 @@ BENCHMARKS = (
     Case("9b-down", 8192, 14336, 4096, torch.bfloat16, False, source=JAMBA),
     Case("9b-in", 8192, 4096, 16384, torch.bfloat16, False, source=JAMBA),
     Case("9b-out", 8192, 8192, 4096, torch.bfloat16, False, source=JAMBA),
+    Case("encoder-in", 36928, 1024, 3072, torch.bfloat16, False, source=CLIP),
+    Case("encoder-down", 36928, 4096, 1024, torch.bfloat16, False, source=CLIP),
 )
