@@ -111,10 +111,12 @@ def norm_and_swiglu(quantized: bool) -> None:
 
 def encoder_passes(quantized: bool) -> None:
     """CLIP-L's, 64 pictures at a time."""
-    x, hidden = empty(64, 577, 1024), empty(64, 577, 4096)
+    x, hidden, up = empty(64, 577, 1024), empty(64, 577, 4096), empty(4096, 1024)
     vision.add_layer_norm(x, x, empty(1024), empty(1024), 1e-5, quantized)
     for activation in ("quick_gelu", "gelu_tanh", "gelu"):
         (vision.activated_rows if quantized else vision.activate_)(hidden, activation)
+        if not quantized:
+            vision.linear_activated(x, up, up[:, 0], activation)
 
 
 CALLS: dict[str, Callable[[], None]] = {

@@ -58,6 +58,7 @@ CALLS: dict[str, Callable[[Make], tuple]] = {
     "swiglu": lambda make: (make(33, 64), make(33, 64), None, False),
     "few_rows_linear": lambda make: (make(3, 64), make(40, 64), make(40)),
     "add_layer_norm": lambda make: (make(33, 64), make(33, 64), make(64), make(64), 1e-5, False),
+    "linear_activated": lambda make: (make(33, 64), make(40, 64), make(40), "quick_gelu"),
 }
 # Where an op's backends are, if not in the folder of its name as BACKENDS.
 PLACES = {
@@ -67,6 +68,7 @@ PLACES = {
     "swiglu": ("fused", "SWIGLU_BACKENDS"),
     "few_rows_linear": ("few_rows", "BACKENDS"),
     "add_layer_norm": ("vision", "LAYER_NORM_BACKENDS"),
+    "linear_activated": ("vision", "LINEAR_ACTIVATED_BACKENDS"),
 }
 
 

@@ -183,6 +183,9 @@ class VisionBlock(nn.Module):
         return x_NTC + self.feed(self.mlp_norm(x_NTC))
 
     def feed(self, x_NTC: Tensor) -> Tensor:
+        floats = isinstance(self.up, Linear) and isinstance(self.activation, Activation)
+        if floats and not torch.is_grad_enabled():
+            return self.down(self.up.activated(x_NTC, self.activation.name))
         return self.down(self.activation(self.up(x_NTC)))
 
     def attend(self, x_NTC: Tensor) -> Tensor:

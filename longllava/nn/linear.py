@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longllava.ops.few_rows import few_rows_linear
+from longllava.ops.vision import activate_, linear_activated
 
 MANY = 16  # rows from which widening the weights pays; below, reading them takes all the time
 
@@ -25,6 +26,12 @@ class Linear(nn.Linear):
         if better_in_fp32(x, self.weight) and x.numel() >= MANY * self.in_features:
             return F.linear(x.float(), self.weight.float(), widened(self.bias)).to(x.dtype)
         return F.linear(x, self.weight, self.bias)
+
+    def activated(self, x: Tensor, activation: str) -> Tensor:
+        """The activation of this layer's output, in one pass where there is a kernel. Without gradients."""
+        if x.device.type != "cpu":
+            return linear_activated(x, self.weight, self.bias, activation)
+        return activate_(self(x), activation)
 
 
 class Conv2d(nn.Conv2d):

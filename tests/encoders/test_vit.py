@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from longllava.config import EncoderConfig
 from longllava.encoders import build_encoder
 from longllava.encoders.vit import patch_rows
+from longllava.nn import linear
+from longllava.ops.vision import linear_activated
 
 SMALL = {"image_size": 28, "patch_size": 7, "width": 32, "n_layers": 3, "n_heads": 2, "mlp_width": 64}
 
@@ -28,6 +30,19 @@ def test_without_gradients_it_gives_the_same(activation, changes):
     with torch.no_grad():
         found = vit(pixels)
     assert truth.std() > 0.1 and torch.allclose(found, truth, atol=2e-5)
+
+
+def test_off_a_cpu_a_product_and_its_activation_are_one_call(monkeypatch):
+    vit, calls = encoder(activation="gelu_tanh").to("meta"), []
+    monkeypatch.setattr(linear, "linear_activated", lambda *args: calls.append(args) or linear_activated(*args))
+    pixels = torch.empty(3, 3, 28, 28, device="meta")
+    vit(pixels)
+    assert not calls
+    with torch.no_grad():
+        assert vit(pixels).shape == (3, 16, 32)
+    for block, (x, weight, bias, activation) in zip(vit.layers, calls, strict=True):
+        assert x.shape == (3, 17, 32) and weight is block.up.weight and bias is block.up.bias
+        assert activation == "gelu_tanh"
 
 
 @pytest.mark.parametrize(("side", "size"), [(28, 7), (31, 7), (16, 4)])  # 31: 3 pixels are left over, as of SigLIP's

@@ -25,6 +25,14 @@ def test_many_rows_are_the_fp32_product_rounded_once(dtype) -> None:
     assert layer(x).dtype == dtype and layer(x).requires_grad  # training is torch's own
 
 
+def test_an_activated_product_likewise(monkeypatch) -> None:
+    layer, x, given, product = Linear(48, 7).bfloat16(), torch.randn(2, MANY, 48).bfloat16(), [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: given.append(args[0].dtype) or product(*args))
+    with torch.no_grad():
+        y = layer.activated(x, "gelu")
+        assert given == [torch.float32] and torch.equal(y, F.gelu(layer(x)))
+
+
 def test_a_convolution_likewise() -> None:
     layer, x = Conv2d(3, 5, 4, 2, 1).bfloat16(), torch.randn(2, 3, 8, 8).bfloat16()
     with torch.no_grad():

@@ -30,6 +30,7 @@ from longllava.ops.selective_scan import cases as scan_cases
 from longllava.ops.selective_scan import reference as scan_reference
 from longllava.ops.selective_scan import triton as scan
 from longllava.ops.selective_scan import triton_launch as launch
+from longllava.ops.vision import triton as vision_triton
 from tests.ops.parity import assert_matches, error, outputs_and_gradients, poison_empty, split_equals_whole
 
 # numpy's words for what a GPU does without one
@@ -307,6 +308,22 @@ def test_vision_activations_match_the_reference(activation, dtype, monkeypatch) 
         assert got is every_second and error(got.nan_to_num(7), truth.nan_to_num(7)) < slack
         for rows in (alike, alike[:, :, : width // 2 + 1]):
             expect_bits(vision.activated_rows(rows, activation, backend="triton"), got[:, :, : rows.shape[2]])
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("activation", vision.ACTIVATIONS)
+def test_vision_product_is_activated_before_it_is_rounded(activation, with_bias, monkeypatch) -> None:
+    """Tiles and steps over the inputs that are not full."""
+    poison_empty(monkeypatch)
+    monkeypatch.setattr(vision_triton, "LEAST_TILES", 1)
+    x, weight = torch.randn(3, 50, 72).half()[:, 5:], torch.randn(264, 72).half()
+    bias = 4 * torch.randn(264).half() if with_bias else None
+    args = [None if t is None else t.double() for t in (x, weight, bias)]
+    truth = vision.linear_activated(*args, activation, backend="reference")
+    got = vision.linear_activated(x, weight, bias, activation, backend="triton")
+    assert got.dtype == torch.float16 and got.shape == (3, 45, 264)
+    # half a unit in the last place, which a rounding in between would add to
+    assert ((got - truth).abs() <= 2**-11 * 1.05 * truth.abs() + 2e-6).all()
 
 
 def expect_bits(int8: Quantized, floats: torch.Tensor) -> None:

@@ -1,5 +1,5 @@
 """Elementwise work of a vision encoder in one pass over memory: residual and layer norm, the activation of an MLP, each
-with int8 output.
+with int8 output; and that activation within the product before it.
 
 A thousand pictures of 577 tokens are 1.2 GB at every step between two linear layers: each pass that is saved is.
 """
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longllava.errors import LongLLaVAError
 from longllava.ops.dispatch import Backend, choose
+from longllava.ops.few_rows import few_rows_linear
 from longllava.ops.quantized import Quantized
 from longllava.ops.vision import reference, triton
 
@@ -18,10 +19,12 @@ __all__ = [
     "ACTIVATIONS",
     "ACTIVATION_BACKENDS",
     "LAYER_NORM_BACKENDS",
+    "LINEAR_ACTIVATED_BACKENDS",
     "Quantized",
     "activate_",
     "activated_rows",
     "add_layer_norm",
+    "linear_activated",
 ]
 
 ACTIVATIONS = tuple(reference.IN_PLACE)
@@ -91,6 +94,39 @@ def activated_rows(x: Tensor, activation: str, *, backend: str | None = None) ->
     assert chosen.run_quantized is not None
     values, scale = chosen.run_quantized(*args)
     return Quantized(values, scale, x.dtype)
+
+
+@torch.no_grad()
+def linear_activated(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, backend: str | None = None
+) -> Tensor:
+    """y = activation(x weight^T + bias), an activation of `activate_`. Without gradients.
+
+    Shapes:  x (..., K); weight (N, K); bias (N).
+    dtypes:  fp32, bf16 or fp16 (fp64 in plain torch), all the same. Sums are fp32. The Triton kernel activates
+    these and rounds once; the others round the sum to x's dtype first, as two layers in a row do.
+    Returns: (..., N) in x's dtype.
+    """
+    if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        raise LongLLaVAError(
+            f"linear_activated: x must be (..., K) and weight (N, K), got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise LongLLaVAError(f"linear_activated: bias must be ({len(weight)},), got {tuple(bias.shape)}")
+    args = (x, weight, bias, _known(activation))
+    y: Tensor = choose("linear_activated", LINEAR_ACTIVATED_BACKENDS, *args, forced=backend).run(*args)
+    return y
+
+
+def _apart(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return activate_(few_rows_linear(x, weight, bias), activation)
+
+
+LINEAR_ACTIVATED_BACKENDS = (
+    Backend("triton", triton.linear_activated, triton.why_not_linear),
+    Backend("apart", _apart, reference.why_not_linear),  # each by its own best backend
+    Backend("reference", reference.linear_activated, reference.why_not_linear),
+)
 
 
 def _known(activation: str) -> str:

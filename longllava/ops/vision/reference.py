@@ -26,6 +26,10 @@ def why_not_activation(*args: Any) -> str | None:
     return None
 
 
+def why_not_linear(*args: Any) -> str | None:
+    return None
+
+
 def add_layer_norm(
     x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float, quantized: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -37,6 +41,10 @@ def add_layer_norm(
 
 def activate_(x: Tensor, activation: str) -> Tensor:
     return IN_PLACE[activation](x)
+
+
+def linear_activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return IN_PLACE[activation](F.linear(x, weight, bias))
 
 
 def activated_rows(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:

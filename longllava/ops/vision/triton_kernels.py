@@ -1,4 +1,6 @@
-"""The encoder's passes in Triton, R rows a program: each element is read once, written once. C or F numbers a row."""
+"""The encoder's passes in Triton. R rows a program, each element read once, written once; C or F numbers a row.
+M rows, N outputs (H of a half), K inputs of a product.
+"""
 
 import triton
 import triton.language as tl
@@ -65,6 +67,44 @@ def activate(x, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     inside = at < n
     value = activation_of(tl.load(x + at, mask=inside, other=0).to(tl.float32), ACTIVATION)
     tl.store(x + at, value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def linear_activated(
+    x, weight, bias, y, n_rows, n_outputs, n_programs,
+    K: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """y (M, N) = activation(x (M, K) weight (N, K)^T + bias (N)), by descriptors, which read 0 and write nothing beyond
+    the end. Programs go through the tiles, n_programs apart; GROUP tiles of rows share what they read of the weights in
+    the second-level cache. WHOLE: tiles end where the outputs do."""
+    n_across = tl.cdiv(n_outputs, BLOCK_N)
+    n_down = tl.cdiv(n_rows, BLOCK_M)
+    # flatten: the next tile's first loads are under way while a tile ends
+    for tile in tl.range(tl.program_id(0), n_across * n_down, n_programs, flatten=True):
+        group = tile // (GROUP * n_across)
+        height = tl.minimum(n_down - group * GROUP, GROUP)
+        row = (group * GROUP + (tile % (GROUP * n_across)) % height) * BLOCK_M
+        column = ((tile % (GROUP * n_across)) // height) * BLOCK_N
+        sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            sum_MN = tl.dot(x.load([row, k]), weight.load([column, k]).T, sum_MN)
+        # by halves: what a store holds in shared memory is half as much
+        left_MH, right_MH = tl.split(tl.permute(tl.reshape(sum_MN, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1)))
+        write_activated(left_MH, bias, y, row, column, n_outputs, ACTIVATION, WHOLE)
+        write_activated(right_MH, bias, y, row, column + BLOCK_N // 2, n_outputs, ACTIVATION, WHOLE)
+
+
+@triton.jit
+def write_activated(sum_MH, bias, y, row, column, n_outputs, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr):
+    if bias is not None:
+        n_H = column + tl.arange(0, sum_MH.shape[1])
+        if WHOLE:
+            bias_H = tl.load(bias + n_H)
+        else:
+            bias_H = tl.load(bias + n_H, mask=n_H < n_outputs, other=0)
+        sum_MH += bias_H.to(tl.float32)[None]
+    y.store([row, column], activation_of(sum_MH, ACTIVATION).to(y.dtype))
 
 
 @triton.jit
