@@ -37,7 +37,7 @@ from longllava.ops.int8_linear import BACKENDS, Quantized, cuda, int8_linear, qu
 from longllava.ops.int8_linear.cases import BENCHMARKS, Case
 from longllava.train.record import environment
 
-ROUNDS = 7
+ROUNDS = {"cpu": 7, "cuda": 5}
 ROUND_SECONDS = {"cpu": 0.1, "cuda": 0.02}
 CPU_ROWS = 512  # of a prompt, at a time, where 8,192 would take minutes
 CALLS_IN_GRAPH = 10
@@ -152,7 +152,7 @@ def interleaved(found: dict[str, Call], device: str) -> dict[str, Any]:
         except (RuntimeError, AttributeError, ValueError) as error:
             out[name] = f"skipped: {str(error).splitlines()[0]}"
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS[device]):
         for name, call in calls.items():
             times[name].append(seconds(call, device))
     return out | {name: statistics.median(measured) for name, measured in times.items()}

@@ -54,7 +54,15 @@ inline void step(PhaseBarrier& barrier) {
   if (barrier.missing == 0 && barrier.bytes == 0) barrier.missing = barrier.arrivals, barrier.phase ^= 1;
 }
 
+// A block's shared memory is gone once all its threads have ended.
+inline void must_stand(const Block* of) {
+  for (const auto& fiber : of->fibers)
+    if (!fiber->done) return;
+  std::fputs("a block was written to after its end\n", stderr), std::abort();
+}
+
 inline void come(const Fetch& fetch) {
+  must_stand(fetch.block);
   const longllava::TensorMap& map = *fetch.map;
   const int width = map.box_columns * map.size;
   for (int r = 0; r < map.box_rows; ++r)
@@ -137,7 +145,9 @@ inline void arrive_expecting(uint64_t* barrier, int bytes) {
 }
 inline void arrive_at(uint64_t* barrier, int rank) {
   const unsigned first = blockIdx.x / emulated::cluster_size * emulated::cluster_size;
-  emulated::PhaseBarrier& phases = phases_of(emulated::by_index.at(first + rank), barrier);
+  emulated::Block* there = emulated::by_index.at(first + rank);
+  emulated::must_stand(there);
+  emulated::PhaseBarrier& phases = phases_of(there, barrier);
   --phases.missing;
   emulated::step(phases);
 }
