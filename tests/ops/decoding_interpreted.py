@@ -83,6 +83,24 @@ def test_conv_reads_taps_and_bias_in_their_own_dtype(dtype) -> None:
         assert torch.equal(value, wide[name].to(value.dtype)), name
 
 
+@pytest.mark.parametrize("n_splits", [2, 32, 71])
+def test_spans_of_keys_are_merged_also_where_some_saw_nothing(n_splits) -> None:
+    from longllava.ops.attention.triton_kernels import merge
+
+    parts, part_lse = torch.randn(n_splits, 5, 24), 3 * torch.randn(n_splits, 5)
+    part_lse[:, 1] = -torch.inf
+    part_lse[::2, 2], part_lse[0, 3] = -torch.inf, torch.nan
+    parts[part_lse == -torch.inf] = 0
+    y, lse = torch.empty(5, 24), torch.empty(5)
+    merge[(5,)](parts, part_lse, y, lse, 5, n_splits, DIM=24, PADDED=32, SPLITS=32)
+    weight = part_lse.double().softmax(0).masked_fill(part_lse == -torch.inf, 0)
+    truth = torch.einsum("sr,srd->rd", weight, parts.double())
+    assert y[3].isnan().all() and lse[3].isnan() and (y[1] == 0).all() and lse[1] == -torch.inf
+    for row in (0, 2, 4):
+        assert error(y[row], truth[row]) < 1e-6
+        assert abs(lse[row] - part_lse[:, row].double().logsumexp(0)) < 1e-5
+
+
 class Casts(TorchDispatchMode):
     """Notes the dtypes of what is cast; copies by the interpreter itself, of bytes, are none."""
 

@@ -85,9 +85,7 @@ def _forward(
         )  # fmt: skip
         if n_splits > 1:
             rows = lse.numel()
-            merge[(-(-rows // 16),)](
-                parts, part_lse, y, lse, rows, n_splits, BLOCK_M=16, **shape, num_warps=4
-            )  # fmt: skip
+            merge[(rows,)](parts, part_lse, y, lse, rows, n_splits, SPLITS=32, **shape, num_warps=4)
     return y, lse
 
 

@@ -122,31 +122,34 @@ def forward(
 
 @triton.jit
 def merge(
-    parts, part_lse, y, lse, n_rows, n_splits, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr
+    parts, part_lse, y, lse, n_rows, n_splits, DIM: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
-    """parts (n_splits, rows, DIM) fp32 and their lse (n_splits, rows) to y (rows, DIM), lse (rows)."""
-    row_M = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_M = row_M < n_rows
+    """parts (n_splits, rows, DIM) fp32 and lse (n_splits, rows) to y (rows, DIM), lse (rows). A program has a row,
+    of which it asks for SPLITS parts at once: decoding has few rows, and part after part would be a wait each."""
+    row = tl.program_id(0).to(tl.int64)
     d_D = tl.arange(0, PADDED)
-    mask_MD = mask_M[:, None] & (d_D < DIM)[None]
-    acc_MD = tl.zeros([BLOCK_M, PADDED], tl.float32)
-    sum_M = tl.zeros([BLOCK_M], tl.float32)
-    top_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for split in range(n_splits):
-        at_M = split * n_rows + row_M
-        lse_M = tl.load(part_lse + at_M, mask=mask_M, other=float("-inf")) / LN2
-        new_M = tl.maximum(top_M, lse_M)
-        shift_M = tl.where(new_M == float("-inf"), 0.0, new_M)
-        old_M = tl.exp2(top_M - shift_M)
-        weight_M = tl.exp2(lse_M - shift_M)
-        sum_M = sum_M * old_M + weight_M
-        part_MD = tl.load(parts + at_M[:, None] * DIM + d_D[None], mask=mask_MD, other=0)
-        acc_MD = acc_MD * old_M[:, None] + part_MD * weight_M[:, None]
-        top_M = new_M
-    sum_M = tl.where(sum_M == 0, 1.0, sum_M)  # nothing seen: y is 0, and lse -inf
-    y_MD = acc_MD / sum_M[:, None]
-    tl.store(y + row_M[:, None] * DIM + d_D[None], y_MD.to(y.dtype.element_ty), mask=mask_MD)
-    tl.store(lse + row_M, (top_M + tl.log2(sum_M)) * LN2, mask=mask_M)
+    top = float("-inf")
+    for split in range(0, n_splits, SPLITS):
+        s_S = split + tl.arange(0, SPLITS)
+        lse_S = tl.load(part_lse + s_S * n_rows + row, mask=s_S < n_splits, other=float("-inf"))
+        top = tl.maximum(top, tl.max(lse_S, 0))
+    top = tl.where(top == float("-inf"), 0.0, top)  # nothing seen: y is 0, and lse -inf
+    acc_D = tl.zeros([PADDED], tl.float32)
+    total = 0.0
+    for split in range(0, n_splits, SPLITS):
+        s_S = split + tl.arange(0, SPLITS)
+        at_S = s_S * n_rows + row
+        lse_S = tl.load(part_lse + at_S, mask=s_S < n_splits, other=float("-inf"))
+        weight_S = tl.exp2((lse_S - top) / LN2)
+        mask_SD = (s_S < n_splits)[:, None] & (d_D < DIM)[None]
+        part_SD = tl.load(parts + at_S[:, None] * DIM + d_D[None], mask=mask_SD, other=0)
+        acc_D += tl.sum(part_SD * weight_S[:, None], 0)
+        total += tl.sum(weight_S, 0)
+    unseen = total == 0  # not where it is NaN
+    total = tl.where(unseen, 1.0, total)
+    y_D = acc_D / total
+    tl.store(y + row * DIM + d_D, y_D.to(y.dtype.element_ty), mask=d_D < DIM)
+    tl.store(lse + row, tl.where(unseen, float("-inf"), top + tl.log2(total) * LN2))
 
 
 @triton.jit
