@@ -4,11 +4,9 @@
     python benchmarks/cuda_report.py --arch 80 --kernel scan_backward
 
 One row a kernel, one entry a loop: what it issues a warp, and how much of that is exponentials, products, loads, as in
-triton_report.py. A loop's count holds what it issues seldom or for other calls, too, such as what is done once a
-chunk. The scan's kernels have two kinds of warps; `slots_per_exponential` of the forward one adds up what both issue
-for a tile. A scheduler issues one instruction a clock and begins one exponential of 32 lanes every 8, so 8 slots is
-where both limits meet. Needs nvcc and cuobjdump (CUDA's toolkit, or triton's wheel), and no GPU. Writes
-benchmarks/results/cuda-sm<arch>.json.
+triton_report.py. A loop's count holds what it issues seldom or for other calls, too, such as what is done once a chunk
+or before the first tile. A scheduler issues one instruction a clock and begins one exponential of 32 lanes every 8.
+Needs nvcc and cuobjdump (CUDA's toolkit, or triton's wheel), and no GPU. Writes benchmarks/results/cuda-sm<arch>.json.
 """
 
 import _environment  # noqa: F401
@@ -30,7 +28,6 @@ from longllava.files import write_json
 from longllava.version import __version__
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
-FORWARD_GROUP = 4  # tokens of the main warps' inner loop: GROUP in csrc/selective_scan_main.cuh
 
 
 def tool(name: str, *options: str) -> str:
@@ -58,20 +55,6 @@ def counts(seen: Counter[str]) -> dict[str, int]:
     return out
 
 
-def slots_per_exponential(kernel: str, found: list[dict[str, int]]) -> float | None:
-    """Of the forward scan's two kinds of warps together, a tile: where a scheduler has one of each, and y is wanted."""
-    shape = re.search(r"scan_forward<[^,]+, (\d+), \d+, 2, false, true, false, (?:true|false)>", kernel)
-    special = "exponentials and other special"
-    with_special = [loop for loop in found if loop[special]]
-    if shape is None or len(with_special) < 3:
-        return None
-    inner = min(with_special, key=lambda loop: loop["instructions"])
-    helper = with_special[-1]
-    times = int(shape[1]) // FORWARD_GROUP
-    issued = inner["instructions"] * times + helper["instructions"]
-    return round(issued / (inner[special] * times + helper[special]), 2)
-
-
 def rows_of(source: Path, arch: int, wanted: str) -> list[dict[str, Any]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         name = f"{arch}a" if source.stem.endswith("_sm90a") else arch
@@ -90,8 +73,6 @@ def rows_of(source: Path, arch: int, wanted: str) -> list[dict[str, Any]]:
         out: dict[str, Any] = {"kernel": kernel, "source": source.name, "registers": facts["REG"]}
         out |= {"spilled_bytes": facts["STACK"] + facts["LOCAL"], "instructions": len(instructions(part))}
         out["loops"] = [counts(seen) for _, _, seen in loops(part)]
-        if (slots := slots_per_exponential(kernel, out["loops"])) is not None:
-            out["slots_per_exponential"] = slots
         rows.append(out)
         print(kernel, *(f"{key} {value}" for key, value in out.items() if key not in ("kernel", "loops")), flush=True)
     return rows

@@ -65,6 +65,16 @@ __device__ __forceinline__ Pair<fp16> pair_from(float x, float y, fp16) {
   return {{a.x, a.y}};
 }
 
+__device__ __forceinline__ PairBits<float> bits_from(float x, float y, float) { return {x, y}; }
+__device__ __forceinline__ PairBits<bf16> bits_from(float x, float y, bf16) {
+  const __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
+  return {*reinterpret_cast<const uint32_t*>(&two)};
+}
+__device__ __forceinline__ PairBits<fp16> bits_from(float x, float y, fp16) {
+  const __half2 two = __floats2half2_rn(x, y);
+  return {*reinterpret_cast<const uint32_t*>(&two)};
+}
+
 // One instruction each. Without .ftz the compiler adds three for results below 2^-126.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;
@@ -94,6 +104,9 @@ template <int THREADS> __device__ __forceinline__ void meet() {
 
 // |x| as an integer of the same order, with NaN above infinity: a maximum of these loses neither.
 __device__ __forceinline__ int magnitude(float x) { return __float_as_int(x) & 0x7fffffff; }
+
+// The largest of a whole warp's.
+__device__ __forceinline__ int warp_max(int x) { return __reduce_max_sync(0xffffffffu, x); }
 
 // The largest magnitude; the order of arrival changes nothing.
 __device__ __forceinline__ void atomic_max_magnitude(float* at, int x) { atomicMax(reinterpret_cast<int*>(at), x); }

@@ -20,7 +20,6 @@ struct ScanArguments {
   int64_t n_spans, span;  // time is cut in so many spans of so many tokens, a multiple of SCAN_CHUNK
   int64_t wide;           // rows of channels may be read 16 bytes at a time, those of states (16) four elements
   int64_t block;          // channels of a block, backward: 64, or 32 where shared memory is short
-  int64_t variant;
   void* stream;
   Rows u, delta, z, B, C, y;    // z.data may be null
   const float *A, *D, *bias;    // (E, N), (E), (E); D and bias may be null

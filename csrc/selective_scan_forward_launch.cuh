@@ -1,8 +1,6 @@
 // Which forward kernel a call gets. Included once for each element type, so that the types compile side by side.
 #pragma once
 
-#include <type_traits>
-
 #include "selective_scan_forward.cuh"
 
 namespace longllava {
@@ -11,17 +9,15 @@ inline int64_t scan_blocks(const ScanArguments& p) {
   return p.batch * p.n_spans * ((p.channels + SCAN_CHANNELS - 1) / SCAN_CHANNELS);
 }
 
-template <class T, int TOKENS, int DEPTH, int PER_THREAD, bool SPLIT, bool FAST>
-int scan_forward_as(const ScanArguments& p) {
-  constexpr int THREADS = SCAN_THREADS<PER_THREAD, SPLIT>;
+template <class T, int TOKENS, int DEPTH, bool FAST> int scan_forward_as(const ScanArguments& p) {
   constexpr int64_t BYTES = sizeof(ForwardShared<T, TOKENS, DEPTH>);
-  const auto start = [&](auto kernel) { return launch(kernel, scan_blocks(p), THREADS, BYTES, p.stream, p); };
+  const auto start = [&](auto kernel) { return launch(kernel, scan_blocks(p), SCAN_THREADS, BYTES, p.stream, p); };
   if (p.n_spans > 1) {
-    int error = start(scan_forward<T, TOKENS, DEPTH, PER_THREAD, SPLIT, FAST, true, false>);
+    int error = start(scan_forward<T, TOKENS, DEPTH, FAST, true, false>);
     if (error == 0) error = scan_join(p, p.state, nullptr, false);
     if (error != 0) return error;
   }
-  return start(scan_forward<T, TOKENS, DEPTH, PER_THREAD, SPLIT, FAST, false, false>);
+  return start(scan_forward<T, TOKENS, DEPTH, FAST, false, false>);
 }
 
 template <class T> int scan_forward_of(const ScanArguments& p) {
@@ -29,26 +25,16 @@ template <class T> int scan_forward_of(const ScanArguments& p) {
   if (p.rows != nullptr) {
     if constexpr (sizeof(T) == 2) {
       if (fast && p.n_spans == 1)
-        return launch_together(scan_forward<T, SCAN_CHUNK, 1, 2, false, true, false, true>, scan_blocks(p),
-                               SCAN_THREADS<2, false>, INT8_BYTES<T, SCAN_CHUNK, 1>, p.stream, p);
+        return launch_together(scan_forward<T, SCAN_CHUNK, 1, true, false, true>, scan_blocks(p), SCAN_THREADS,
+                               INT8_BYTES<T, SCAN_CHUNK, 1>, p.stream, p);
     }
     return -1;  // the caller was to see to that
   }
-  if (!fast) return scan_forward_as<T, 16, 2, 2, false, false>(p);
-  if constexpr (std::is_same_v<T, bf16>) {
-    switch (p.variant) {
-      case 1: return scan_forward_as<T, 32, 1, 2, true, true>(p);
-      case 2: return scan_forward_as<T, 32, 1, 1, true, true>(p);
-      case 3: return scan_forward_as<T, 16, 2, 2, true, true>(p);
-      case 4: return scan_forward_as<T, 16, 2, 2, false, true>(p);
-      case 5: return scan_forward_as<T, 32, 1, 1, false, true>(p);
-    }
-  }
+  if (!fast) return scan_forward_as<T, 16, 2, false>(p);
   if constexpr (sizeof(T) == 2) {  // an A100 has no room for tiles of 32 tokens
-    if (shared_memory_limit() >= int64_t(sizeof(ForwardShared<T, 32, 1>)))
-      return scan_forward_as<T, 32, 1, 2, false, true>(p);
+    if (shared_memory_limit() >= int64_t(sizeof(ForwardShared<T, 32, 1>))) return scan_forward_as<T, 32, 1, true>(p);
   }
-  return scan_forward_as<T, 16, 2, 2, false, true>(p);
+  return scan_forward_as<T, 16, 2, true>(p);
 }
 
 }  // namespace longllava

@@ -5,20 +5,25 @@
 
 namespace longllava {
 
-constexpr int SCAN_HELPERS = 128;
-constexpr int SCAN_PITCH = SCAN_CHANNELS + 8;  // of a row of partial sums: four lanes' rows then fill all 32 banks
-
+constexpr int SCAN_HELPERS = 128;  // threads that prepare tiles, and as many that finish them
 constexpr int SCAN_AHEAD = 3;  // tiles in work, following, and being prepared
+constexpr int SCAN_GROUP = 4;  // tokens of a channel that lie side by side in shared memory: 16 bytes
+
+// Rows of 16 bytes: a channel's steps of four tokens. A helper thread has two channels side by side, 2 i and 2 i + 1,
+// which are rows i and 32 + i: so the 32 lanes of a warp write 32 rows that follow each other.
+constexpr int SCAN_HALF = SCAN_CHANNELS / 2;
+__device__ __forceinline__ int channel_of_row(int row) { return row % SCAN_HALF * 2 + row / SCAN_HALF; }
 
 template <class T, int TOKENS, int DEPTH>
 struct ForwardShared {
   // tiles alive: one being finished, one in work, one that follows it, one being prepared, DEPTH on their way
-  static constexpr int RING = DEPTH + 4;
-  float d[SCAN_AHEAD][TOKENS][SCAN_CHANNELS];       // steps
-  float x[SCAN_AHEAD][TOKENS][SCAN_CHANNELS];       // d u
-  float rows[SCAN_AHEAD][TOKENS][2 * SCAN_STATES];  // B, C
-  float partial[2][TOKENS][4][SCAN_PITCH];       // each lane's part of C . h
-  T raw[RING][3][TOKENS][SCAN_CHANNELS];         // u, delta, z
+  static constexpr int RING = DEPTH + 4, GROUPS = TOKENS / SCAN_GROUP;
+  float d[SCAN_AHEAD * GROUPS][SCAN_CHANNELS][SCAN_GROUP];  // steps
+  float x[SCAN_AHEAD * GROUPS][SCAN_CHANNELS][SCAN_GROUP];  // d u
+  float rows[SCAN_AHEAD][TOKENS][2 * SCAN_STATES];          // B, C
+  // each lane's part of C . h; two rows more, so that the four lanes of a channel write to different banks
+  float partial[2][GROUPS][4][SCAN_CHANNELS + 2][SCAN_GROUP];
+  T raw[RING][3][TOKENS][SCAN_CHANNELS];  // u, delta, z
 };
 
 // With int8 rows a tile of y is kept until all blocks have added to its tokens' maxima: they may be as far apart as
@@ -28,12 +33,9 @@ template <class T, int TOKENS, int DEPTH>
 constexpr int64_t INT8_BYTES =
     sizeof(ForwardShared<T, TOKENS, DEPTH>) + (SCAN_LAG + 1) * TOKENS * SCAN_CHANNELS * sizeof(T);
 
-// SPLIT: other warps finish tiles than those that prepare them, so that neither waits for the other's long chains.
-template <bool SPLIT> constexpr int SCAN_ALL_HELPERS = SCAN_HELPERS * (SPLIT ? 2 : 1);
-template <int PER_THREAD, bool SPLIT>
-constexpr int SCAN_THREADS = SCAN_CHANNELS * 4 / PER_THREAD + SCAN_ALL_HELPERS<SPLIT>;
+constexpr int SCAN_THREADS = SCAN_CHANNELS * 4 + 2 * SCAN_HELPERS;  // main ones, preparing and finishing ones
 
-// What a helper thread carries from tile to tile: four channels of every eighth token.
+// What a helper thread carries from tile to tile: two channels of four tokens in sixteen.
 template <class T, int TOKENS, int DEPTH, bool FAST, bool STATES_ONLY, bool INT8>
 struct Helper {
   using Shared = ForwardShared<T, TOKENS, DEPTH>;
@@ -43,9 +45,10 @@ struct Helper {
 
   const ScanArguments& p;
   Shared& shared;
-  const int id, group, phase, n_tokens;  // of the span
-  const int n_channels;                  // of the block, from this thread's four on; may be below 0
-  const int n_copied;                    // the same from this thread's copies on
+  const int id, pair, group, n_tokens;  // pair of channels, group of a tile's tokens; tokens of the span
+  const int n_all;                      // channels of the block
+  const int n_channels;                 // of these, from this thread's pair on; may be below 0
+  const int n_copied;                   // the same from this thread's copies on
   const int8_t* flags;                   // of the span's tokens, or null
   const T* sources[3];                   // where this thread's copies of the next tile begin
   int64_t steps[3];
@@ -53,16 +56,15 @@ struct Helper {
   int64_t row_step;
   T* y;
   float* maxima;
-  const int64_t row, first_channel;  // of the span's first token; of this thread
+  const int64_t row, first_channel;  // of the span's first token; of the block
   int copied_at = 0, copied_slot = 0;  // first token of the tile to copy next, its place in the ring
   Quad<T> rows[N_ROWS];
-  float bias[4], skip[4];
+  float bias[2], skip[2];
 
   __device__ Helper(const ScanArguments& p, const Place& at, Shared& shared, int id)
-      : p(p), shared(shared), id(id), group(id % 16), phase(id / 16), n_tokens(int(at.end - at.begin)),
-        n_channels(int(min(p.channels - at.channel, int64_t(SCAN_CHANNELS))) - group * 4),
-        n_copied(n_channels + group * 4 - id % COPIES * PER_COPY), row(at.batch * p.length + at.begin),
-        first_channel(at.channel + group * 4) {
+      : p(p), shared(shared), id(id), pair(id % SCAN_HALF), group(id / SCAN_HALF), n_tokens(int(at.end - at.begin)),
+        n_all(int(min(p.channels - at.channel, int64_t(SCAN_CHANNELS)))), n_channels(n_all - pair * 2),
+        n_copied(n_all - id % COPIES * PER_COPY), row(at.batch * p.length + at.begin), first_channel(at.channel) {
     const Rows* tensors[3] = {&p.u, &p.delta, &p.z};
 #pragma unroll
     for (int i = 0; i < N_TENSORS; ++i) {
@@ -76,12 +78,12 @@ struct Helper {
     row_step = B_or_C.step;
     row_source = static_cast<const T*>(B_or_C.data) + at.batch * B_or_C.batch_stride + (at.begin + id / 8) * row_step;
     flags = p.flags == nullptr ? nullptr : p.flags + row;
-    y = static_cast<T*>(p.y.data) + (row + phase) * p.channels + at.channel + group * 4;
+    y = static_cast<T*>(p.y.data) + (row + group * SCAN_GROUP) * p.channels + at.channel + pair * 2;
     maxima = p.maxima == nullptr ? nullptr : p.maxima + row;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      bias[j] = p.bias != nullptr && j < n_channels ? p.bias[at.channel + group * 4 + j] : 0.0f;
-      skip[j] = p.D != nullptr && j < n_channels ? p.D[at.channel + group * 4 + j] : 0.0f;
+    for (int c = 0; c < 2; ++c) {
+      bias[c] = p.bias != nullptr && c < n_channels ? p.bias[at.channel + pair * 2 + c] : 0.0f;
+      skip[c] = p.D != nullptr && c < n_channels ? p.D[at.channel + pair * 2 + c] : 0.0f;
     }
   }
 
@@ -117,6 +119,8 @@ struct Helper {
     copied_slot = copied_slot + 1 == Shared::RING ? 0 : copied_slot + 1;
   }
 
+  __device__ void pass_rows() { row_source += TOKENS * row_step; }
+
   // B and C of the next tile into registers, a tile before they are needed.
   __device__ void load_rows(int token) {
     const int first = id % 4 * 4;
@@ -126,81 +130,120 @@ struct Helper {
       const bool wanted = (TOKENS % 16 == 0 || t < TOKENS) && real(token + t) && !(STATES_ONLY && id % 8 >= 4);
       rows[i] = load_row(row_source + i * 16 * row_step, first, wanted, FAST || p.wide, p.states);
     }
-    row_source += TOKENS * row_step;
+    pass_rows();
   }
 
   __device__ void put_rows(int buffer) {
 #pragma unroll
     for (int i = 0; i < N_ROWS; ++i) {
       if (TOKENS % 16 != 0 && id / 8 + i * 16 >= TOKENS) break;
-      const Quad<T>& r = rows[i];
+      const PairBits<T>* two = reinterpret_cast<const PairBits<T>*>(&rows[i]);
+      const float2 first = to_floats(two[0]), last = to_floats(two[1]);
       *reinterpret_cast<float4*>(&shared.rows[buffer][id / 8 + i * 16][id % 8 * 4]) =
-          make_float4(to_float(r.v[0]), to_float(r.v[1]), to_float(r.v[2]), to_float(r.v[3]));
+          make_float4(first.x, first.y, last.x, last.y);
     }
+  }
+
+  // This thread's two channels of four tokens of a tile as it was copied.
+  __device__ void load(int slot, int tensor, int t, float (&out)[2][SCAN_GROUP]) const {
+#pragma unroll
+    for (int j = 0; j < SCAN_GROUP; ++j) {
+      const float2 two = to_floats(*reinterpret_cast<const PairBits<T>*>(&shared.raw[slot][tensor][t + j][pair * 2]));
+      out[0][j] = two.x, out[1][j] = two.y;
+    }
+  }
+
+  // Zeros where there is no token. A tile of tokens that all are real is left alone at the cost of one comparison.
+  __device__ void clear(int token, int t, float (&x)[2][SCAN_GROUP]) const {
+    if ((FAST || flags == nullptr) && token + TOKENS <= n_tokens) return;
+#pragma unroll
+    for (int j = 0; j < SCAN_GROUP; ++j)
+      if (!real(token + t + j)) x[0][j] = x[1][j] = 0.0f;
   }
 
   // Steps of a tile. They are exactly 0 where there is no token, which leaves the state as it is.
   __device__ void prepare(int token, int slot, int buffer) {
 #pragma unroll
-    for (int k = 0; k < TOKENS; k += 8) {
-      const int t = k + phase;
-      const Quad<T> delta = *reinterpret_cast<const Quad<T>*>(&shared.raw[slot][1][t][group * 4]);
-      const Quad<T> u = *reinterpret_cast<const Quad<T>*>(&shared.raw[slot][0][t][group * 4]);
-      const bool is_real = real(token + t);
-      float d[4], x[4];
+    for (int k = 0; k < Shared::GROUPS; k += SCAN_HELPERS / SCAN_HALF) {
+      const int t = (k + group) * SCAN_GROUP, place = buffer * Shared::GROUPS + k + group;
+      float d[2][SCAN_GROUP], u[2][SCAN_GROUP];
+      load(slot, 1, t, d);
+      load(slot, 0, t, u);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) d[j] = to_float(delta.v[j]) + bias[j];
+      for (int c = 0; c < 2; ++c)
+#pragma unroll
+        for (int j = 0; j < SCAN_GROUP; ++j) d[c][j] += bias[c];
       if (p.softplus) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) d[j] = softplus(d[j]);
-      }
+        for (int c = 0; c < 2; ++c)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        d[j] = is_real ? d[j] : 0.0f;
-        x[j] = d[j] * to_float(u.v[j]);
+          for (int j = 0; j < SCAN_GROUP; ++j) d[c][j] = softplus(d[c][j]);
       }
-      *reinterpret_cast<float4*>(&shared.d[buffer][t][group * 4]) = make_float4(d[0], d[1], d[2], d[3]);
-      *reinterpret_cast<float4*>(&shared.x[buffer][t][group * 4]) = make_float4(x[0], x[1], x[2], x[3]);
+      clear(token, t, d);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int row = c * SCAN_HALF + pair;
+        *reinterpret_cast<float4*>(shared.d[place][row]) = make_float4(d[c][0], d[c][1], d[c][2], d[c][3]);
+        *reinterpret_cast<float4*>(shared.x[place][row]) =
+            make_float4(d[c][0] * u[c][0], d[c][1] * u[c][1], d[c][2] * u[c][2], d[c][3] * u[c][3]);
+      }
     }
   }
 
   // y of the tile after the one finished last: sums over lanes, skip, gate, store.
   __device__ void finish(int token, int slot, int buffer) {
 #pragma unroll
-    for (int k = 0; k < TOKENS; k += 8) {
-      const int t = k + phase;
-      const Quad<T> u = *reinterpret_cast<const Quad<T>*>(&shared.raw[slot][0][t][group * 4]);
-      float4 part[4];
+    for (int k = 0; k < Shared::GROUPS; k += SCAN_HELPERS / SCAN_HALF) {
+      const int t = (k + group) * SCAN_GROUP;
+      float out[2][SCAN_GROUP], u[2][SCAN_GROUP];
 #pragma unroll
-      for (int g = 0; g < 4; ++g)
-        part[g] = *reinterpret_cast<const float4*>(&shared.partial[buffer][t][g][group * 4]);
-      float out[4] = {
-          (part[0].x + part[1].x) + (part[2].x + part[3].x), (part[0].y + part[1].y) + (part[2].y + part[3].y),
-          (part[0].z + part[1].z) + (part[2].z + part[3].z), (part[0].w + part[1].w) + (part[2].w + part[3].w)};
+      for (int c = 0; c < 2; ++c) {
+        float4 part[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) out[j] = fmaf(skip[j], to_float(u.v[j]), out[j]);
+        for (int g = 0; g < 4; ++g)
+          part[g] = *reinterpret_cast<const float4*>(shared.partial[buffer][k + group][g][c * SCAN_HALF + pair]);
+        out[c][0] = (part[0].x + part[1].x) + (part[2].x + part[3].x);
+        out[c][1] = (part[0].y + part[1].y) + (part[2].y + part[3].y);
+        out[c][2] = (part[0].z + part[1].z) + (part[2].z + part[3].z);
+        out[c][3] = (part[0].w + part[1].w) + (part[2].w + part[3].w);
+      }
+      load(slot, 0, t, u);
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+#pragma unroll
+        for (int j = 0; j < SCAN_GROUP; ++j) out[c][j] = fmaf(skip[c], u[c][j], out[c][j]);
       if (p.z.data != nullptr) {
-        const Quad<T> z = *reinterpret_cast<const Quad<T>*>(&shared.raw[slot][2][t][group * 4]);
+        float z[2][SCAN_GROUP];
+        load(slot, 2, t, z);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) out[j] *= to_float(z.v[j]) * sigmoid(to_float(z.v[j]));
-      }
-      if (!FAST) {
-        const bool is_real = real(token + t);
+        for (int c = 0; c < 2; ++c)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) out[j] = is_real ? out[j] : 0.0f;
+          for (int j = 0; j < SCAN_GROUP; ++j) out[c][j] *= z[c][j] * sigmoid(z[c][j]);
       }
-      const Quad<T> four = quad_from(out, T());
-      if constexpr (INT8) *held(token, t) = four;
-      else if (token + t < n_tokens) store(y + k * p.channels, four);
-      if (INT8 || maxima != nullptr) write_maximum(four, token + t);
+      if (!FAST) clear(token, t, out);
+      PairBits<T> two[SCAN_GROUP];
+#pragma unroll
+      for (int j = 0; j < SCAN_GROUP; ++j) two[j] = bits_from(out[0][j], out[1][j], T());
+      T* to = y + k * SCAN_GROUP * p.channels;
+      const bool whole = FAST && token + TOKENS <= n_tokens && n_channels > 0;  // no store asks on its own
+#pragma unroll
+      for (int j = 0; j < SCAN_GROUP; ++j, to += p.channels) {
+        if constexpr (INT8) *reinterpret_cast<PairBits<T>*>(held(token, t + j) + pair * 2) = two[j];
+        else if (whole) *reinterpret_cast<PairBits<T>*>(to) = two[j];
+        else if (token + t + j < n_tokens) store(to, two[j]);
+      }
+      if (INT8 || maxima != nullptr) {
+#pragma unroll
+        for (int j = 0; j < SCAN_GROUP; ++j) write_maximum(two[j], token + t + j);
+      }
     }
     y += TOKENS * p.channels;
   }
 
-  __device__ Quad<T>* held(int token, int t) const {
+  // Where a tile's rows of y wait for their maxima.
+  __device__ T* held(int token, int t) const {
     T* first = reinterpret_cast<T*>(dynamic_shared() + sizeof(Shared));
-    const int slot = token / TOKENS % (SCAN_LAG + 1);
-    return reinterpret_cast<Quad<T>*>(first + (slot * TOKENS + t) * SCAN_CHANNELS + group * 4);
+    return first + (token / TOKENS % (SCAN_LAG + 1) * TOKENS + t) * SCAN_CHANNELS;
   }
 
   // Of a tile finished in an earlier step: its maxima are there for all blocks to see.
@@ -212,44 +255,43 @@ struct Helper {
     return row / p.length * ((p.length + TOKENS - 1) / TOKENS) + token / TOKENS;
   }
 
-  // A tile's y as int8, by the rule of longllava/ops/quantized.py: waits for the other blocks' part of its maxima.
+  // A tile's y as int8, by the rule of longllava/ops/quantized.py: waits for the other blocks' part of its maxima. A
+  // thread has four channels of every eighth token.
   __device__ void emit(int token) const {
     wait_for_blocks(p.arrived + arrivals(token), int((p.channels + SCAN_CHANNELS - 1) / SCAN_CHANNELS));
+    const int first = id % (SCAN_CHANNELS / 4) * 4;
 #pragma unroll
     for (int k = 0; k < TOKENS; k += 8) {
-      const int t = k + phase;
+      const int t = k + id / (SCAN_CHANNELS / 4);
       if (token + t >= n_tokens) break;
       const float most = load_of_others(maxima + token + t);
       const bool finite = magnitude(most) < 0x7f800000, seen = finite && magnitude(most) >= 0x0d800000;  // 2^-100
       const float factor = divide(127.0f, seen ? most : 127.0f);
-      const Quad<T> four = *held(token, t);
+      const Quad<T> four = *reinterpret_cast<const Quad<T>*>(held(token, t) + first);
       Several<int8_t, 4> out;  // no value is above the largest, so that none leaves -127 .. 127
 #pragma unroll
       for (int j = 0; j < 4; ++j) out.v[j] = int8_t(seen ? nearest(to_float(four.v[j]) * factor) : 0);
-      if (n_channels > 0)
-        *reinterpret_cast<Several<int8_t, 4>*>(p.rows + (row + token + t) * p.channels + first_channel) = out;
-      if (first_channel == 0) p.scales[row + token + t] = finite ? divide(seen ? most : 127.0f, 127.0f) : NAN;
+      const int64_t at = row + token + t, channel = first_channel + first;
+      if (first < n_all) *reinterpret_cast<Several<int8_t, 4>*>(p.rows + at * p.channels + channel) = out;
+      if (channel == 0) p.scales[at] = finite ? divide(seen ? most : 127.0f, 127.0f) : NAN;
     }
   }
 
-  __device__ void store(T* to, const Quad<T>& four) const {
+  __device__ void store(T* to, const PairBits<T>& two) const {
     if (FAST || p.wide) {
-      if (n_channels > 0) *reinterpret_cast<Quad<T>*>(to) = four;
+      if (n_channels > 0) *reinterpret_cast<PairBits<T>*>(to) = two;
     } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (j < n_channels) to[j] = four.v[j];
+      const float2 both = to_floats(two);
+      if (n_channels > 0) to[0] = from_float<T>(both.x);
+      if (n_channels > 1) to[1] = from_float<T>(both.y);
     }
   }
 
-  // Of the values as they are stored. The 16 lanes of a token find their largest, one of them tells.
-  __device__ void write_maximum(const Quad<T>& four, int token) const {
-    int most = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if (j < n_channels) most = max(most, magnitude(to_float(four.v[j])));
-    for (int distance = 8; distance > 0; distance /= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, distance));
-    if (group == 0 && token < n_tokens && most != 0) atomic_max_magnitude(maxima + token, most);
+  // Of the values as they are stored. The lanes of a warp have one token: they find their largest, one of them tells.
+  __device__ void write_maximum(const PairBits<T>& bits, int token) const {
+    const float2 two = to_floats(bits);
+    const int most = warp_max(max(n_channels > 0 ? magnitude(two.x) : 0, n_channels > 1 ? magnitude(two.y) : 0));
+    if (pair == 0 && token < n_tokens && most != 0) atomic_max_magnitude(maxima + token, most);
   }
 };
 

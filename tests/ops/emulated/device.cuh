@@ -217,6 +217,13 @@ template <class T> inline Quad<T> quad_from(const float (&x)[4], T) {
 
 template <class T> inline Pair<T> pair_from(float x, float y, T) { return {{from_float<T>(x), from_float<T>(y)}}; }
 
+template <class T> inline PairBits<T> bits_from(float x, float y, T) {
+  const T both[2] = {from_float<T>(x), from_float<T>(y)};
+  PairBits<T> two;
+  std::memcpy(&two, both, sizeof(both));
+  return two;
+}
+
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 
@@ -241,6 +248,11 @@ inline int magnitude(float x) {
   int bits;
   std::memcpy(&bits, &x, 4);
   return bits & 0x7fffffff;
+}
+
+inline int warp_max(int x) {
+  for (int distance = 16; distance > 0; distance /= 2) x = max(x, __shfl_xor_sync(0xffffffffu, x, distance));
+  return x;
 }
 
 inline void atomic_max_magnitude(float* at, int x) {
