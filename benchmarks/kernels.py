@@ -9,7 +9,7 @@ wrong and by how much. On a CPU each row is compared with the pure torch loop; o
 authors published (mamba-ssm, causal-conv1d, in their own layout, or torch's), in the same rounds, and with the limit:
 bytes at the speed of a copy, products at that of a large matrix product, exponentials at 16 a clock. On a GPU a long
 call is judged in fp64 on some of its channels. Writes benchmarks/results/kernels-<device>.json with hardware, versions
-and commit, and from a GPU a chart.
+and commit, anew after every direction of a case, and from a GPU a chart.
 """
 
 import _environment  # noqa: F401
@@ -109,7 +109,7 @@ def chart(rows: list[dict[str, Any]], title: str, file: Any) -> None:
     axes = figure.add_subplot()
     names = [f"{row['op']} {row['case']} {row['direction']}: {row['backend']}" for row in shown][::-1]
     ours = {backend.name for op in OPS for backend in op.backends if backend.name != "upstream"}
-    colours = ["tab:blue" if row["backend"] in ours else "tab:gray" for row in shown][::-1]
+    colours = ["tab:blue" if row["backend"].partition(",")[0] in ours else "tab:gray" for row in shown][::-1]
     bars = axes.barh(range(len(shown)), [1 / row["of_limit"] for row in shown][::-1], color=colours)
     axes.bar_label(bars, [f"{row['ms']:.3g} ms" for row in shown][::-1], padding=3, fontsize=7)
     axes.set_yticks(range(len(shown)), names, fontsize=7)
@@ -142,7 +142,9 @@ def kernels(
     }  # fmt: skip
     report["ceilings"] = limits = ceilings() if device == "cuda" else {}
     print(json.dumps(report, indent=2))
-    report["rows"] = rows = []
+    report |= {"finished": False, "rows": (rows := [])}
+    if output is None:
+        output = Path(__file__).resolve().parent / "results" / f"kernels-{device}.json"
     for entry in OPS:
         for call in entry.cpu_cases if device == "cpu" else entry.gpu_cases:
             if op in entry.name and case in call.name:
@@ -150,11 +152,10 @@ def kernels(
                     for row in rows_of(entry, call, direction, device, limits):
                         print(line(row), flush=True)
                         rows.append(row)
+                    write_json(output, report)  # a run that is cut off keeps what it has
     if not rows:
         raise LongLLaVAError(f"--op {op!r} --case {case!r}: no such case")
-    if output is None:
-        output = Path(__file__).resolve().parent / "results" / f"kernels-{device}.json"
-    print(write_json(output, report))
+    print(write_json(output, report | {"finished": True}))
     if device == "cuda":
         title = f"{report['device']}, torch {report['torch']}"
         print(write_atomic(output.with_suffix(".png"), lambda file: chart(rows, title, file)))
