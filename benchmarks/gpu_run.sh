@@ -6,7 +6,8 @@
 #   benchmarks/gpu_run.sh RESULTS [STEP...]        steps: build check sanitize kernels cpu first; default: all
 #
 #   PEERS=folder   sdists or wheels of mamba-ssm 2.3.2.post1 and causal-conv1d 1.7.0, built for this GPU alone
-#   (pip download --no-deps --no-binary :all: mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0); wheels go to RESULTS
+#   (pip download --no-deps --no-binary :all: mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0); wheels go to RESULTS. Any
+#   machine with nvcc and the GPU machine's Python and torch can build them: 20 minutes on two cores, no GPU needed.
 #   In two calls each has time enough: RESULTS build check kernels cpu, then RESULTS first sanitize.
 #   PYTHON=python3  LIMIT=480   seconds in all: what is under way at its end is cut off, what had not begun is named
 set -uo pipefail
