@@ -170,12 +170,16 @@ def product_rows(n_rows: int, n_outputs: int, n_inputs: int, bias: bool, device:
     args = (x, weight, scale, bias_N if bias else None, x_scale, None, "dynamic", torch.bfloat16)
     y = ((x.double() @ weight.double().T).float() * scale).double() * x_scale.double()[:, None]
     truth = (y + bias_N.double() if bias else y).float().bfloat16()
-    for backend in int8_linear.BACKENDS[:2]:
+    for backend in ours(int8_linear.BACKENDS):
         row = {"op": "int8_linear", "what": f"{RUNS} runs, {name}", "backend": backend.name}
         if (reason := backend.why_not(*args)) is not None:
             yield row | {"skipped": reason}
             continue
         yield row | {"right": all(torch.equal(backend.run(*args), truth) for _ in range(RUNS))}
+
+
+def ours(backends: Sequence[Backend]) -> list[Backend]:
+    return [backend for backend in backends if backend.name in ("cuda", "triton")]
 
 
 def all_rows(quick: bool, wanted: str) -> Iterator[Row]:
@@ -185,13 +189,13 @@ def all_rows(quick: bool, wanted: str) -> Iterator[Row]:
     if quick:
         if wanted in "selective_scan":
             for case in scan_cases.CASES:
-                yield from forward_rows("selective_scan", selective_scan, case, scans[:2])
+                yield from forward_rows("selective_scan", selective_scan, case, ours(scans))
             small = replace(scan_case, name="65 x 150", length=65, channels=150, batch=2, packing="wild")
-            yield from gradient_rows("selective_scan", selective_scan, small, scans[:2])
+            yield from gradient_rows("selective_scan", selective_scan, small, ours(scans))
             yield from int8_rows(replace(scan_case, name="200 x 256", length=200, channels=256))
         if wanted in "causal_conv1d":
             for case in conv_cases.CASES:
-                yield from forward_rows("causal_conv1d", causal_conv1d, case, convolutions[:2])
+                yield from forward_rows("causal_conv1d", causal_conv1d, case, ours(convolutions))
         if wanted in "int8_linear":
             yield from product_rows(1500, 3000, 144, bias=True)
         return
@@ -236,7 +240,7 @@ def checks(
     quick: Annotated[bool, typer.Option(help="Only small shapes, of every kind.")] = False,
     op: Annotated[str, typer.Option(help="Only ops whose name contains this.")] = "",
     output: Annotated[
-        Path | None, typer.Option(help="JSON file; default benchmarks/results/kernel-checks-cuda.json.")
+        Path | None, typer.Option(help="JSON file; default benchmarks/results/kernel-checks[-OP]-cuda.json.")
     ] = None,
 ) -> None:
     """Compare every kernel with fp64 on this GPU."""
@@ -246,10 +250,13 @@ def checks(
     for row in all_rows(quick, op):
         rows.append(row)
         print(line(row), flush=True)
+    if not rows:
+        raise LongLLaVAError(f"--op {op!r}: no such op; there are selective_scan, causal_conv1d and int8_linear")
     wrong = sum(not row.get("right", True) for row in rows)
     print(f"{len(rows)} lines, {wrong} wrong, {sum('skipped' in row for row in rows)} skipped")
     if not quick:
-        output = output or Path(__file__).resolve().parent / "results" / "kernel-checks-cuda.json"
+        name = f"kernel-checks-{op}-cuda.json" if op else "kernel-checks-cuda.json"
+        output = output or Path(__file__).resolve().parent / "results" / name
         print(write_json(output, {**environment(), "rows": rows}))
     if wrong:
         sys.exit(1)

@@ -18,6 +18,7 @@ template <class T, int TOKENS, int DEPTH>
 struct ForwardShared {
   // tiles alive: one being finished, one in work, one that follows it, one being prepared, DEPTH on their way
   static constexpr int RING = DEPTH + 4, GROUPS = TOKENS / SCAN_GROUP;
+  static_assert(TOKENS % 16 == 0, "a warp of helpers has every fourth group, and sixteen rows of B and C");
   float d[SCAN_AHEAD * GROUPS][SCAN_CHANNELS][SCAN_GROUP];  // steps
   float x[SCAN_AHEAD * GROUPS][SCAN_CHANNELS][SCAN_GROUP];  // d u
   float rows[SCAN_AHEAD][TOKENS][2 * SCAN_STATES];          // B, C
@@ -41,7 +42,7 @@ struct Helper {
   using Shared = ForwardShared<T, TOKENS, DEPTH>;
   static constexpr int N_TENSORS = STATES_ONLY ? 2 : 3;
   static constexpr int PER_COPY = 16 / sizeof(T), COPIES = SCAN_CHANNELS / PER_COPY;  // of a row
-  static constexpr int N_ROWS = (TOKENS + 15) / 16;  // quads of B and C that a thread brings
+  static constexpr int N_ROWS = TOKENS / 16;  // quads of B and C that a thread brings
 
   const ScanArguments& p;
   Shared& shared;
@@ -96,7 +97,6 @@ struct Helper {
   __device__ void copy() {
 #pragma unroll
     for (int k = 0; k < TOKENS * COPIES; k += SCAN_HELPERS) {
-      if (TOKENS * COPIES % SCAN_HELPERS != 0 && k + id >= TOKENS * COPIES) break;
       const int t = id / COPIES + k / COPIES;
       const bool wanted = real(copied_at + t) && n_copied > 0;
 #pragma unroll
@@ -127,7 +127,7 @@ struct Helper {
 #pragma unroll
     for (int i = 0; i < N_ROWS; ++i) {
       const int t = id / 8 + i * 16;
-      const bool wanted = (TOKENS % 16 == 0 || t < TOKENS) && real(token + t) && !(STATES_ONLY && id % 8 >= 4);
+      const bool wanted = real(token + t) && !(STATES_ONLY && id % 8 >= 4);
       rows[i] = load_row(row_source + i * 16 * row_step, first, wanted, FAST || p.wide, p.states);
     }
     pass_rows();
@@ -136,7 +136,6 @@ struct Helper {
   __device__ void put_rows(int buffer) {
 #pragma unroll
     for (int i = 0; i < N_ROWS; ++i) {
-      if (TOKENS % 16 != 0 && id / 8 + i * 16 >= TOKENS) break;
       const PairBits<T>* two = reinterpret_cast<const PairBits<T>*>(&rows[i]);
       const float2 first = to_floats(two[0]), last = to_floats(two[1]);
       *reinterpret_cast<float4*>(&shared.rows[buffer][id / 8 + i * 16][id % 8 * 4]) =

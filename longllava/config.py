@@ -215,7 +215,7 @@ class Int8Config:
     are far larger than the rest (down_proj and out_proj read such rows). All by a part of the dotted name ("down_proj")
     or a pattern over all of it ("backbone.layers.[01].*").
     scan_epilogue: whether the scan's CUDA kernel finds each token's largest value for out_proj's inputs, where it can.
-    The numbers are the same. On an H100 a pass over what the scan wrote is faster: its blocks then need not agree.
+    The numbers are the same. On an H100 a pass over what the scan wrote costs less than its blocks' agreeing.
     dynamic_from: tokens a sequence in one call from which inputs are int8, each row by its own scale: prefill. Below it
     (decoding) floats meet dequantised weights, which is exact but for the weights, and waits for nothing but them.
     """

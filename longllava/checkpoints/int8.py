@@ -45,7 +45,10 @@ def int8_config(config: ModelConfig, folder: Path, asked: Int8Config | None) -> 
         raise CheckpointError(
             f"{folder}: {CONFIG} says int8, but no weight is stored so; take int8 out of it and load with int8=True"
         )
-    if asked is not None and asked not in (config.int8, Int8Config()):
+    # how the scan's rows become int8 is no property of the weights, and changes no bit
+    epilogue = (asked or Int8Config()).scan_epilogue
+    config = dataclasses.replace(config, int8=dataclasses.replace(config.int8, scan_epilogue=epilogue))
+    if asked is not None and asked not in (config.int8, Int8Config(scan_epilogue=epilogue)):
         raise CheckpointError(
             f"{folder}: its weights are int8 already, quantised as {config.int8}; load it without other settings"
         )

@@ -79,9 +79,8 @@ def load_model(
             model = build_model(config)
         placement = placement_of({"": str(device)} if device_map is None else device_map, model, dtype)
         check_room(model, dtype, placement)
-    load_weights_(
-        model, folder, device=placement, dtype=dtype, allow_missing=allow_missing, quantise=stored.int8 != config.int8
-    )
+    quantise = stored.int8 is None and config.int8 is not None
+    load_weights_(model, folder, device=placement, dtype=dtype, allow_missing=allow_missing, quantise=quantise)
     model.place_(placement.first, placement.layers)  # also buffers that no checkpoint holds
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers())
             if tensor.is_meta and placement.device_of(name) != "meta"]  # fmt: skip

@@ -21,7 +21,9 @@ from longllava.errors import InputError
 from longllava.nn.linear import Conv2d, Linear, better_in_fp32
 from longllava.ops.vision import activate_, add_layer_norm
 
-PLANNED = 64  # pictures: for batches of a multiple of it cuDNN plans the attention on a GPU
+# Pictures of a whole batch on a GPU: 36,928 rows of 336 x 336 ones, nine waves of an H100's tiles in CLIP's widest
+# product. For whole batches alone cuDNN plans the attention.
+GPU_BATCH = 64
 
 
 class VisionTransformer(nn.Module):
@@ -93,7 +95,8 @@ class VisionTransformer(nn.Module):
         dtype = torch.promote_types(x_NTC.dtype, self.position_embedding.dtype)
         placed_NTC = x_NTC.new_empty(n, t + 1, width, dtype=dtype)
         placed_NTC[:, 0] = first_C + self.position_embedding[0]
-        # joining them first was a pass more: 3.7 ms for 1,000 of CLIP's pictures on an H100
+        # joining them first was a pass more: 3.7 to 4.3 ms for 1,000 of CLIP's pictures on an H100
+        # (benchmarks/results/encoder-h100.json, as the times below)
         torch.add(x_NTC, self.position_embedding[1:], out=placed_NTC[:, 1:])
         return placed_NTC
 
@@ -137,7 +140,7 @@ def fastest_attention(x_NTC: Tensor) -> AbstractContextManager[Any]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    order.insert(0 if len(x_NTC) % PLANNED == 0 else 1, SDPBackend.CUDNN_ATTENTION)
+    order.insert(0 if len(x_NTC) % GPU_BATCH == 0 else 1, SDPBackend.CUDNN_ATTENTION)
     return sdpa_kernel(order, set_priority=True)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from longllava.bridges import pool_features
+from longllava.encoders.vit import GPU_BATCH
 from longllava.errors import InputError
 from longllava.generation.lane import Lane, Throttle, uploaded
 from longllava.inputs.image import named, square_pixels
@@ -33,7 +34,6 @@ from longllava.plan import check_fits, prompt_need
 
 PIXELS_PER_BATCH = 1 << 20  # encoder batch: 9 images of 336 x 336, or MAX_BATCH small ones
 MAX_BATCH = 32
-GPU_BATCH = 64  # images: 36,928 rows of 336 x 336 ones, nine waves of a H100's tiles in CLIP's widest product
 DECODERS = 16  # threads at most, one a core; Pillow frees the interpreter while it decodes
 CHUNK_TOKENS, GPU_CHUNK_TOKENS = 2048, 8192
 BAR_AFTER = 2.0  # seconds

@@ -35,6 +35,7 @@ class RMSNorm(nn.Module):
 def normed_parts(x: Tensor, norms: list[RMSNorm]) -> tuple[Tensor, ...]:
     """The parts of x's last axis, each by its norm; on a GPU in one launch where no gradients are wanted."""
     weights = tuple(norm.weight for norm in norms)
+    assert len({norm.eps for norm in norms}) == 1
     if x.device.type == "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return tuple(norm(part) for norm, part in zip(norms, x.split([len(weight) for weight in weights], -1)))
     return rms_norm_parts(x, weights, norms[0].eps)

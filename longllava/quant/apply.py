@@ -202,7 +202,7 @@ def fused(module: Any, readers: list[nn.Module]) -> Any:
     return FUSED[type(module)](module, inputs.pop())
 
 
-def fuse_scans_(model: Model, wanted: bool = True) -> None:
+def fuse_scans_(model: Model, wanted: bool) -> None:
     """Scans quantise what they hand to an int8 out_proj, or leave that to it. A built model may be switched."""
     for mixer in model.backbone.modules():
         if isinstance(mixer, Mamba):

@@ -117,6 +117,12 @@ def int8(floats, tmp_path):
 WEIGHT, SCALE = (f"backbone.layers.0.mixer.in_proj.{name}" for name in ("weight_NK", "scale_N"))
 
 
+def test_how_the_scans_rows_become_int8_is_chosen_when_a_folder_is_loaded(floats, tmp_path):
+    folder = quantize_folder(floats, tmp_path / "int8", Int8Config(scan_epilogue=True))
+    assert load_model(folder).config.int8 == Int8Config()
+    assert load_model(folder, int8=Int8Config(scan_epilogue=True)).config.int8 == Int8Config(scan_epilogue=True)
+
+
 def test_what_is_int8_already_is_not_quantised_again(int8, floats, tmp_path):
     with pytest.raises(CheckpointError, match="its weights are int8 already; quantise the floats they came from"):
         quantize_folder(int8, tmp_path / "twice")

@@ -68,6 +68,12 @@ def test_norms_of_parts_say_what_does_not_fit() -> None:
         fused.rms_norm_parts(x, (weight, weight), 1e-6)
     with pytest.raises(BackendError, match="takes three parts, got 2"):
         fused.rms_norm_parts(x[:, :4], (weight, weight), 1e-6, backend="triton")
+    wanted = weight.clone().requires_grad_()
+    assert fused.rms_norm_parts(x, (weight, wanted, weight), 1e-6)[1].requires_grad
+    with pytest.raises(BackendError, match="has no backward, and gradients are wanted"):
+        fused.rms_norm_parts(x, (weight, wanted, weight), 1e-6, backend="triton")
+    with pytest.raises(BackendError, match="got weight in float64"):
+        fused.rms_norm_parts(x, (weight, weight.double(), weight), 1e-6, backend="triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -8,7 +8,6 @@ import pytest
 
 from longllava.config import BackboneConfig, ModelConfig
 from longllava.errors import ConfigError, InputError
-from longllava.ops import native
 from longllava.plan import check_fits, memory, prompt_need
 from longllava.plan.need import HEAP_FACTOR, Need
 
@@ -123,12 +122,12 @@ print(json.dumps({"before": before, "peak": memory.bytes(), "need": need.total()
 
 
 @pytest.mark.parametrize("n_images", [100, pytest.param(1000, marks=pytest.mark.long)])
-def test_the_estimate_is_within_a_tenth_of_the_measured_peak(n_images):
+def test_the_estimate_covers_the_measured_peak_and_little_more(n_images):
     if not sys.platform.startswith("linux"):
         pytest.skip("resident pages are read from /proc")
     done = subprocess.run([sys.executable, "-c", MEASURED, str(n_images)], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     print(found)
-    of_peak = 0.1 if native.why_not() is None else 0.15  # plain torch takes less than is reckoned
-    assert found["before"] + found["need"] == pytest.approx(found["peak"], rel=of_peak)
+    # most of it is what the allocator keeps of small blocks, which differs from run to run by a tenth of the peak
+    assert 0.9 * found["peak"] < found["before"] + found["need"] < 1.2 * found["peak"]
     assert found["peak"] > found["before"] + 20e6

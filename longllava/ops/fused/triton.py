@@ -50,7 +50,11 @@ def rms_norm(
 def why_not_rms_norm_parts(x: Tensor, weights: tuple[Tensor, ...], eps: float) -> str | None:
     if len(weights) != 3:
         return f"takes three parts, got {len(weights)}"
-    return why_not_rms_norm(x, weights[0], eps, None)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
+        return "has no backward, and gradients are wanted"
+    if torch.compiler.is_compiling():
+        return "is not traced"
+    return next(filter(None, (why_not_rms_norm(x, weight, eps, None) for weight in weights)), None)
 
 
 def rms_norm_parts(x: Tensor, weights: tuple[Tensor, ...], eps: float) -> tuple[Tensor, ...]:

@@ -89,10 +89,9 @@ def activated_rows(x: Tensor, activation: str, *, backend: str | None = None) ->
     """
     if x.ndim < 1:
         raise LongLLaVAError("activated_rows: x must be rows (..., F), got a scalar")
-    args = (x, _known(activation))
-    chosen = choose("activation", ACTIVATION_BACKENDS, *args, forced=backend)
+    chosen = choose("activation", ACTIVATION_BACKENDS, x, _known(activation), True, forced=backend)
     assert chosen.run_quantized is not None
-    values, scale = chosen.run_quantized(*args)
+    values, scale = chosen.run_quantized(x, activation)
     return Quantized(values, scale, x.dtype)
 
 

@@ -5,7 +5,7 @@ of multiply and add, which the rule of int8 rows forbids. In fp32 a norm's threa
 them in another order: there the last bits may differ.
 
 The product with its activation: 36,928 rows (64 pictures), 1,024 inputs, 4,096 outputs in bf16 take 0.515 ms on an
-H100, where cuBLAS takes 0.432 and quick_gelu in its own pass 0.196 more.
+H100, where cuBLAS takes 0.432 and quick_gelu in its own pass 0.197 more (benchmarks/results/encoder-h100.json).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def why_not_layer_norm(
 ) -> str | None:
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, delta, weight, bias)):
         return "has no backward, and gradients are wanted"
-    return _why_not(x)
+    return _why_not(x) or _too_wide(x)
 
 
-def why_not_activation(x: Tensor, activation: str) -> str | None:
-    return _why_not(x)
+def why_not_activation(x: Tensor, activation: str, quantized: bool = False) -> str | None:
+    return _why_not(x) or (_too_wide(x) if quantized else None)
 
 
 def why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> str | None:
@@ -65,9 +65,11 @@ def _has_room(device: torch.device) -> bool:
     return properties.major >= 9 and getattr(properties, "shared_memory_per_block_optin", 0) >= SHARED_BYTES
 
 
+def _too_wide(x: Tensor) -> str | None:
+    return f"takes rows of at most {MAX_WIDTH}, got {x.shape[-1]}" if x.ndim and x.shape[-1] > MAX_WIDTH else None
+
+
 def _why_not(x: Tensor) -> str | None:
-    if x.ndim and x.shape[-1] > MAX_WIDTH:
-        return f"takes rows of at most {MAX_WIDTH}, got {x.shape[-1]}"
     if torch.compiler.is_compiling():
         return "is not traced"
     return triton_support.why_not(x=x)

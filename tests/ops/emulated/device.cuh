@@ -211,10 +211,6 @@ template <> inline bf16 from_float<bf16>(float x) {
   return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
-template <class T> inline Quad<T> quad_from(const float (&x)[4], T) {
-  return {{from_float<T>(x[0]), from_float<T>(x[1]), from_float<T>(x[2]), from_float<T>(x[3])}};
-}
-
 template <class T> inline Pair<T> pair_from(float x, float y, T) { return {{from_float<T>(x), from_float<T>(y)}}; }
 
 template <class T> inline PairBits<T> bits_from(float x, float y, T) {
