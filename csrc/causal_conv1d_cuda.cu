@@ -115,7 +115,9 @@ template <class T, int N, bool PACKED> int conv_forward_with(const ConvArguments
 }
 
 template <class T> int conv_forward_of(const ConvArguments& p) {
-  constexpr int WIDE = 8 / sizeof(T);  // with 16 an H100 took 7% longer for a prompt: more registers, fewer threads
+  // With 16 bytes, whose registers left room for fewer threads, runs of 64 and two tokens ahead, a prompt took an H100
+  // 7% longer, 459 us and not 428; with 16 and four ahead 450 (benchmarks/results/kernel-variants-h100.json).
+  constexpr int WIDE = 8 / sizeof(T);
   if (p.wide) return p.sources ? conv_forward_with<T, WIDE, true>(p) : conv_forward_with<T, WIDE, false>(p);
   return p.sources ? conv_forward_with<T, 1, true>(p) : conv_forward_with<T, 1, false>(p);
 }

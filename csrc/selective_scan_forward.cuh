@@ -5,7 +5,8 @@
 // shared memory. Others do what is done once a token and channel: preparing warps copy tiles from memory DEPTH tiles
 // ahead and turn delta into steps for the tile after the next, finishing warps add up, gate and store the last tile's
 // y. So the exponential unit, which limits the whole, is kept busy by one kind while another waits or multiplies. With
-// one kind of helpers for both, 36,000 tokens of 8,192 channels took an H100 2.37 ms, with two 2.10.
+// one kind of helpers for both, 36,000 tokens of 8,192 channels took an H100 2.37 ms, with two 2.10
+// (benchmarks/results/kernel-variants-h100.json).
 //
 // INT8: y leaves as int8 with a scale for each token, which all channels of the token share. Blocks that are on the
 // device together add their part to a token's maximum, tell so a tile later, and write SCAN_LAG tiles later. A token

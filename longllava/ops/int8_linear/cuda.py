@@ -23,7 +23,7 @@ CAPABILITY = (9, 0)
 TILE = (128, 256)  # rows and outputs of a block; the two blocks of a cluster lie one above the other
 STEP, LEAST_INPUTS = 16, 128  # rows lie 16 bytes apart for the tensor memory accelerator, which fetches 128
 # It writes rows that begin at multiples of 16 bytes. By plain stores a product of 36,928 x 3,072 x 1,024 reached
-# 598 TOP/s on an H100, by Triton 789.
+# 598 TOP/s on an H100, by Triton 789 (benchmarks/results/int8-h100.json).
 OUTPUT_STEP = 8
 
 
@@ -116,7 +116,9 @@ def run(
 
 
 def choose_launch(n_outputs: int, n_inputs: int) -> Launch:
-    """As the 9B's shapes and its encoder's were fastest on an H100; what separates them are a few per cent."""
+    """As the 9B's shapes and its encoder's were fastest on an H100. The slowest of CANDIDATES took 4 to 15 % longer,
+    and 31 % for 4,096 inputs and 1,024 outputs (benchmarks/results/int8-h100.json).
+    """
     tall = n_outputs <= 8192 and (n_inputs >= 8192 or max(n_outputs, n_inputs) < 4096)
     return Launch(16 if tall else 8, staggered=max(n_outputs, n_inputs) <= 4096)
 
