@@ -9,7 +9,7 @@ CXXFLAGS adds flags.
 The second needs nvcc (CUDA 12 or newer) on PATH and is built where a GPU is seen, or LONGLLAVA_CUDA=1 asks for it;
 LONGLLAVA_CUDA=0 forbids it. It takes minutes. LONGLLAVA_CUDA_ARCHS names the GPUs, "80 90" if it is not set; the last
 is also put in as PTX, which the driver of a newer GPU compiles. csrc/*_sm90a.cu is for Hopper alone, whose matrix
-instructions no other GPU has, and left out where 90 is not among them.
+instructions no other GPU has, and left out where 90 (or 90a, the same here) is not among them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def build_cuda(output_dir: str | Path) -> Path:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise NoCompiler("nvcc is not on PATH; install the CUDA toolkit, or unset LONGLLAVA_CUDA")
-    archs = os.environ.get("LONGLLAVA_CUDA_ARCHS", CUDA_ARCHS).split()
+    archs = cuda_archs()
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     command = [nvcc, *CUDA_FLAGS, f"-I{SOURCES}"]
@@ -102,6 +102,12 @@ def build_cuda(output_dir: str | Path) -> Path:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(_run, jobs))
         return _link([*command, *codes, "-shared", *(job[-1] for job in jobs)], Path(output_dir), CUDA_NAME)
+
+
+def cuda_archs() -> list[str]:
+    """The GPUs that LONGLLAVA_CUDA_ARCHS names. 90a is taken for 90: what needs sm_90a is compiled for it anyway."""
+    named = os.environ.get("LONGLLAVA_CUDA_ARCHS", CUDA_ARCHS).split()
+    return list(dict.fromkeys("90" if arch == "90a" else arch for arch in named))
 
 
 def is_hoppers(source: Path) -> bool:

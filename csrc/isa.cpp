@@ -14,9 +14,9 @@
 namespace longllava {
 namespace {
 
-// AMX's tiles are 8 KB more for the system to save: on Linux a process asks for them. The tests count tiles in plain C++;
-// on a Xeon the kernels gave the reference's products at nano's and the 9B's shapes, 1.6 to 2.8 times as fast as VNNI's
-// (benchmarks/results/int8-xeon.json). LONGLLAVA_AMX=0 forbids them.
+// AMX's tiles are 8 KB more for the system to save: on Linux a process asks for them. The tests count tiles in plain
+// C++; on a Xeon the kernels gave the reference's products at nano's and the 9B's shapes, 1.6 to 2.8 times as fast as
+// VNNI's (benchmarks/results/int8-xeon.json). LONGLLAVA_AMX=0 forbids them.
 bool may_use_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   const char* wanted = getenv("LONGLLAVA_AMX");
@@ -54,8 +54,9 @@ struct Choice {
       } else if (strcmp(wanted, "avx512") == 0 && avx512) {
         isa = Isa::avx512;
       } else {
-        snprintf(error, sizeof error, "LONGLLAVA_ISA=%.20s: this processor runs portable%s%s; unset it or name one of these",
-                 wanted, avx2 ? ", avx2" : "", avx512 ? ", avx512" : "");
+        snprintf(error, sizeof error,
+                 "LONGLLAVA_ISA=%.20s: this processor runs portable%s%s; unset it or name one of these", wanted,
+                 avx2 ? ", avx2" : "", avx512 ? ", avx512" : "");
       }
     }
 #if defined(__x86_64__)
@@ -89,6 +90,8 @@ LONGLLAVA_EXPORT const char* longllava_isa_name() {
     default: return "portable";
   }
 }
+
+LONGLLAVA_EXPORT int longllava_uses_amx() { return longllava::has_amx_int8(); }
 
 // NULL, or one sentence: LONGLLAVA_ISA names a form that does not exist or that this processor lacks.
 LONGLLAVA_EXPORT const char* longllava_isa_error() {

@@ -1,6 +1,7 @@
 """What this machine has, what each op uses here and why nothing faster, and which optional packages work.
 
-Every backend that says it can run is run once on a small call and compared with the reference.
+Every backend that says it can run is run once on an example call and compared with the reference. Examples are small,
+but on a GPU those of ops that choose by size are a prompt's: few tokens would name what a prompt does not use.
 """
 
 from __future__ import annotations
@@ -32,19 +33,24 @@ def scan_call(make: Make) -> tuple:
     return u, delta, -make(64, 16).exp(), B, C, make(64), z, make(64), True, make(2, 64, 16), None
 
 
-def conv_call(make: Make) -> tuple:
-    return make(2, 33, 64), make(64, 4), make(64), make(2, 3, 64), None, "silu"
+def conv_call(make: Make, tokens: int = 33) -> tuple:
+    return make(2, tokens, 64), make(64, 4), make(64), make(2, 3, 64), None, "silu"
 
 
-def attention_call(make: Make) -> tuple:
-    """33 queries after 7 older keys, 8 heads that share 2."""
-    return make(1, 33, 8, 64), make(1, 40, 2, 64), make(1, 40, 2, 64), 0.125, True, None, None, False
+def attention_call(make: Make, queries: int = 33, heads: int = 8, shared: int = 2) -> tuple:
+    """Queries after 7 older keys, heads that share keys and values."""
+    k, v = (make(1, queries + 7, shared, 64) for _ in range(2))
+    return make(1, queries, heads, 64), k, v, 0.125, True, None, None, False
 
 
-def int8_call(make: Make) -> tuple:
-    """33 rows of 64, quantised on the way, to 40 outputs."""
-    weight, scale = make(40, 64).mul(30).clamp(-127, 127).char(), make(40).abs()
-    return make(33, 64), weight, scale, make(40), None, None, "dynamic", scale.dtype
+def int8_call(make: Make, rows: int = 33, inputs: int = 64, outputs: int = 40) -> tuple:
+    """Rows that are quantised on the way."""
+    x, bias, scale = make(rows, inputs), make(outputs), make(outputs).abs().float()
+    return x, make(outputs, inputs).mul(30).clamp(-127, 127).char(), scale, bias, None, None, "dynamic", x.dtype
+
+
+def activated_call(make: Make, rows: int = 33, inputs: int = 64, outputs: int = 40) -> tuple:
+    return make(rows, inputs), make(outputs, inputs), make(outputs), "quick_gelu"
 
 
 CALLS: dict[str, Callable[[Make], tuple]] = {
@@ -58,7 +64,15 @@ CALLS: dict[str, Callable[[Make], tuple]] = {
     "swiglu": lambda make: (make(33, 64), make(33, 64), None, False),
     "few_rows_linear": lambda make: (make(3, 64), make(40, 64), make(40)),
     "add_layer_norm": lambda make: (make(33, 64), make(33, 64), make(64), make(64), 1e-5, False),
-    "linear_activated": lambda make: (make(33, 64), make(40, 64), make(40), "quick_gelu"),
+    "activation": lambda make: (make(33, 64), "quick_gelu"),
+    "linear_activated": activated_call,
+}
+# A prompt's, in bf16, as narrow as the kernels take it: the reference runs it too.
+PROMPT_CALLS: dict[str, Callable[[Make], tuple]] = {
+    "causal_conv1d": lambda make: conv_call(make, 4096),
+    "attention": lambda make: attention_call(make, 4096, 1, 1),
+    "int8_linear": lambda make: int8_call(make, 4096, 128, 1024),
+    "linear_activated": lambda make: activated_call(make, 4096, 64, 4096),
 }
 # Where an op's backends are, if not in the folder of its name as BACKENDS.
 PLACES = {
@@ -68,6 +82,7 @@ PLACES = {
     "swiglu": ("fused", "SWIGLU_BACKENDS"),
     "few_rows_linear": ("few_rows", "BACKENDS"),
     "add_layer_norm": ("vision", "LAYER_NORM_BACKENDS"),
+    "activation": ("vision", "ACTIVATION_BACKENDS"),
     "linear_activated": ("vision", "LINEAR_ACTIVATED_BACKENDS"),
 }
 
@@ -97,13 +112,18 @@ def torch_facts() -> dict[str, Any]:
     from longllava.ops import native
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    kernels = native.why_not()
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "gpu": ", ".join(gpus) or "none",
-        "compiled kernels": kernels or f"work, in their {native.isa()} form",
+        "compiled kernels": native.why_not() or compiled_form(),
     }
+
+
+def compiled_form() -> str:
+    from longllava.ops import native
+
+    return f"work, in their {native.isa()} form, int8 products {'by' if native.uses_amx() else 'without'} AMX"
 
 
 def examine_op(op: str) -> dict[str, Any]:
@@ -113,12 +133,10 @@ def examine_op(op: str) -> dict[str, Any]:
 
     from longllava.ops.dispatch import choose
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator().manual_seed(0)
-    call = CALLS[op](lambda *shape: torch.randn(*shape, generator=generator).to(device))
+    call = example(op, "cuda" if torch.cuda.is_available() else "cpu")
     folder, name = PLACES.get(op, (op, "BACKENDS"))
     backends = getattr(importlib.import_module(f"longllava.ops.{folder}"), name)
-    truth = backends[-1].run(*call)
+    truth = backends[-1].run(*copied(call))
     try:
         uses = choose(op, backends, *call).name
     except BackendError as error:
@@ -127,11 +145,27 @@ def examine_op(op: str) -> dict[str, Any]:
     return {"uses": uses, "forced": os.environ.get(f"LONGLLAVA_{op.upper()}"), "backends": answers}
 
 
+def example(op: str, device: str) -> tuple:
+    """The arguments of an example call; on a GPU those of PROMPT_CALLS where there are any."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    prompt = op in PROMPT_CALLS and device != "cpu"
+    dtype = torch.bfloat16 if prompt else torch.float32
+    calls = PROMPT_CALLS if prompt else CALLS
+    return calls[op](lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype))
+
+
+def copied(call: tuple) -> tuple:
+    """An op may write its result over its first argument."""
+    return call[0].clone(), *call[1:]
+
+
 def examine_backend(backend: Backend, call: tuple, truth: Any) -> str:
     if (reason := backend.why_not(*call)) is not None:
         return reason
     try:
-        got = backend.run(*call)
+        got = backend.run(*copied(call))
     except Exception as error:  # whatever it is, the doctor's work is to say it
         return f"says it can run, and fails: {type(error).__name__}: {error}"
     return f"runs, differs from the reference by {difference(got, truth):.0e}"

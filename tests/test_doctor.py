@@ -58,6 +58,60 @@ def test_every_op_has_a_verdict_and_its_backends_agree(op: str) -> None:
         assert not answer.startswith(prefix) or float(answer.removeprefix(prefix)) < 1e-4
 
 
+def test_on_a_gpu_the_examples_of_ops_that_choose_by_size_are_a_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By metadata alone: the device meta stands for an H100."""
+    from longllava.ops import attention, causal_conv1d, int8_linear, native_cuda, triton_support, vision
+    from longllava.ops.dispatch import choose
+
+    def chosen(device: str) -> list[str]:
+        of = {"int8_linear": int8_linear.BACKENDS, "causal_conv1d": causal_conv1d.BACKENDS}
+        of |= {"linear_activated": vision.LINEAR_ACTIVATED_BACKENDS}
+        return [choose(op, backends, *doctor.example(op, device)).name for op, backends in of.items()]
+
+    monkeypatch.setattr(native_cuda, "DEVICE", "meta")
+    monkeypatch.setattr(native_cuda, "missing", lambda: None)
+    monkeypatch.setattr(native_cuda, "n_processors", lambda device: 132)  # an H100's
+    monkeypatch.setattr(native_cuda, "has", lambda name: True)
+    monkeypatch.setattr(triton_support, "why_not", lambda **tensors: None)
+    int8_linear.cuda._cannot_run_on.cache_clear()
+    assert chosen("meta") == ["cuda", "cuda", "triton"]
+    int8_linear.cuda._cannot_run_on.cache_clear()
+    monkeypatch.setattr(native_cuda, "has", lambda name: False)
+    answer = int8_linear.BACKENDS[0].why_not(*doctor.example("int8_linear", "meta"))
+    assert str(answer).startswith("the CUDA kernels are built without those for sm_90a")
+    int8_linear.cuda._cannot_run_on.cache_clear()
+    monkeypatch.undo()
+    q, k = doctor.example("attention", "meta")[:2]
+    assert (q.dtype, q.shape[1] % attention.cudnn.UNIT, k.shape[1] - q.shape[1]) == (torch.bfloat16, 0, 7)
+    assert set(doctor.PROMPT_CALLS) <= set(doctor.CALLS)
+    for op in doctor.PROMPT_CALLS:
+        x = doctor.example(op, "cpu")[0]
+        assert x.dtype == torch.float32 and 33 in x.shape
+
+
+def test_an_op_that_writes_over_its_input_is_judged_on_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longllava.ops import vision
+
+    truth = vision.ACTIVATION_BACKENDS[-1]
+    half = Backend("half", lambda x, activation: truth.run(x, activation).mul_(0.5), lambda *_: None)
+    monkeypatch.setattr(vision, "ACTIVATION_BACKENDS", (half, replace(truth, name="same"), truth))
+    answers = doctor.examine_op("activation")["backends"]
+    assert answers == {
+        "half": "runs, differs from the reference by 5e-01",
+        "same": "runs, differs from the reference by 0e+00",
+        "reference": "runs, differs from the reference by 0e+00",
+    }
+
+
+@pytest.mark.parametrize(("uses", "word"), [(True, "by"), (False, "without")])
+def test_the_form_of_the_compiled_kernels_names_amx(uses: bool, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longllava.ops import native
+
+    monkeypatch.setattr(native, "isa", lambda: "avx512")
+    monkeypatch.setattr(native, "uses_amx", lambda: uses)
+    assert doctor.compiled_form() == f"work, in their avx512 form, int8 products {word} AMX"
+
+
 def test_a_forced_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LONGLLAVA_SELECTIVE_SCAN", "abacus")
     found = doctor.examine_op("selective_scan")

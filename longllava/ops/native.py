@@ -1,7 +1,8 @@
 """Loads the compiled CPU kernels, `longllava/lib/liblongllava_cpu.so`, built from csrc/ by csrc/build.py.
 
 The library has a plain C interface and knows nothing of torch, so one build serves every torch and Python.
-Which instruction set it uses is chosen when it is loaded; LONGLLAVA_ISA=portable|avx2|avx512 forces one.
+Which instruction set it uses is chosen when it is loaded; LONGLLAVA_ISA=portable|avx2|avx512 forces one,
+LONGLLAVA_AMX=0 forbids AMX, which int8 products use beside AVX-512.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from longllava.errors import BackendError
 
 PATH = Path(__file__).resolve().parent.parent / "lib" / "liblongllava_cpu.so"
-ABI = 2  # csrc/isa.h holds the same number; raise both when the C interface changes
+ABI = 3  # csrc/isa.h holds the same number; raise both when the C interface changes
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in csrc/vector.h
 
 
@@ -63,6 +64,11 @@ def why_not() -> str | None:
 def isa() -> str:
     """The form of the kernels in use: 'portable', 'avx2' or 'avx512'."""
     return str(library().longllava_isa_name().decode())
+
+
+def uses_amx() -> bool:
+    """Whether int8 products go to AMX: the processor and the system have it, and LONGLLAVA_AMX is not 0."""
+    return bool(library().longllava_uses_amx())
 
 
 _said = False

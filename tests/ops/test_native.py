@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -57,6 +58,17 @@ def test_every_form_matches_the_reference(isa) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_amx_is_not_used_where_it_is_forbidden_or_absent() -> None:
+    """What a processor has its flags say, on Linux."""
+    needs_library()
+    code = "from longllava.ops import native; print(native.isa(), native.uses_amx())"
+    assert python(code, "portable").stdout.split() == ["portable", "False"]
+    assert python(f"import os; os.environ['LONGLLAVA_AMX'] = '0'; {code}", "").stdout.split()[1] == "False"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "amx_int8" not in flags.split():
+        assert python(code, "").stdout.split()[1] == "False"
+
+
 def test_a_form_that_does_not_exist_is_an_error() -> None:
     needs_library()
     done = python("from longllava.ops import native; native.why_not()", "abacus")
@@ -99,7 +111,7 @@ def test_a_library_of_another_interface_is_a_reason(fresh) -> None:
     needs_library()
     fresh.setattr(native, "_loaded", None)
     fresh.setattr(native, "ABI", 99)
-    assert "speak interface 2, this longllava needs 99" in str(native.why_not())
+    assert "speak interface 3, this longllava needs 99" in str(native.why_not())
 
 
 def test_a_struct_of_another_size_is_refused() -> None:
@@ -110,6 +122,22 @@ def test_a_struct_of_another_size_is_refused() -> None:
         native.succeed(2, "op")
     with pytest.raises(MemoryError, match="op: out of memory"):
         native.succeed(1, "op")
+
+
+@pytest.mark.parametrize(
+    ("named", "archs", "hoppers"),
+    [("90a", ["90"], True), ("80 90a", ["80", "90"], True), ("90 90a", ["90"], True), ("80", ["80"], False)],
+)
+def test_90a_is_taken_for_90(named, archs, hoppers, monkeypatch) -> None:
+    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc/build.py")
+    assert spec is not None and spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    monkeypatch.setenv("LONGLLAVA_CUDA_ARCHS", named)
+    assert build.cuda_archs() == archs
+    assert build.hopper_codes(build.cuda_archs()) == ["-gencode=arch=compute_90a,code=sm_90a"] * hoppers
+    monkeypatch.delenv("LONGLLAVA_CUDA_ARCHS")
+    assert build.cuda_archs() == ["80", "90"]
 
 
 def test_choose_takes_the_first_that_does_not_object() -> None:
