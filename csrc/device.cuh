@@ -138,12 +138,17 @@ inline int64_t shared_memory_limit() {
   return bytes;
 }
 
+// An error as entries return it. The runtime forgets it too: torch would raise it after a later kernel.
+inline int code_of(cudaError_t error) {
+  cudaGetLastError();
+  return static_cast<int>(error);
+}
+
 // A block gets more than 48 KB of shared memory only when asked for. It is asked for at every launch, since the answer
 // belongs to the current device.
 template <class Kernel> int ask_for_shared(Kernel kernel, int64_t bytes) {
   if (bytes <= 48 * 1024) return 0;
-  return static_cast<int>(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  return code_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
 
 // Launches a kernel with `bytes` of dynamic shared memory; returns the launch's error, 0 if none.
@@ -161,9 +166,9 @@ int launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads, 
                     const Arguments&... arguments) {
   if (const int refused = ask_for_shared(kernel, bytes)) return refused;
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  return static_cast<int>(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
-                                                      dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers,
-                                                      bytes, static_cast<cudaStream_t>(stream)));
+  return code_of(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
+                                             dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers, bytes,
+                                             static_cast<cudaStream_t>(stream)));
 }
 
 __device__ __forceinline__ unsigned char* dynamic_shared() {

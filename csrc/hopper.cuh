@@ -132,8 +132,8 @@ template <int N> __device__ __forceinline__ void settle(int (&sum)[N]) {
 #define LONGLLAVA_FOUR(i) "+r"(sum[i]), "+r"(sum[i + 1]), "+r"(sum[i + 2]), "+r"(sum[i + 3])
 #define LONGLLAVA_EIGHT(i) LONGLLAVA_FOUR(i), LONGLLAVA_FOUR(i + 4)
 
-// sum (64, 256) = a (64, 32) b (256, 32)^T, added to sum if `add`; int8 and int32. Thread t of the warpgroup holds of the
-// rows 16 (t / 32) + t % 32 / 4 (sum[4 j], sum[4 j + 1]) and 8 further (sum[4 j + 2], sum[4 j + 3]) the columns
+// sum (64, 256) = a (64, 32) b (256, 32)^T, added to sum if `add`; int8 and int32. Thread t of the warpgroup holds of
+// the rows 16 (t / 32) + t % 32 / 4 (sum[4 j], sum[4 j + 1]) and 8 further (sum[4 j + 2], sum[4 j + 3]) the columns
 // 8 j + 2 (t % 4) and the next one.
 __device__ __forceinline__ void multiply(int (&sum)[128], uint64_t a, uint64_t b, bool add) {
   asm volatile(
@@ -204,7 +204,7 @@ int launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int blocks,
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, arguments...));
+  return code_of(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 }  // namespace longllava
