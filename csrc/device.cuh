@@ -45,16 +45,6 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return _
 template <> __device__ __forceinline__ fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
 
 // Two conversions are one instruction.
-__device__ __forceinline__ Quad<float> quad_from(const float (&x)[4], float) { return {{x[0], x[1], x[2], x[3]}}; }
-__device__ __forceinline__ Quad<bf16> quad_from(const float (&x)[4], bf16) {
-  const __nv_bfloat162 a = __floats2bfloat162_rn(x[0], x[1]), b = __floats2bfloat162_rn(x[2], x[3]);
-  return {{a.x, a.y, b.x, b.y}};
-}
-__device__ __forceinline__ Quad<fp16> quad_from(const float (&x)[4], fp16) {
-  const __half2 a = __floats2half2_rn(x[0], x[1]), b = __floats2half2_rn(x[2], x[3]);
-  return {{a.x, a.y, b.x, b.y}};
-}
-
 __device__ __forceinline__ Pair<float> pair_from(float x, float y, float) { return {{x, y}}; }
 __device__ __forceinline__ Pair<bf16> pair_from(float x, float y, bf16) {
   const __nv_bfloat162 a = __floats2bfloat162_rn(x, y);
