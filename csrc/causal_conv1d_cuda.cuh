@@ -42,7 +42,8 @@ struct ConvPlace {
   int64_t batch, run, channel, begin, end;
   bool exists;
   __device__ ConvPlace(const ConvArguments& p, int64_t length) {
-    // 2^32 threads would have 2^38 elements; a division of 64 bits takes a hundred instructions
+    // 2^32 threads would have 2^37 elements, or in calls of few tokens as many channels in all rows together: no GPU
+    // has the memory. A division of 64 bits takes a hundred instructions.
     const uint32_t groups = uint32_t((p.channels + N - 1) / N), runs = uint32_t((length + RUN - 1) / RUN);
     const uint32_t id = blockIdx.x * CONV_THREADS + threadIdx.x, of_all = id / groups;
     channel = int64_t(id % groups) * N;

@@ -190,6 +190,7 @@ class VisionBlock(nn.Module):
         return x_NTC + self.feed(self.mlp_norm(x_NTC))
 
     def feed(self, x_NTC: Tensor) -> Tensor:
+        """Without gradients `up` is asked for its activated rows, so that hooks on its forward do not run."""
         floats = isinstance(self.up, Linear) and isinstance(self.activation, Activation)
         if floats and not torch.is_grad_enabled():
             return self.down(self.up.activated(x_NTC, self.activation.name))
