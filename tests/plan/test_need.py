@@ -122,12 +122,13 @@ print(json.dumps({"before": before, "peak": memory.bytes(), "need": need.total()
 
 
 @pytest.mark.parametrize("n_images", [100, pytest.param(1000, marks=pytest.mark.long)])
-def test_the_estimate_covers_the_measured_peak_and_little_more(n_images):
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak(n_images):
+    """Of three runs' highest: what the allocator keeps of small blocks differs by a tenth of it from run to run."""
     if not sys.platform.startswith("linux"):
         pytest.skip("resident pages are read from /proc")
-    done = subprocess.run([sys.executable, "-c", MEASURED, str(n_images)], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+    command = [sys.executable, "-c", MEASURED, str(n_images)]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    found = max((json.loads(run.stdout) for run in runs), key=lambda run: run["peak"])
     print(found)
-    # most of it is what the allocator keeps of small blocks, which differs from run to run by a tenth of the peak
-    assert 0.9 * found["peak"] < found["before"] + found["need"] < 1.2 * found["peak"]
+    assert found["before"] + found["need"] == pytest.approx(found["peak"], rel=0.1)
     assert found["peak"] > found["before"] + 20e6
