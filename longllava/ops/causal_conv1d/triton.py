@@ -14,8 +14,9 @@ from longllava.ops.triton_support import DTYPES, OPTIONS, plain, rowed
 
 MAX_TAPS = 8
 TOKENS, CHANNELS = 32, 128  # of a block: 8 KB of bf16
-# Tokens, which a program each 32 of them gets done sooner than CUDA's threads walk over theirs: 67 of 8,192 channels in
-# 3.1 us on an H100 where these took 6.3. Between 67 and 2,048, where both are about as fast, none was measured.
+# Tokens, which a program each 32 of them gets done sooner than CUDA's threads walk over theirs: on an H100 67 of 8,192
+# channels took 3.1 us, by CUDA 6.3; 2,048 took 66 and 73, but their gradients 325 and 252. Between them none was
+# measured (benchmarks/results/kernel-variants-h100.json, kernels-h100.json).
 FEW = 256
 TILES = 8  # of TOKENS, over which a backward program sums the gradients of its weights
 
