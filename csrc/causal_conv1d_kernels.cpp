@@ -69,10 +69,12 @@ Piece chunk_piece(const ConvPlan& plan, const Tile& tile, int64_t first, int ste
 }
 
 template <int K>
-void walk(const vec* weight, vec bias, vec* window, const uint8_t* flags, int n_tokens, const vec* x, vec* y) {
+void walk(const vec* weight, vec bias, vec* window, const uint8_t* flags, int n_tokens, const vec* x, vec* y,
+          Ahead& ahead) {
   vec w[K], past[K];  // past[0 .. K-2]: the window
   for (int k = 0; k < K; ++k) w[k] = weight[k], past[k] = window[k];
   for (int t = 0; t < n_tokens; ++t) {
+    ahead.fetch();
     if (flags[t] == TOKEN_PADDING) continue;
     if (flags[t] == TOKEN_RESET)
       for (int k = 0; k < K; ++k) past[k] = vec{};
@@ -122,9 +124,10 @@ void forward(const ConvPlan& plan, Tile& tile) {
     const Piece piece = chunk_piece(plan, tile, first, CONV_CHUNK);
     read_piece(a.x, piece, x[0]);
     for (int block = 0; block < tile.n_blocks; ++block) {
-      walk<K>(tile.weight[block], tile.bias[block], tile.window[block], piece.flags, piece.n_tokens, x[block], y[block]);
-      if (a.silu)
-        for (int t = 0; t < piece.n_tokens; ++t) y[block][t] *= sigmoid(y[block][t]);
+      Ahead ahead(piece, block, a.x, a.y);
+      walk<K>(tile.weight[block], tile.bias[block], tile.window[block], piece.flags, piece.n_tokens, x[block], y[block],
+              ahead);
+      if (a.silu) in_fours(y[block], piece.n_tokens, [](auto& x) { silu_together(x); });
     }
     write_piece(a.y, piece, y[0]);
   }
@@ -153,7 +156,9 @@ void backward(const ConvPlan& plan, Tile& tile) {
       vec line[(CONV_CHUNK + 1) * K], pre[CONV_CHUNK];
       int at[CONV_CHUNK], end = 0;
       for (int k = 0; k + 1 < K; ++k) line[end++] = before[block][k];
+      Ahead ahead(piece, block, a.x, a.grad_y, a.grad_x);
       for (int t = 0; t < piece.n_tokens; ++t) {
+        ahead.fetch();
         if (piece.flags[t] == TOKEN_PADDING) continue;
         if (piece.flags[t] == TOKEN_RESET)
           for (int k = 0; k + 1 < K; ++k) line[end++] = vec{};

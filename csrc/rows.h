@@ -24,14 +24,46 @@ struct Piece {
   int64_t next;          // tokens from here to the piece that is wanted next (may be negative), 0 if none
 };
 
+// Lines of memory that the next piece reads and writes, fetched a token at a time while this one is worked on. Rows lie
+// pages apart, where the processor does not fetch ahead by itself (a factor of 1.6). Fetched all at once, they would take
+// the few places for lines on their way from the loads that follow (a factor of 1.2; E = 1024, fp32, two Zen 3 cores).
+class Ahead {
+ public:
+  // The rows of one block of the piece; those without data are left out.
+  template <class... R>
+  Ahead(const Piece& piece, int block, const R&... rows) {
+    if (piece.next != 0) (add(piece, block, rows), ...);
+  }
+  void fetch() {
+    for (int i = 0; i < n_; ++i) {
+      __builtin_prefetch(line_[i], 0, 2);
+      line_[i] += step_[i];
+    }
+  }
+  void stop() { n_ = 0; }
+
+ private:
+  void add(const Piece& piece, int block, const Rows& rows) {
+    const int64_t size = rows.dtype == DTYPE_FLOAT32 ? 4 : 2, token = piece.token + piece.next;
+    const int64_t column = piece.column + block * WIDTH;
+    const char* line = static_cast<const char*>(rows.data) +
+                       size * (piece.batch * rows.batch_stride + token * rows.row_stride + column);
+    // of the blocks that share a line of 64 bytes, the one that holds its beginning, or would if it began one
+    if (rows.data == nullptr || reinterpret_cast<uintptr_t>(line) % 64 >= uintptr_t(size) * WIDTH) return;
+    line_[n_] = line;
+    step_[n_++] = size * rows.row_stride;
+  }
+
+  static constexpr int MOST = 8;
+  int n_ = 0;
+  const char* line_[MOST];
+  int64_t step_[MOST];
+};
+
 template <class T>
 LONGLLAVA_INLINE void read_as(const T* p, const Rows& rows, const Piece& piece, vec* out) {
   const int whole = piece.columns / WIDTH, rest = piece.columns % WIDTH;
   for (int t = 0; t < piece.n_tokens; ++t, p += rows.row_stride) {
-    // rows lie pages apart, where the processor does not fetch ahead by itself; this is worth a factor of 1.6
-    if (piece.next != 0)
-      for (int i = 0; i < piece.columns; i += 64 / int(sizeof(T)))
-        __builtin_prefetch(p + piece.next * rows.row_stride + i, 0, 2);
     vec* to = out + t;
     if (piece.flags[t] == TOKEN_PADDING) {
       for (int block = 0; block < whole + (rest != 0); ++block) to[block * piece.pitch] = vec{};

@@ -28,12 +28,13 @@ template <int G, bool CLAMP>
 void walk_back(const vec* __restrict A, const float* __restrict saved, const float* __restrict B,
                const float* __restrict C, int n_states, const uint8_t* __restrict flags, int n_tokens,
                Chunk& __restrict chunk, int block, vec* __restrict grad_state, vec* __restrict grad_A,
-               vec* __restrict sum_B, vec* __restrict sum_C) {
+               vec* __restrict sum_B, vec* __restrict sum_C, Ahead& ahead) {
   vec decay[SCAN_CHUNK * G], kept[SCAN_CHUNK * G];
   {
     vec h[G];
     for (int i = 0; i < G; ++i) h[i] = load(saved + i * WIDTH);
     for (int t = 0; t < n_tokens; ++t) {
+      ahead.fetch();
       if (flags[t] != TOKEN_PLAIN) {
         if (flags[t] == TOKEN_PADDING) continue;
         for (int i = 0; i < G; ++i) h[i] = vec{};
@@ -87,17 +88,20 @@ void walk_back(const vec* __restrict A, const float* __restrict saved, const flo
 
 // One group of states for all blocks of the tile, then the sums over its channels.
 template <int G>
-void group_back(const ScanArguments& a, const Tile& tile, Tile& grad, int64_t first, int i, const float* B,
-                const float* C, const uint8_t* flags, int n_tokens, Chunk& chunk, float* partial_B, float* partial_C) {
-  const int n = tile.n_states;
+void group_back(const ScanArguments& a, const Tile& tile, const Piece& piece, Tile& grad, int i, const float* B,
+                const float* C, Chunk& chunk, float* partial_B, float* partial_C) {
+  const int n = tile.n_states, n_tokens = piece.n_tokens;
+  const int64_t first = piece.token;
   vec sum_B[SCAN_CHUNK * G], sum_C[SCAN_CHUNK * G];
   for (int k = 0; k < n_tokens * G; ++k) sum_B[k] = sum_C[k] = vec{};
   for (int block = 0; block < tile.n_blocks; ++block) {
     const int at = block * n + i;
     const float* saved = checkpoint(a, tile, first / SCAN_CHUNK, block) + i * WIDTH;
     const auto run = chunk.clamp[block] ? walk_back<G, true> : walk_back<G, false>;
-    run(tile.A + at, saved, B + i, C + i, n, flags, n_tokens, chunk, block, grad.state + at, grad.A + at, sum_B,
-        sum_C);
+    Ahead ahead(piece, block, a.u, a.delta, a.z, a.grad_y, a.grad_u, a.grad_delta, a.grad_z);
+    if (i > 0) ahead.stop();
+    run(tile.A + at, saved, B + i, C + i, n, piece.flags, n_tokens, chunk, block, grad.state + at, grad.A + at, sum_B,
+        sum_C, ahead);
   }
   for (int t = 0; t < n_tokens; ++t)
     for (int k = 0; k < G; ++k) {
@@ -107,13 +111,12 @@ void group_back(const ScanArguments& a, const Tile& tile, Tile& grad, int64_t fi
 }
 
 template <int G>
-void groups_back(const ScanArguments& a, const Tile& tile, Tile& grad, int64_t first, const float* B, const float* C,
-                 const uint8_t* flags, int n_tokens, Chunk& chunk, float* partial_B, float* partial_C, int i = 0) {
+void groups_back(const ScanArguments& a, const Tile& tile, const Piece& piece, Tile& grad, const float* B,
+                 const float* C, Chunk& chunk, float* partial_B, float* partial_C, int i = 0) {
   for (; i + G <= tile.n_states; i += G)
-    group_back<G>(a, tile, grad, first, i, B, C, flags, n_tokens, chunk, partial_B, partial_C);
+    group_back<G>(a, tile, piece, grad, i, B, C, chunk, partial_B, partial_C);
   if constexpr (G > 1)
-    if (i < tile.n_states)
-      groups_back<G / 2>(a, tile, grad, first, B, C, flags, n_tokens, chunk, partial_B, partial_C, i);
+    if (i < tile.n_states) groups_back<G / 2>(a, tile, piece, grad, B, C, chunk, partial_B, partial_C, i);
 }
 
 void open_chunk(const ScanArguments& a, const Tile& tile, const Piece& piece, Chunk& chunk) {
@@ -179,7 +182,7 @@ void tile_back(const ScanPlan& plan, const Tile& tile, float* partial_B, float* 
     read_rows(a.B, piece, n, B);
     read_rows(a.C, piece, n, C);
     open_chunk(a, tile, piece, chunk);
-    groups_back<GROUP>(a, tile, grad, first, B, C, piece.flags, piece.n_tokens, chunk, partial_B, partial_C);
+    groups_back<GROUP>(a, tile, piece, grad, B, C, chunk, partial_B, partial_C);
     close_chunk(a, tile, piece, grad, chunk);
   }
   const int64_t channels = tile.batch * a.channels + tile.first_channel;

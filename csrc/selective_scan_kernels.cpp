@@ -18,10 +18,11 @@ constexpr int GROUP = 16;  // states whose recurrences are walked together
 template <int G, bool CLAMP>
 void walk(const vec* __restrict A, vec* __restrict state, const vec* __restrict d, const vec* __restrict du,
           const float* __restrict B, const float* __restrict C, int n_states, const uint8_t* __restrict flags,
-          int n_tokens, vec* __restrict y) {
+          int n_tokens, vec* __restrict y, Ahead& ahead) {
   vec h[G];
   for (int i = 0; i < G; ++i) h[i] = state[i];
   for (int t = 0; t < n_tokens; ++t, B += n_states, C += n_states) {
+    ahead.fetch();
     if (flags[t] != TOKEN_PLAIN) {
       if (flags[t] == TOKEN_PADDING) continue;
       for (int i = 0; i < G; ++i) h[i] = vec{};
@@ -43,16 +44,17 @@ void walk(const vec* __restrict A, vec* __restrict state, const vec* __restrict 
     y[t] = even + odd;
   }
   for (int i = 0; i < G; ++i) state[i] = h[i];
+  ahead.stop();
 }
 
 // All states of one block: whole groups, then the largest groups that fit.
 template <int G, bool CLAMP>
 void walk_all(const vec* A, vec* state, const vec* d, const vec* du, const float* B, const float* C, int n_states,
-              const uint8_t* flags, int n_tokens, vec* y, int i = 0) {
+              const uint8_t* flags, int n_tokens, vec* y, Ahead& ahead, int i = 0) {
   for (; i + G <= n_states; i += G)
-    walk<G, CLAMP>(A + i, state + i, d, du, B + i, C + i, n_states, flags, n_tokens, y);
+    walk<G, CLAMP>(A + i, state + i, d, du, B + i, C + i, n_states, flags, n_tokens, y, ahead);
   if constexpr (G > 1)
-    if (i < n_states) walk_all<G / 2, CLAMP>(A, state, d, du, B, C, n_states, flags, n_tokens, y, i);
+    if (i < n_states) walk_all<G / 2, CLAMP>(A, state, d, du, B, C, n_states, flags, n_tokens, y, ahead, i);
 }
 
 }  // namespace
@@ -93,10 +95,12 @@ void scan_forward_task(void* context, int64_t task) {
         u[t] *= d[t];
       }
       const vec* A = tile.A + block * n;
-      if (clamp) walk_all<GROUP, true>(A, state, d, u, B, C, n, piece.flags, n_tokens, y);
-      else walk_all<GROUP, false>(A, state, d, u, B, C, n, piece.flags, n_tokens, y);
-      if (a.z.data != nullptr)
-        for (int t = 0; t < n_tokens; ++t) y[t] *= z[t] * sigmoid(z[t]);
+      Ahead ahead(piece, block, a.u, a.delta, a.z, a.y);
+      if (clamp) walk_all<GROUP, true>(A, state, d, u, B, C, n, piece.flags, n_tokens, y, ahead);
+      else walk_all<GROUP, false>(A, state, d, u, B, C, n, piece.flags, n_tokens, y, ahead);
+      if (a.z.data == nullptr) continue;
+      in_fours(z, n_tokens, [](auto& x) { silu_together(x); });
+      for (int t = 0; t < n_tokens; ++t) y[t] *= z[t];
     }
     write_piece(a.y, piece, tile_y);
   }

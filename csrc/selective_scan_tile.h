@@ -107,12 +107,9 @@ float* checkpoint(const ScanArguments& a, const Tile& tile, int64_t chunk, int b
 
 // Step sizes d of one block from delta in place; true when d A may leave the range that needs no clamp.
 bool step_sizes(const ScanArguments& a, const Tile& tile, int block, int n_tokens, vec* d) {
-  vec most = {}, e[SCAN_CHUNK];
+  vec most = {};
   for (int t = 0; t < n_tokens; ++t) d[t] += tile.bias[block];
-  if (a.softplus) {
-    for (int t = 0; t < n_tokens; ++t) e[t] = softplus_exp(d[t]);
-    for (int t = 0; t < n_tokens; ++t) d[t] = softplus(d[t], e[t]);
-  }
+  if (a.softplus) in_fours(d, n_tokens, [](auto& x) { softplus_together(x); });
   for (int t = 0; t < n_tokens; ++t) most = maximum(absolute(d[t]), most);
   return !(max_lanes(most * tile.most_A[block]) < 126.0f);
 }
