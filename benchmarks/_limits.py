@@ -46,26 +46,19 @@ def ceilings(device: Any, size: int = 8192, n_bytes: int = 2**30) -> dict[str, f
 def prompt_limit(config: Any, n_tokens: int, n_images: int, found: dict[str, float], int8: bool) -> dict[str, float]:
     """Seconds that the arithmetic of a prompt takes at the measured rates, part by part; int8 products at twice bf16's.
 
-    Products 2 P T of the weights that a token meets, causal attention 2 T^2 of each head's width, the encoder's
-    layers, and the scan's exponentials at one special function in eight clocks a scheduler (NVIDIA's H100: 16 a clock
-    of 132 processors at 1.755 GHz).
+    Products of the weights that a token meets, causal attention, the encoder's layers (longllava.plan), and the scan's
+    exponentials at one special function in eight clocks a scheduler (NVIDIA's H100: 16 a clock of 132 processors at
+    1.755 GHz).
     """
-    backbone, encoder = config.backbone, config.encoder
-    mixers = backbone.mixers()
-    rate = found["bf16_operations"]
-    products = 2 * linear_weights(backbone) * n_tokens
-    attention = 2 * mixers.count("attention") * n_tokens**2 * backbone.n_heads * backbone.head_dim
-    vision = 0.0
-    if n_images and encoder is not None:
-        patches = encoder.grid() ** 2
-        tokens, width = patches + encoder.class_token, encoder.width
-        layer = 2 * tokens * (4 * width**2 + 2 * width * encoder.mlp_width) + 4 * tokens**2 * width
-        vision = n_images * (encoder.n_layers_used() * layer + 2 * patches * 3 * encoder.patch_size**2 * width)
-    exponentials = mixers.count("mamba") * backbone.d_inner() * n_tokens * (backbone.state_size + 4)
+    from longllava.plan import operations
+
+    backbone, rate = config.backbone, found["bf16_operations"]
+    needed = operations(config, n_tokens, n_images)
+    exponentials = backbone.mixers().count("mamba") * backbone.d_inner() * n_tokens * (backbone.state_size + 4)
     parts = {
-        "products": products / (2 * rate if int8 else rate),
-        "attention": attention / rate,
-        "vision": vision / rate,
+        "products": needed.products / (2 * rate if int8 else rate),
+        "attention": needed.attention / rate,
+        "vision": (needed.encoder + needed.bridge) / rate,
         "scan": exponentials / (16 * 132 * 1.755e9),
     }
     return {**parts, "total": sum(parts.values())}
@@ -81,15 +74,3 @@ def decode_limit(config: Any, model: Any, n_tokens: int, found: dict[str, float]
     kept = 4 * backbone.mixers().count("attention") * backbone.n_kv_heads * backbone.head_dim * n_tokens
     return found["copied_bytes"] / (weights + kept)
 
-
-def linear_weights(backbone: Any) -> int:
-    """Weights of the linear layers that one token meets; the head meets the last one only."""
-    width, inner = backbone.width, backbone.d_inner()
-    mamba = 2 * width * inner + inner * (backbone.dt_rank + 2 * backbone.state_size) + backbone.dt_rank * inner
-    heads = 2 * width * (backbone.n_heads + backbone.n_kv_heads) * backbone.head_dim
-    mixers = backbone.mixers()
-    total = mixers.count("mamba") * (mamba + inner * width) + mixers.count("attention") * heads
-    for layer in range(len(mixers)):
-        met = backbone.n_experts_per_token if backbone.has_experts(layer) else 1
-        total += 3 * width * backbone.mlp_width * met
-    return total

@@ -38,31 +38,44 @@ class Backbone(nn.Module):
         self.layer_devices: list[torch.device] | None = None  # where layers are that are not all on one device
         self.gradient_checkpointing = self.offload_activations = False
 
-    def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, x_BLD: Tensor, ctx: Context, state: State | None = None, last_only: bool = False
+    ) -> tuple[Tensor, State | None]:
+        """With last_only the hidden state of each row's last token alone, (B, 1, D): the last layer then multiplies
+        what its state needs, and no more. Without gradients."""
         if self.layer_devices is not None:
-            return self.across_devices(x_BLD, ctx, state)
+            return self.across_devices(x_BLD, ctx, state, last_only)
         if x_BLD.device.type != "cpu" and not torch.is_grad_enabled():
-            return self.without_gradients(x_BLD, ctx, state)
+            return self.without_gradients(x_BLD, ctx, state, last_only)
         new_state: State = []
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training and state is None:
                 x_BLD, layer_state = recomputed(layer, x_BLD, ctx, offload=self.offload_activations)
             else:
-                x_BLD, layer_state = layer(x_BLD, ctx, None if state is None else state[i])
+                own = None if state is None else state[i]
+                x_BLD, layer_state = layer(x_BLD, ctx, own, last_only and self.is_last(i))
             new_state.append(layer_state)
         return self.final_norm(x_BLD), None if state is None else new_state
 
-    def without_gradients(self, x_BLD: Tensor, ctx: Context, state: State | None) -> tuple[Tensor, State | None]:
+    def is_last(self, layer: int) -> bool:
+        return layer == len(self.layers) - 1
+
+    def without_gradients(
+        self, x_BLD: Tensor, ctx: Context, state: State | None, last_only: bool = False
+    ) -> tuple[Tensor, State | None]:
         """`forward` with fewer passes over memory."""
         new_state: State = []
         fed_BLD = None
         for i, block in enumerate(self.blocks()):
-            x_BLD, fed_BLD, layer_state = block.onward(x_BLD, fed_BLD, ctx, None if state is None else state[i])
+            own, only = None if state is None else state[i], last_only and self.is_last(i)
+            x_BLD, fed_BLD, layer_state = block.onward(x_BLD, fed_BLD, ctx, own, only)
             new_state.append(layer_state)
         y_BLD = self.final_norm(x_BLD) if fed_BLD is None else self.final_norm.added(fed_BLD, x_BLD)[0]
         return y_BLD, None if state is None else new_state
 
-    def across_devices(self, x_BLD: Tensor, ctx: Context, state: State | None) -> tuple[Tensor, State | None]:
+    def across_devices(
+        self, x_BLD: Tensor, ctx: Context, state: State | None, last_only: bool = False
+    ) -> tuple[Tensor, State | None]:
         """`forward` of a model that is split: hidden states go to where each layer is, and come back in the end."""
         assert self.layer_devices is not None
         new_state: State = []
@@ -71,7 +84,8 @@ class Backbone(nn.Module):
             if device != at:
                 x_BLD, ctx, at = x_BLD.to(device), ctx.to(device), device
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # Triton's choice
-                x_BLD, layer_state = layer(x_BLD, ctx, None if state is None else state[i])
+                own = None if state is None else state[i]
+                x_BLD, layer_state = layer(x_BLD, ctx, own, last_only and self.is_last(i))
             new_state.append(layer_state)
         return self.final_norm(x_BLD.to(first)), None if state is None else new_state
 

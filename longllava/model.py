@@ -62,9 +62,12 @@ class Model(nn.Module):
             return text_BLD
         return self.fusion.embed(text_BLD, spans_S4, image_tokens_NMD)
 
-    def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
-        """Embedded tokens -> hidden states (B, L, D) after the final norm, and the state when one was given."""
-        return self.backbone(x_BLD, ctx, state)
+    def forward(
+        self, x_BLD: Tensor, ctx: Context, state: State | None = None, last_only: bool = False
+    ) -> tuple[Tensor, State | None]:
+        """Embedded tokens -> hidden states after the final norm, (B, L, D) or with last_only (B, 1, D), and the state
+        when one was given."""
+        return self.backbone(x_BLD, ctx, state, last_only)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.backbone.logits(hidden)

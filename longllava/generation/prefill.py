@@ -132,10 +132,10 @@ class Reader:
                 while waiting and waiting[0].start < end:
                     live.append((waiting.popleft(), next(images)))
                 x_1LD = self.embed(ids_1L[:, begin:end], live, begin)
-                hidden_1LD, state = self.model(x_1LD, Context(start=start + begin), state)
+                hidden_11D, state = self.model(x_1LD, Context(start=start + begin), state, last_only=True)
                 queued.mark()
                 live = [(span, tokens) for span, tokens in live if span.start + span.length > end]
-        return hidden_1LD[:, -1], state
+        return hidden_11D[:, -1], state
 
     def embed(self, ids_1L: Tensor, live: list[tuple[Span, Tensor]], begin: int) -> Tensor:
         """Text and image tokens of one chunk: (1, L, D). A chunk may begin or end inside an image.

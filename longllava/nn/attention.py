@@ -32,7 +32,13 @@ class Attention(nn.Module):
         # 38,000 (the sum it competes with grows with their number). exp keeps it positive.
         self.log_length_H = nn.Parameter(torch.zeros(self.n_heads)) if config.log_length_scale else None
 
-    def forward(self, x_BLD: Tensor, ctx: Context, state: AttentionState | StaticAttentionState | None = None):
+    def forward(
+        self,
+        x_BLD: Tensor,
+        ctx: Context,
+        state: AttentionState | StaticAttentionState | None = None,
+        last_only: bool = False,
+    ):
         q_BLC = self.q_proj(x_BLD)  # x_BLD may be int8 rows, which have no shape of their own
         b, length, _ = q_BLC.shape
         q_BLHK = q_BLC.view(b, length, self.n_heads, self.head_dim)
@@ -51,7 +57,7 @@ class Attention(nn.Module):
         else:
             state = state.append(k_BLGK, v_BLGK, ctx.seq_idx_BL)
             y_BLHK = attend_segments(q_BLHK, state, ctx.seq_idx_BL)
-        return self.o_proj(y_BLHK.flatten(2)), state
+        return self.o_proj((y_BLHK[:, -1:] if last_only else y_BLHK).flatten(2)), state
 
     def length_factor(self, ctx: Context, batch: int, length: int) -> Tensor:
         """(B or 1, L, H, 1) fp32."""

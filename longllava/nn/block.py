@@ -16,7 +16,10 @@ MIXERS: dict[str, type[Mamba] | type[Attention]] = {"mamba": Mamba, "attention":
 
 
 class Block(nn.Module):
-    """(B, L, D), context, state -> (B, L, D), state. The config says which mixer and feed-forward it holds."""
+    """(B, L, D), context, state -> (B, L, D), state. The config says which mixer and feed-forward it holds.
+
+    With last_only the mixer takes all tokens into its state, and only the last one's hidden state is made: (B, 1, D).
+    """
 
     def __init__(self, config: BackboneConfig, layer: int):
         super().__init__()
@@ -27,13 +30,15 @@ class Block(nn.Module):
             MixtureOfExperts(config) if config.has_experts(layer) else SwiGLU(config.width, config.mlp_width)
         )
 
-    def forward(self, x_BLD: Tensor, ctx: Context, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
-        mixed_BLD, state = self.mixer(self.mixer_norm(x_BLD), ctx, state)
-        x_BLD = x_BLD + mixed_BLD
+    def forward(
+        self, x_BLD: Tensor, ctx: Context, state: LayerState | None = None, last_only: bool = False
+    ) -> tuple[Tensor, LayerState]:
+        mixed_BLD, state = self.mixer(self.mixer_norm(x_BLD), ctx, state, last_only)
+        x_BLD = (x_BLD[:, -1:] if last_only else x_BLD) + mixed_BLD
         return x_BLD + self.ffn(self.ffn_norm(x_BLD), ctx), state
 
     def onward(
-        self, x_BLD: Tensor, fed_BLD: Tensor | None, ctx: Context, state: LayerState | None
+        self, x_BLD: Tensor, fed_BLD: Tensor | None, ctx: Context, state: LayerState | None, last_only: bool = False
     ) -> tuple[Tensor, Tensor, LayerState]:
         """`forward` of x + fed, whose own last sum is left to the next layer: each sum is made where it is normalised.
 
@@ -43,6 +48,6 @@ class Block(nn.Module):
             normed_BLD = self.mixer_norm(x_BLD)
         else:
             normed_BLD, x_BLD = self.mixer_norm.added(fed_BLD, x_BLD)
-        mixed_BLD, state = self.mixer(normed_BLD, ctx, state)
-        normed_BLD, x_BLD = self.ffn_norm.added(mixed_BLD, x_BLD)
+        mixed_BLD, state = self.mixer(normed_BLD, ctx, state, last_only)
+        normed_BLD, x_BLD = self.ffn_norm.added(mixed_BLD, x_BLD[:, -1:] if last_only else x_BLD)
         return x_BLD, self.ffn(normed_BLD, ctx), state

@@ -43,18 +43,26 @@ class Mamba(nn.Module):
         self.int8_rows_from = NEVER  # tokens a sequence from which out_proj gets int8 rows (longllava.quant)
         self.known_A: tuple[tuple[int, int, torch.device], Tensor] | None = None
 
-    def forward(self, x_BLD: Tensor, ctx: Context, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+    def forward(
+        self, x_BLD: Tensor, ctx: Context, state: MambaState | None = None, last_only: bool = False
+    ) -> tuple[Tensor, MambaState]:
         u_BLE, z_BLE = self.in_proj(x_BLD).chunk(2, dim=-1)
         taps = (self.conv_weight_EK, self.conv_bias_E)
         if isinstance(state, StaticMambaState):
             u_BLE = causal_conv1d_(u_BLE, *taps, state.conv_BKE, ctx.seq_idx_BL, "silu")
             y_BLE = selective_scan_(**self.scanned(u_BLE, z_BLE), state=state.scan_BEN, seq_idx=ctx.seq_idx_BL)
-            return self.out_proj(y_BLE), state
+            return self.out_proj(y_BLE[:, -1:] if last_only else y_BLE), state
         u_BLE, conv_BKE = causal_conv1d(u_BLE, *taps, state and state.conv_BKE, ctx.seq_idx_BL, "silu")
         int8 = u_BLE.shape[1] >= self.int8_rows_from and not (torch.is_grad_enabled() and u_BLE.requires_grad)
         rows_BLE, scan_BEN = selective_scan(
-            **self.scanned(u_BLE, z_BLE), state=state and state.scan_BEN, seq_idx=ctx.seq_idx_BL, quantized=int8
+            **self.scanned(u_BLE, z_BLE),
+            state=state and state.scan_BEN,
+            seq_idx=ctx.seq_idx_BL,
+            quantized=int8 and not last_only,
         )
+        if last_only:
+            assert isinstance(rows_BLE, Tensor)
+            rows_BLE = rows_BLE[:, -1:]
         return self.out_proj(rows_BLE), MambaState(conv_BKE, scan_BEN)
 
     def scanned(self, u_BLE: Tensor, z_BLE: Tensor) -> dict[str, Any]:

@@ -31,17 +31,19 @@ class Operations:
 def operations(
     config: ModelConfig, n_tokens: int, n_images: int = 0, tokens_per_image: int | None = None, *, n_past: int = 0
 ) -> Operations:
-    """Of reading n_tokens (those of the images among them) after n_past others, up to the first answer's token."""
+    """Of reading n_tokens (those of the images among them) after n_past others, up to the first answer's token. What
+    the last layer adds to the hidden state is made of the last token alone."""
     backbone, mixers = config.backbone, config.backbone.mixers()
     n_attention = mixers.count("attention")
-    multiplied = sum(layer_weights(backbone, layer) for layer in range(backbone.n_layers))
+    once = output_weights(backbone, backbone.n_layers - 1)
+    multiplied = sum(layer_weights(backbone, layer) for layer in range(backbone.n_layers)) - once
     seen = n_tokens * n_past + n_tokens * (n_tokens + 1) // 2  # pairs of a query and a key, the causal half alone
     bridge = 0
     if config.bridge is not None and config.encoder is not None:
         per_token = config.bridge.hidden * (config.encoder.width + backbone.width)
         bridge = 2 * n_images * (tokens_per_image or config.bridge.tokens_per_image) * per_token
     return Operations(
-        products=2 * n_tokens * multiplied + 2 * backbone.vocab_size * backbone.width,
+        products=2 * (n_tokens * multiplied + once + backbone.vocab_size * backbone.width),
         attention=4 * n_attention * backbone.n_heads * backbone.head_dim * seen,
         scan=n_tokens * (backbone.n_layers - n_attention) * scan_operations(backbone),
         encoder=n_images * encoder_operations(config.encoder) if config.encoder is not None else 0,
@@ -53,12 +55,19 @@ def layer_weights(config: BackboneConfig, layer: int) -> int:
     """Weights of one layer that a token is multiplied with: of a mixture, the router's and those of its few experts."""
     width, inner = config.width, config.d_inner()
     if config.mixers()[layer] == "attention":
-        mixer = 2 * width * config.head_dim * (config.n_heads + config.n_kv_heads)
+        state = width * config.head_dim * (config.n_heads + 2 * config.n_kv_heads)
     else:
-        mixer = inner * (3 * width + 2 * config.dt_rank + 2 * config.state_size)
-    mlp = 3 * width * config.mlp_width
+        state = inner * (2 * width + 2 * config.dt_rank + 2 * config.state_size)
+    return state + output_weights(config, layer)
+
+
+def output_weights(config: BackboneConfig, layer: int) -> int:
+    """Those among them that come after the layer's state: the mixer's output and the MLP."""
+    is_attention = config.mixers()[layer] == "attention"
+    mixer = config.width * (config.n_heads * config.head_dim if is_attention else config.d_inner())
+    mlp = 3 * config.width * config.mlp_width
     if config.has_experts(layer):
-        mlp = mlp * config.n_experts_per_token + width * config.n_experts
+        mlp = mlp * config.n_experts_per_token + config.width * config.n_experts
     return mixer + mlp
 
 

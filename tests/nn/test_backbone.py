@@ -211,3 +211,26 @@ def test_sums_made_in_the_norms_are_the_same_sums(variant):
     found, found_state = backbone.without_gradients(x_BLD, Context(), states[1])
     assert torch.allclose(found, truth, atol=1e-5)
     assert torch.allclose(found_state[0].scan_BEN, truth_state[0].scan_BEN, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_layers", [4, 5])  # the last one a Mamba, an attention layer
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_last_hidden_state_alone_is_the_last_of_all_and_the_state_is_the_same(variant, n_layers):
+    backbone = tiny(variant, n_layers=n_layers)
+    x_BLD = torch.randn(2, 9, 32)
+
+    def run(forward, *last_only):
+        return forward(x_BLD, Context(), backbone.empty_state(2, 9, "cpu", torch.float32), *last_only)
+
+    truth, truth_state = run(backbone)
+    for path in (backbone.forward, backbone.without_gradients, backbone.across_devices):
+        backbone.layer_devices = [x_BLD.device] * n_layers if path == backbone.across_devices else None
+        found, state = run(path, True)
+        assert found.shape == (2, 1, 32)
+        torch.testing.assert_close(found, truth[:, -1:], rtol=0, atol=1e-5)
+        for a, b in zip(state, truth_state, strict=True):
+            if isinstance(a, MambaState):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+            else:
+                torch.testing.assert_close(a.segments()[-1][:2], b.segments()[-1][:2], rtol=0, atol=1e-5)
