@@ -43,10 +43,10 @@ def spans(batch: int, length: int, shape: dict[str, int], device: torch.device) 
 
 
 def flags_of(seq_idx: Tensor | None) -> Tensor | None:
-    """(B, L) int8: 1 at padding, 2 where the state is emptied first."""
+    """(B, L) int8, row after row: 1 at padding, 2 where the state is emptied first."""
     if seq_idx is None:
         return None
-    return (seq_idx < 0).to(torch.int8) + 2 * reset_mask(seq_idx).to(torch.int8)
+    return ((seq_idx < 0).to(torch.int8) + 2 * reset_mask(seq_idx).to(torch.int8)).contiguous()
 
 
 def rows_of(**tensors: Tensor | None) -> dict[str, Any]:
