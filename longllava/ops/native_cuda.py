@@ -25,14 +25,24 @@ DEVICE = "cuda"  # tests set "cpu" and load the kernels' emulation
 REBUILD = "run `LONGLLAVA_CUDA=1 python csrc/build.py` in a clone, where nvcc is on PATH"
 
 
-def why_not(**tensors: Tensor | None) -> str | None:
-    """None when the kernels can run on these tensors, else one sentence."""
+def why_not(others: dict[str, Tensor | None], **tensors: Tensor | None) -> str | None:
+    """None when the kernels can run on these tensors, else one sentence. others: of any dtype, on the same GPU."""
     for name, x in tensors.items():
         if x is not None and x.device.type != DEVICE:
             return f"needs CUDA tensors, got {name} on {x.device.type}"
         if x is not None and x.dtype not in DTYPES:
             return f"takes float32, bfloat16 or float16, got {name} in {str(x.dtype).removeprefix('torch.')}"
-    return missing()
+    return elsewhere(**tensors, **others) or missing()
+
+
+def elsewhere(**tensors: Tensor | None) -> str | None:
+    """A sentence where not all are on one device: a kernel is given addresses, and a wrong one ends the process."""
+    there = [(name, x) for name, x in tensors.items() if x is not None]
+    first = there[0][1].get_device()
+    for name, x in there:
+        if x.get_device() != first:
+            return f"takes tensors on one device, got {name} on {x.device} and {there[0][0]} on {there[0][1].device}"
+    return None
 
 
 @constant_when_traced

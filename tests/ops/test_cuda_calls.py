@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from longllava.ops import native_cuda
 from longllava.ops.causal_conv1d import cases as conv_cases
 from longllava.ops.causal_conv1d import cuda as conv
 from longllava.ops.causal_conv1d import reference as conv_reference
+from longllava.ops.int8_linear import cuda as int8
 from longllava.ops.selective_scan import cases as scan_cases
 from longllava.ops.selective_scan import cuda as scan
 from longllava.ops.selective_scan import reference as scan_reference
@@ -32,3 +36,34 @@ def test_seq_idx_may_lie_column_by_column(op, reference, cases, on_cpu) -> None:
     at = cases.NAMES.index("seq_idx")
     args[at] = args[at].t().contiguous().t()
     assert_matches(op.run, reference.run, cases.NAMES, args, 2e-6)
+
+
+def on_devices(args, elsewhere: int, other: str) -> list:
+    """Tensors of a GPU that is not there, but one of another device; others as they are."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return [
+            torch.empty(x.shape, dtype=x.dtype, device=other if i == elsewhere else "cuda:0")
+            if isinstance(x, torch.Tensor) else x
+            for i, x in enumerate(args)
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", ["cpu", "cuda:1"])
+def test_a_tensor_on_another_device_is_refused_by_name(other, monkeypatch) -> None:
+    """Its address would be read on the first one: an illegal access, after which no CUDA call works any more."""
+    monkeypatch.setattr(native_cuda, "missing", lambda: None)
+    monkeypatch.setattr(int8, "_cannot_run_on", lambda device: None)
+    monkeypatch.setattr(native_cuda, "n_processors", lambda device: 4)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda x: 0)
+    product = (torch.zeros(300, 128, dtype=torch.int8), torch.zeros(264, 128, dtype=torch.int8), torch.ones(264))
+    for op, names, args in (
+        (scan, scan_cases.NAMES, replace(scan_cases.PLAIN, packing="left").inputs()),
+        (conv, conv_cases.NAMES, replace(conv_cases.PLAIN, packing="left").inputs()),
+        (int8, ("x", "weight", "scale", "bias", "x_scale"), (*product, torch.ones(264), torch.ones(300))),
+    ):
+        rest = (None, "dynamic", torch.bfloat16) if op is int8 else ()
+        assert op.why_not(*on_devices(args, -1, other), *rest) is None
+        for i, (name, x) in enumerate(zip(names, args)):
+            if isinstance(x, torch.Tensor):
+                reason = str(op.why_not(*on_devices(args, i, other), *rest))
+                assert f"got {name} on {other}" in reason or (i == 0 and "on cuda:0 and" in reason), (op, reason)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +19,16 @@ NO_ROWS = (0, 0, 0)
 
 
 def why_not(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None, *rest: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    activation: str | None = None,
 ) -> str | None:
     if weight.shape[1] > MAX_TAPS:
         return f"takes at most {MAX_TAPS} taps, got {weight.shape[1]}"
-    return native_cuda.why_not(x=x, state=state)
+    return native_cuda.why_not({"weight": weight, "bias": bias, "seq_idx": seq_idx}, x=x, state=state)
 
 
 def _call(

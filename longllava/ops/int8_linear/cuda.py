@@ -68,6 +68,8 @@ def why_not(
             return f"needs CUDA tensors, got {name} on {tensor.device.type}"
         if tensor.dtype == torch.int8 and tensor.data_ptr() % 16:
             return f"takes tensors that begin at multiples of 16 bytes, got {name} {tensor.data_ptr() % 16} after one"
+    if reason := native_cuda.elsewhere(x=x, weight=weight, scale=scale, bias=bias, x_scale=x_scale):
+        return reason
     if x_scale is None and (reason := triton.why_not_quantize(x)) is not None:
         return f"has rows quantised by Triton, which says: {reason}"
     return native_cuda.missing() or _cannot_run_on(x.device) or _too_few_tiles(n_rows, weight.shape[0], x.device)

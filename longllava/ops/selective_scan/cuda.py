@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -23,11 +21,15 @@ def why_not(
     C: Tensor,
     D: Tensor | None = None,
     z: Tensor | None = None,
-    *rest: Any,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> str | None:
     if not 1 <= A.shape[1] <= MAX_STATES:
         return f"takes 1 to {MAX_STATES} states per channel, got {A.shape[1]}"
-    return native_cuda.why_not(u=u, delta=delta, B=B, C=C, z=z)
+    others = {"A": A, "D": D, "delta_bias": delta_bias, "state": state, "seq_idx": seq_idx}
+    return native_cuda.why_not(others, u=u, delta=delta, B=B, C=C, z=z)
 
 
 def saved_shape(batch: int, length: int, channels: int, n_states: int) -> tuple[int, ...]:
