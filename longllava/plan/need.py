@@ -100,7 +100,7 @@ def encoder_workspace(config: EncoderConfig, value_bytes: int) -> int:
     """Of one picture: its pixels as they come and normalised, and one layer's tensors."""
     pixels = 3 * config.image_size**2
     n_tokens = config.grid() ** 2 + (config.class_token and not config.stem_widths)
-    attention = 5 * n_tokens * config.width + 2 * config.n_heads * n_tokens**2
+    attention = 5 * n_tokens * config.width
     mlp = 2 * n_tokens * config.width + 3 * n_tokens * config.mlp_width
     side, stem = config.image_size, 0
     for width, stride in zip(config.stem_widths, config.stem_strides):

@@ -10,6 +10,7 @@ from longllava.encoders.vit import patch_rows
 from longllava.nn import linear
 from longllava.ops.vision import linear_activated
 
+STEM = {"image_size": 32, "patch_size": 8, "stem_widths": (8, 16), "stem_strides": (4, 2), "stem_blocks": (1, 2)}
 SMALL = {"image_size": 28, "patch_size": 7, "width": 32, "n_layers": 3, "n_heads": 2, "mlp_width": 64}
 
 
@@ -18,14 +19,20 @@ def encoder(**changes):
     built = build_encoder(EncoderConfig(**{**SMALL, "select_layer": -1, **changes})).eval()
     for parameter in built.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    for name, statistic in built.named_buffers():
+        if "running" in name:  # of the stem's norms
+            torch.nn.init.uniform_(statistic, 0.5, 2.0)
     return built
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("changes", [{}, {"select_layer": -4}, {"pre_norm": False, "class_token": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"select_layer": -4}, {"pre_norm": False, "class_token": False}, STEM], ids=str
+)
 def test_without_gradients_it_gives_the_same(activation, changes):
     vit = encoder(activation=activation, **changes)
-    pixels = torch.randint(0, 256, (3, 3, 28, 28), generator=torch.Generator().manual_seed(1)).byte()
+    side = vit.config.image_size
+    pixels = torch.randint(0, 256, (3, 3, side, side), generator=torch.Generator().manual_seed(1)).byte()
     truth = vit(pixels).detach()
     with torch.no_grad():
         found = vit(pixels)
