@@ -102,8 +102,16 @@ LONGLLAVA_EXPORT int longllava_cuda_scan_backward(const ScanArguments* args) {
   return p.dtype == 0 ? scan_backward_fp32(p) : p.dtype == 1 ? scan_backward_bf16(p) : scan_backward_fp16(p);
 }
 
-// Bytes of shared memory that a block of 64 channels needs backward.
-LONGLLAVA_EXPORT int64_t longllava_cuda_scan_backward_bytes() { return sizeof(BackwardShared<64>); }
+// Bytes of shared memory that a block of the forward kernel needs at least, for a `dtype` of ScanArguments.
+LONGLLAVA_EXPORT int64_t longllava_cuda_scan_forward_bytes(int dtype) {
+  if (dtype == 0) return sizeof(ForwardShared<float, SMALL_TOKENS, SMALL_DEPTH>);
+  return sizeof(ForwardShared<bf16, SMALL_TOKENS, SMALL_DEPTH>);
+}
+
+// Bytes of shared memory that a block of 64 channels needs backward, or one of 32.
+LONGLLAVA_EXPORT int64_t longllava_cuda_scan_backward_bytes(int channels) {
+  return channels == 64 ? sizeof(BackwardShared<64>) : sizeof(BackwardShared<32>);
+}
 
 // Bytes of shared memory that a block of the forward kernel needs for int8 rows.
 LONGLLAVA_EXPORT int64_t longllava_cuda_scan_int8_bytes() { return INT8_BYTES<bf16, SCAN_CHUNK, 1>; }

@@ -12,6 +12,7 @@ namespace longllava {
 constexpr int SCAN_STATES = 16;    // that a channel has here; fewer are filled up with zeros
 constexpr int SCAN_CHANNELS = 64;  // of a block
 constexpr int SCAN_CHUNK = 32;     // tokens between two saved states
+constexpr int SMALL_TOKENS = 16, SMALL_DEPTH = 2;  // of a tile, and tiles ahead, where there is no room for more
 
 struct ScanArguments {
   int64_t bytes;  // sizeof(ScanArguments), to catch a caller of another version

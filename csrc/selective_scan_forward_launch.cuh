@@ -30,11 +30,11 @@ template <class T> int scan_forward_of(const ScanArguments& p) {
     }
     return -1;  // the caller was to see to that
   }
-  if (!fast) return scan_forward_as<T, 16, 2, false>(p);
+  if (!fast) return scan_forward_as<T, SMALL_TOKENS, SMALL_DEPTH, false>(p);
   if constexpr (sizeof(T) == 2) {  // an A100 has no room for tiles of 32 tokens
     if (shared_memory_limit() >= int64_t(sizeof(ForwardShared<T, 32, 1>))) return scan_forward_as<T, 32, 1, true>(p);
   }
-  return scan_forward_as<T, 16, 2, true>(p);
+  return scan_forward_as<T, SMALL_TOKENS, SMALL_DEPTH, true>(p);
 }
 
 }  // namespace longllava

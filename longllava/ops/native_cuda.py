@@ -19,7 +19,7 @@ from longllava.ops import upstream_support
 from longllava.ops.dispatch import constant_when_traced
 
 PATH = Path(__file__).resolve().parent.parent / "lib" / "liblongllava_cuda.so"
-ABI = 5  # csrc/trial.cu holds the same number; raise both when the C interface changes
+ABI = 6  # csrc/trial.cu holds the same number; raise both when the C interface changes
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/device.cuh
 DEVICE = "cuda"  # tests set "cpu" and load the kernels' emulation
 REBUILD = "run `LONGLLAVA_CUDA=1 python csrc/build.py` in a clone, where nvcc is on PATH"
@@ -98,14 +98,14 @@ def function(name: str) -> Any:
 
 
 @functools.lru_cache
-def constant(name: str) -> int:
-    """A number that the library states by a function of no arguments. Raises BackendError without a library."""
+def constant(name: str, *of: int) -> int:
+    """A number that the library states by a function of small integers. Raises BackendError without a library."""
     library, reason = _loaded()
     if library is None:
         raise BackendError(str(reason))
     entry = getattr(library, name)
     entry.restype = ctypes.c_int64
-    return int(entry())
+    return int(entry(*of))
 
 
 def succeed(code: int, op: str) -> None:

@@ -242,7 +242,7 @@ def test_a_library_that_is_missing_or_of_another_interface_is_a_reason(on_cpu, m
     assert scan.why_not(u, u.double(), u[0], u, u) == "takes float32, bfloat16 or float16, got delta in float64"
     monkeypatch.setattr(native_cuda, "ABI", 99)
     forget()
-    assert str(native_cuda.missing()).startswith("the CUDA kernels speak interface 5, this longllava needs 99; run `")
+    assert str(native_cuda.missing()).startswith("the CUDA kernels speak interface 6, this longllava needs 99; run `")
     monkeypatch.setattr(native_cuda, "PATH", tmp_path / "nowhere.so")
     forget()
     assert str(native_cuda.missing()).startswith("the CUDA kernels are not built (")

@@ -16,6 +16,7 @@ from longllava.ops.causal_conv1d import reference as conv_reference
 from longllava.ops.int8_linear import cuda as int8
 from longllava.ops.selective_scan import cases as scan_cases
 from longllava.ops.selective_scan import cuda as scan
+from longllava.ops.selective_scan import cuda_launch as launch
 from longllava.ops.selective_scan import reference as scan_reference
 from tests.ops.emulation import emulated
 from tests.ops.parity import assert_matches, poison_empty
@@ -52,6 +53,7 @@ def on_devices(args, elsewhere: int, other: str) -> list:
 def test_a_tensor_on_another_device_is_refused_by_name(other, monkeypatch) -> None:
     """Its address would be read on the first one: an illegal access, after which no CUDA call works any more."""
     monkeypatch.setattr(native_cuda, "missing", lambda: None)
+    monkeypatch.setattr(launch, "lacks_room", lambda *args: None)
     monkeypatch.setattr(int8, "_cannot_run_on", lambda device: None)
     monkeypatch.setattr(native_cuda, "n_processors", lambda device: 4)
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda x: 0)
@@ -67,3 +69,19 @@ def test_a_tensor_on_another_device_is_refused_by_name(other, monkeypatch) -> No
             if isinstance(x, torch.Tensor):
                 reason = str(op.why_not(*on_devices(args, i, other), *rest))
                 assert f"got {name} on {other}" in reason or (i == 0 and "on cuda:0 and" in reason), (op, reason)
+
+
+@pytest.mark.parametrize(("dtype", "gradients", "words"), [
+    (torch.bfloat16, False, None),
+    (torch.float16, True, "needs 101664 bytes of shared memory for gradients, and cpu has 101376 for a block"),
+    (torch.float32, False, "needs 138240 bytes of shared memory for float32, and cpu has 101376 for a block"),
+])  # fmt: skip
+def test_a_gpu_of_little_shared_memory_gets_the_scan_that_fits(dtype, gradients, words, on_cpu, monkeypatch) -> None:
+    args = replace(scan_cases.PLAIN, dtype=dtype).inputs()
+    args[0].requires_grad_(gradients)
+    assert scan.why_not(*args) is None
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 99 * 1024)  # compute capability 8.6, 8.9, 12.0
+    launch._lacks_room.cache_clear()
+    found = scan.why_not(*args)
+    launch._lacks_room.cache_clear()
+    assert found == words

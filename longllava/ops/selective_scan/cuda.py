@@ -29,7 +29,11 @@ def why_not(
     if not 1 <= A.shape[1] <= MAX_STATES:
         return f"takes 1 to {MAX_STATES} states per channel, got {A.shape[1]}"
     others = {"A": A, "D": D, "delta_bias": delta_bias, "state": state, "seq_idx": seq_idx}
-    return native_cuda.why_not(others, u=u, delta=delta, B=B, C=C, z=z)
+    if reason := native_cuda.why_not(others, u=u, delta=delta, B=B, C=C, z=z):
+        return reason
+    floats = (u, delta, A, B, C, D, z, delta_bias, state)
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
+    return cuda_launch.lacks_room(u.device, native_cuda.common_dtype(u, delta, B, C, z), gradients)
 
 
 def saved_shape(batch: int, length: int, channels: int, n_states: int) -> tuple[int, ...]:

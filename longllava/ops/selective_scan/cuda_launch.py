@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longllava.ops import native_cuda
+from longllava.ops.dispatch import constant_when_traced
 from longllava.ops.native_cuda import address, plain, rowed, rows
 from longllava.ops.selective_scan.triton_launch import flags_of
 
@@ -108,22 +109,44 @@ def writes_int8(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None
         and is_wide(u, delta, B, C, z)
         and 0 < batch * n_blocks(channels) <= native_cuda.n_processors(u.device)
         and spans(batch, length, channels, u.device)[0] == 1
-        and has_room(u.device, "longllava_cuda_scan_int8_bytes")
+        and shared_memory(u.device) >= native_cuda.constant("longllava_cuda_scan_int8_bytes")
     )
 
 
 @functools.lru_cache
-def has_room(device: torch.device, of: str) -> bool:
-    """Whether a block may have as much shared memory as that function of the library says."""
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it that a block may have: an H100's for the emulation, an A100's where torch does not say."""
     if device.type != "cuda":
-        return True
-    has: int = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return has >= native_cuda.constant(of)
+        return 227 * 1024
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 163 * 1024)
 
 
 def backward_block(device: torch.device) -> int:
     """Channels of a block: 64 where its 190 KB of shared memory are to be had (H100), half of it elsewhere (A100)."""
-    return CHANNELS if has_room(device, "longllava_cuda_scan_backward_bytes") else CHANNELS // 2
+    wanted = native_cuda.constant("longllava_cuda_scan_backward_bytes", CHANNELS)
+    return CHANNELS if shared_memory(device) >= wanted else CHANNELS // 2
+
+
+@constant_when_traced
+def lacks_room(device: torch.device, dtype: torch.dtype, gradients: bool) -> str | None:
+    """A sentence where the smallest blocks need more shared memory than there is. GPUs of capability 8.6, 8.9 and 12.0
+    have 99 KB for a block: for 16 bits forward just enough."""
+    return _lacks_room(device, dtype, gradients)
+
+
+@functools.lru_cache
+def _lacks_room(device: torch.device, dtype: torch.dtype, gradients: bool) -> str | None:
+    number = native_cuda.DTYPES[dtype]
+    wanted = {str(dtype).removeprefix("torch."): ("longllava_cuda_scan_forward_bytes", number)}
+    if gradients:
+        wanted["gradients"] = ("longllava_cuda_scan_backward_bytes", CHANNELS // 2)
+    for what, of in wanted.items():
+        if native_cuda.constant(*of) > shared_memory(device):
+            return (
+                f"needs {native_cuda.constant(*of)} bytes of shared memory for {what}, and {device} has "
+                f"{shared_memory(device)} for a block"
+            )
+    return None
 
 
 def gradients(
