@@ -14,17 +14,17 @@ __device__ __forceinline__ void conv_finish(T* to, float (&y)[N], bool silu) {
   conv_write<T, N>(to, y);
 }
 
-// The tokens begin .. end - 1, which are all there (WHOLE: RUN of them). Rows stay as they lie in memory: half of the
+// The tokens begin .. end - 1, which are all there (WHOLE: CONV_RUN of them). Rows stay as they lie in memory: half of the
 // registers, and a bf16 becomes a float in one instruction.
-template <class T, int N, int TAPS, int RUN, int AHEAD, bool WHOLE>
-__device__ __forceinline__ void conv_walk(const ConvArguments& p, const ConvPlace<N, RUN>& at,
+template <class T, int N, int TAPS, bool WHOLE>
+__device__ __forceinline__ void conv_walk(const ConvArguments& p, const ConvPlace<N, CONV_RUN>& at,
                                           const ConvWeights<N, TAPS>& weights) {
-  constexpr int PAST = TAPS - 1;
-  static_assert(RUN % AHEAD == 0, "a whole run is a number of steps");
+  constexpr int PAST = TAPS - 1, AHEAD = CONV_AHEAD;
+  static_assert(CONV_RUN % AHEAD == 0, "a whole run is a number of steps");
   Several<T, N> line[PAST + AHEAD], next[AHEAD];  // line[j + k]: what tap k of a step's token j reads
   const T* x = static_cast<const T*>(p.x.data) + at.batch * p.x.batch_stride + at.begin * p.x.step + at.channel;
   T* y = static_cast<T*>(p.y.data) + at.batch * p.y.batch_stride + at.begin * p.y.step + at.channel;
-  const int count = WHOLE ? RUN : int(at.end - at.begin);
+  const int count = WHOLE ? CONV_RUN : int(at.end - at.begin);
   const auto ask = [&](int from) {
 #pragma unroll
     for (int j = 0; j < AHEAD; ++j)
@@ -93,8 +93,8 @@ conv_forward(const __grid_constant__ ConvArguments p) {
   if (!at.exists) return;
   const ConvWeights<N, TAPS> weights(p, at.channel);
   if constexpr (PACKED) conv_gather<T, N, TAPS>(p, at, weights);
-  else if (at.end - at.begin == CONV_RUN) conv_walk<T, N, TAPS, CONV_RUN, CONV_AHEAD, true>(p, at, weights);
-  else conv_walk<T, N, TAPS, CONV_RUN, CONV_AHEAD, false>(p, at, weights);
+  else if (at.end - at.begin == CONV_RUN) conv_walk<T, N, TAPS, true>(p, at, weights);
+  else conv_walk<T, N, TAPS, false>(p, at, weights);
   if (at.begin != 0) return;
   Several<T, N> kept[CONV_MAX_TAPS - 1];  // state_out may be state: all of it is read before any is written
 #pragma unroll

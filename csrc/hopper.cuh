@@ -159,14 +159,14 @@ __device__ __forceinline__ void multiply(int (&sum)[128], uint64_t a, uint64_t b
 #undef LONGLLAVA_FOUR
 
 // The driver's function, found at run time: the library is not linked against the driver.
-inline decltype(&cuTensorMapEncodeTiled) encoder() {
+inline decltype(&cuTensorMapEncodeTiled) map_encoding_function() {
   static void* found = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult state = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &state);
+    code_of(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &state));
 #else
-    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &state);
+    code_of(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &state));
 #endif
     return state == cudaDriverEntryPointSuccess ? function : nullptr;
   }();
@@ -177,11 +177,11 @@ inline decltype(&cuTensorMapEncodeTiled) encoder() {
 // rows, their pieces of 16 bytes mixed within `swizzle` bytes. Returns an error, 0 if none.
 inline int describe(TensorMap& map, int size, const void* data, int64_t rows, int64_t columns, int box_rows,
                     int box_columns, int swizzle) {
-  if (encoder() == nullptr) return cudaErrorNotSupported;
+  if (map_encoding_function() == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(columns * size)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
-  const CUresult result = encoder()(
+  const CUresult result = map_encoding_function()(
       &map, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(data),
       sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       swizzle == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

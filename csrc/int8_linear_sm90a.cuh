@@ -58,15 +58,15 @@ __device__ __forceinline__ void multiply_tiles(const TensorMap* y, const Int8Pro
                                                int n_across, int n_stages) {
   constexpr int OWN = COLUMNS / WARPGROUP;  // scales that a thread brings
   constexpr int BEGUN = 3;                  // the barrier that the second warpgroup begins at
-  const int group = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP, lane = thread % 32;
+  const int warpgroup = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP, lane = thread % 32;
   const int rank = cluster_rank();
-  const int inside = group * 64 + thread / 32 * 16;  // of the tile, this warp's rows
-  float* scales = reinterpret_cast<float*>(shared + SCALE_PLACE) + group * 2 * COLUMNS;
-  unsigned char* buffers = shared + PUT_PLACE + (group * 4 + thread / 32) * PUTS * PUT_BYTES;
+  const int inside = warpgroup * 64 + thread / 32 * 16;  // of the tile, this warp's rows
+  float* scales = reinterpret_cast<float*>(shared + SCALE_PLACE) + warpgroup * 2 * COLUMNS;
+  unsigned char* buffers = shared + PUT_PLACE + (warpgroup * 4 + thread / 32) * PUTS * PUT_BYTES;
   int buffer = 0;
   // a stage apart, one of them multiplies while the other writes
-  bool alone = p.staggered && group == 0;
-  if (p.staggered && group == 1) meet_at<2 * WARPGROUP>(BEGUN);
+  bool alone = p.staggered && warpgroup == 0;
+  if (p.staggered && warpgroup == 1) meet_at<2 * WARPGROUP>(BEGUN);
   Ring ring;
   for (int i = blockIdx.x / CLUSTER; i < n_down * n_across; i += gridDim.x / CLUSTER) {
     const Tile tile(i, n_down, n_across, static_cast<int>(p.group));
@@ -89,7 +89,7 @@ __device__ __forceinline__ void multiply_tiles(const TensorMap* y, const Int8Pro
     for (int k = 0; k < n_stages; ++k) {
       unsigned char* place = shared + ring.stage * STAGE_BYTES;
       wait(full + ring.stage, ring.parity);
-      const uint64_t a = operand(place + group * 64 * STAGE_INPUTS), b = operand(place + X_BYTES);
+      const uint64_t a = operand(place + warpgroup * 64 * STAGE_INPUTS), b = operand(place + X_BYTES);
       begin_products();
 #pragma unroll
       for (int step = 0; step < STAGE_INPUTS / STEP_INPUTS; ++step)
@@ -105,13 +105,13 @@ __device__ __forceinline__ void multiply_tiles(const TensorMap* y, const Int8Pro
     settle(sum);
     release(empty + before);
     if (alone) pass<2 * WARPGROUP>(BEGUN), alone = false;
-    meet_at<WARPGROUP>(1 + group);
+    meet_at<WARPGROUP>(1 + warpgroup);
 #pragma unroll
     for (int n = 0; n < OWN; ++n) {
       scales[n * WARPGROUP + thread] = own_scale[n];
       scales[COLUMNS + n * WARPGROUP + thread] = own_bias[n];
     }
-    meet_at<WARPGROUP>(1 + group);
+    meet_at<WARPGROUP>(1 + warpgroup);
     write<T>(sum, scales, x_scale, p, y, buffers, buffer, row, column);
   }
   if (lane == 0) wait_puts();

@@ -5,11 +5,6 @@
 
 namespace longllava {
 
-template <class T> __device__ __forceinline__ uint32_t two(float x, float y) {
-  const Pair<T> pair = pair_from(x, y, T{});
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 // Without a bias -0, which adds nothing to any number, a zero's sign included.
 __device__ __forceinline__ float bias_at(const Int8ProductArguments& p, int column) {
   if (p.bias == nullptr) return -0.0f;
@@ -39,8 +34,8 @@ __device__ __forceinline__ void write(const int (&sum)[COLUMNS / 2], const float
       const float2 bias = *reinterpret_cast<const float2*>(scales + COLUMNS + at);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        bits[2 * b + half] = two<T>(scaled(sum[4 * j + 2 * half], scale.x, x_scale[half], bias.x),
-                                    scaled(sum[4 * j + 2 * half + 1], scale.y, x_scale[half], bias.y));
+        bits[2 * b + half] = bits_from(scaled(sum[4 * j + 2 * half], scale.x, x_scale[half], bias.x),
+                                       scaled(sum[4 * j + 2 * half + 1], scale.y, x_scale[half], bias.y), T{}).bits;
     }
     unsigned char* place = buffers + buffer * PUT_BYTES;
     if (lane == 0) wait_read_puts<PUTS - 1>();
