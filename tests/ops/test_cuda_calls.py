@@ -85,3 +85,11 @@ def test_a_gpu_of_little_shared_memory_gets_the_scan_that_fits(dtype, gradients,
     found = scan.why_not(*args)
     launch._lacks_room.cache_clear()
     assert found == words
+
+
+def test_rows_scales_in_16_bits_are_read_as_such(on_cpu, monkeypatch) -> None:
+    monkeypatch.setattr(native_cuda, "n_processors", lambda device: 4)
+    x, weight = torch.ones(130, 128, dtype=torch.int8), torch.ones(8, 128, dtype=torch.int8)
+    x_scale = torch.arange(130).half()
+    y = int8.run(x, weight, torch.ones(8), None, x_scale, None, "dynamic", torch.bfloat16)
+    assert torch.equal(y, (128 * x_scale.float()).bfloat16()[:, None].expand(130, 8))

@@ -108,7 +108,7 @@ def run(
     y = x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
     if x_scale is None:
         x, x_scale = triton.quantize_rows(x)
-    x, weight, x_scale, scale = x.contiguous(), weight.contiguous(), x_scale.contiguous(), scale.contiguous()
+    x, weight, x_scale, scale = x.contiguous(), weight.contiguous(), x_scale.float().contiguous(), scale.contiguous()
     if bias is not None:
         bias = (bias if bias.dtype in native_cuda.DTYPES else bias.float()).contiguous()
     packed = arguments(x, weight, x_scale, scale, bias, y, launch or choose_launch(weight.shape[0], weight.shape[1]))
