@@ -110,6 +110,7 @@ def draw_lengths(file: BinaryIO, title: str, checks: Sequence[SourceCheck]) -> N
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     counted = [one for one in checks if one.lengths]
     longest = max(max(one.lengths) for one in counted)
@@ -120,5 +121,9 @@ def draw_lengths(file: BinaryIO, title: str, checks: Sequence[SourceCheck]) -> N
     edges = np.geomspace(max(1, shortest), longest + 1, BINS + 1).tolist()
     axes.hist([one.lengths for one in counted], bins=edges, stacked=True, label=[one.config.name for one in counted])
     axes.set(xscale="log", xlabel="tokens a sample", ylabel="samples looked at", title=title)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))  # not 6.32 x 10^1
+    if longest < 10 * shortest:  # else tens and hundreds suffice
+        axes.set_xticks(np.unique(np.geomspace(max(1, shortest), longest + 1, 5).round()))
+        axes.minorticks_off()
     axes.legend(fontsize="small")
     figure.savefig(file, format="png", dpi=120)

@@ -8,15 +8,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from longllava.checkpoints.load import ASSETS
 from longllava.config import ModelConfig
 from longllava.data.check import check_recipe
-from longllava.data.check_report import coloured, show_check, write_check
+from longllava.data.check_report import coloured, draw_lengths, show_check, write_check
 from longllava.data.own import OWNERS, QUESTION, THINGS_EACH, drawn, pool, write_own_data
 from longllava.data.recipes import Recipe, RecipeConfig
 from longllava.data.worlds.words import name_of, one
@@ -62,6 +64,20 @@ def recipe(folder: Path, *, n: int = 300, broken: int = 0, bad: int = 0) -> Path
         "  - {name: world, kind: world, task: caption, licence: CC0, origin: here, weight: 1}\n"
     )
     return path
+
+
+@pytest.mark.parametrize(("lengths", "shown"), [([63], ["63", "64"]), ([40, 120], ["40", "53", "70", "92", "121"]),
+                                                ([5, 3000], ["10", "100", "1,000"])])  # fmt: skip
+def test_lengths_are_written_as_numbers(lengths: list[int], shown: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn_figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn_figures.append(figure))
+    draw_lengths(io.BytesIO(), "own", [SimpleNamespace(lengths=lengths, config=SimpleNamespace(name="own"))])
+    (axes,) = drawn_figures[0].axes
+    drawn_figures[0].canvas.draw()
+    low, high = axes.get_xlim()
+    ticks = [*axes.xaxis.get_major_ticks(), *axes.xaxis.get_minor_ticks()]
+    assert [tick.label1.get_text() for tick in ticks
+            if low <= tick.get_loc() <= high and tick.label1.get_text()] == shown  # fmt: skip
 
 
 def test_counts_lengths_and_reasons(tmp_path: Path, processor: Processor) -> None:
