@@ -43,9 +43,12 @@ def fingerprint(model: Model) -> str:
 
 
 def save(session: Session, path: str | Path) -> Path:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: it is a folder; name a file to save the session in")
     waiting = [piece for piece in session.waiting if isinstance(piece, (Markup, Plain))]
     about = {
         "format": FORMAT,
@@ -60,7 +63,10 @@ def save(session: Session, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         staged = Path(folder) / path.name
-        save_file(tensors_of(session.compact()), staged, metadata={"session": json.dumps(about)})
+        try:
+            save_file(tensors_of(session.compact()), staged, metadata={"session": json.dumps(about)})
+        except SafetensorError as error:  # a full disk
+            raise CheckpointError(f"{path}: cannot be written: {' '.join(str(error).split())}") from None
         os.chmod(staged, 0o644)
         with staged.open("rb+") as file:
             os.fsync(file.fileno())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from longllava.errors import CheckpointError
@@ -53,6 +53,21 @@ def test_an_empty_session_saves_too(tmp_path):
 
 def test_only_the_file_is_left(saved):
     assert [path.name for path in saved[1].parent.iterdir()] == ["album.session"]
+
+
+def test_a_save_that_cannot_be_made_names_the_file(saved, monkeypatch):
+    album, path = saved
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="folder: it is a folder; name a file"):
+        album.save(path.parent)
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(CheckpointError, match=r"album.session: cannot be written: .*No space left"):
+        album.save(path)
+    assert path.read_bytes() == before and [one.name for one in path.parent.iterdir()] == ["album.session"]
 
 
 def test_another_models_session_is_refused(saved):
