@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from longllava.errors import InputError
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
@@ -19,7 +22,7 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming(path), os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -33,8 +36,24 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """A failed write (a full disk) names the file: the system does so only where one is opened."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_text(path: str | Path, text: str) -> Path:
-    return write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+    try:
+        content = text.encode("utf-8")
+    except UnicodeEncodeError as error:  # a name that the system gave us in another encoding
+        part = text[max(0, error.start - 20) : error.end + 20]
+        raise InputError(f"{str(path)!a}: {part!a} in it is not Unicode text; rename that file or folder") from None
+    return write_atomic(path, lambda file: file.write(content))
 
 
 def write_json(path: str | Path, value: Any) -> Path:

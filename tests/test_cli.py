@@ -119,6 +119,11 @@ def test_generate_as_json_from_stdin(calls: list[tuple]) -> None:
     assert calls[0] == ("load", "other", "cpu")
 
 
+def test_json_is_json_where_the_terminal_has_ascii_alone(calls: list[tuple]) -> None:
+    result = CliRunner(charset="ascii").invoke(app, ["generate", "ein Bär 🐼", "--json"])
+    assert json.loads(result.output)["prompt"] == "ein Bär 🐼"
+
+
 def test_how_media_are_read(calls: list[tuple]) -> None:
     arguments = [
         "--fps",
@@ -235,6 +240,7 @@ def test_expand(tmp_path: Path) -> None:
     for name in ("f2.jpg", "f10.JPG", "f1.png", "readme.md"):
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/a.avif").touch()  # of a format that is not read
     folder = str(tmp_path)
     assert expand([folder]) == [f"{folder}/f1.png", f"{folder}/f2.jpg", f"{folder}/f10.JPG"]
     assert expand([f"{folder}/f*.[jJ]*"]) == [f"{folder}/f2.jpg", f"{folder}/f10.JPG"]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from longllava.checkpoints.folders import INDEX, UNFINISHED, WEIGHTS
 from longllava.checkpoints.stored import DTYPES
 from longllava.errors import CheckpointError
-from longllava.files import sync_folder, write_json
+from longllava.files import naming, sync_folder, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ def write_tensors(path: Path, outputs: Mapping[str, Output]) -> None:
         header[key] = {"dtype": CODES[name], "shape": list(outputs[key].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in keys:
             write_tensor(file, key, outputs[key])

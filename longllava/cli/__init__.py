@@ -5,8 +5,11 @@ Torch loads only when a command runs.
 
 from __future__ import annotations
 
+import io
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -63,15 +66,31 @@ def options(
 
 def run(command: Callable[[], Any], name: str = "longllava") -> None:
     """Call it. What the caller can mend is one sentence on stderr and exit code 1; Ctrl-C is 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may have no letter for an answer or a file's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()
     except LongLLaVAError as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:  # a full disk, a folder that may not be written: the system names the file
-        sys.exit(f"{name}: {error}")
+    except OSError as error:  # a full disk, a folder that may not be written
+        files = " -> ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
+        sys.exit(f"{name}: {files + ': ' if files else ''}{error.strerror or error}")
+
+
+def one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our own warnings are for who runs the command: the place in the code would not help."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"longllava: warning: {message}\n"
+    return usual(message, category, filename, lineno, line)
+
+
+usual = warnings.formatwarning
 
 
 def main() -> None:
+    warnings.formatwarning = one_line
     run(app)

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from longllava.errors import InputError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif"})
-
 
 def expand(names: Iterable[str]) -> list[str]:
     """Pictures in the order given; a folder's and a pattern's in natural order (frame2 before frame10).
@@ -27,13 +25,15 @@ def expand(names: Iterable[str]) -> list[str]:
 
 
 def expand_local(name: str) -> list[str]:
+    from longllava.inputs.video import PICTURES  # those that are read
+
     path = Path(name).expanduser()
     if path.is_file():
         return [str(path)]
     if path.is_dir():
-        inside = [str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()]
+        inside = [str(p) for p in path.iterdir() if p.suffix.lower() in PICTURES and p.is_file()]
         if not inside:
-            raise InputError(f"--image {name}: the folder holds no pictures ({' '.join(sorted(SUFFIXES))})")
+            raise InputError(f"--image {name}: the folder holds no pictures ({' '.join(PICTURES)})")
         return sorted(inside, key=natural)
     matches = [match for match in glob.glob(str(path), recursive=True) if Path(match).is_file()]
     if not matches:

@@ -89,7 +89,8 @@ def generate(
         answer = talker.generate(text, **media, **settings, **reading)
         seconds = round(time.perf_counter() - started, 3)
         row = {"answer": answer, "prompt": text, "model": model, **media, **settings, **reading, "seconds": seconds}
-        print(json.dumps(row, ensure_ascii=False) if as_json else answer)
+        unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+        print(json.dumps(row, ensure_ascii=not unicode) if as_json else answer)
         return
     for piece in talker.generate(text, **media, **settings, **reading, stream=True):
         print(piece, end="", flush=True)
