@@ -114,7 +114,7 @@ LONGLLAVA_INLINE int32_t quantise_row(const T* x, int64_t n, const float* absmax
   const RowScale row = scale_of(largest);
   *scale = row.scale;
   if (row.factor == 0.0f) {
-    __builtin_memset(out, 0, n * sizeof(Out));
+    if (n > 0) __builtin_memset(out, 0, n * sizeof(Out));  // an empty row may have no address
     return 0;
   }
   ivec sum{};
