@@ -109,9 +109,8 @@ conv_forward(const __grid_constant__ ConvArguments p) {
 }
 
 template <class T, int N, bool PACKED> int conv_forward_with(const ConvArguments& p) {
-  const int64_t blocks = conv_blocks<N, CONV_RUN>(p, p.length);
-  if (p.taps == 4) return launch(conv_forward<T, N, 4, PACKED>, blocks, CONV_THREADS, 0, p.stream, p);
-  return launch(conv_forward<T, N, CONV_MAX_TAPS, PACKED>, blocks, CONV_THREADS, 0, p.stream, p);
+  if (p.taps == 4) return conv_launch<N, CONV_RUN>(conv_forward<T, N, 4, PACKED>, p, p.length);
+  return conv_launch<N, CONV_RUN>(conv_forward<T, N, CONV_MAX_TAPS, PACKED>, p, p.length);
 }
 
 template <class T> int conv_forward_of(const ConvArguments& p) {

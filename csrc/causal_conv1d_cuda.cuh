@@ -42,8 +42,7 @@ struct ConvPlace {
   int64_t batch, run, channel, begin, end;
   bool exists;
   __device__ ConvPlace(const ConvArguments& p, int64_t length) {
-    // 2^32 threads would have 2^37 elements, or in calls of few tokens as many channels in all rows together: no GPU
-    // has the memory. A division of 64 bits takes a hundred instructions.
+    // A division of 64 bits takes a hundred instructions; conv_launch sees to it that 32 are enough.
     const uint32_t groups = uint32_t((p.channels + N - 1) / N), runs = uint32_t((length + RUN - 1) / RUN);
     const uint32_t id = blockIdx.x * CONV_THREADS + threadIdx.x, of_all = id / groups;
     channel = int64_t(id % groups) * N;
@@ -55,9 +54,13 @@ struct ConvPlace {
   }
 };
 
-template <int N, int RUN> int64_t conv_blocks(const ConvArguments& p, int64_t length) {
+// A kernel over `length` tokens or positions. 2^32 threads, or more, are refused: of whole runs no GPU has the memory,
+// but rows of one token would wrap around at 8 GiB.
+template <int N, int RUN> int conv_launch(void (*kernel)(ConvArguments), const ConvArguments& p, int64_t length) {
   const int64_t groups = (p.channels + N - 1) / N, runs = (length + RUN - 1) / RUN;
-  return (p.batch * runs * groups + CONV_THREADS - 1) / CONV_THREADS;
+  const int64_t blocks = (p.batch * runs * groups + CONV_THREADS - 1) / CONV_THREADS;
+  if (blocks >= (int64_t{1} << 32) / CONV_THREADS) return cudaErrorInvalidConfiguration;
+  return launch(kernel, blocks, CONV_THREADS, 0, p.stream, p);
 }
 
 template <class T>

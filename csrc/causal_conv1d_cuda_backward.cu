@@ -160,12 +160,11 @@ __global__ void __launch_bounds__(CONV_THREADS) conv_backward_line(const __grid_
 }
 
 template <class T, int N, int TAPS> int conv_backward_as(const ConvArguments& p) {
-  const int64_t blocks = conv_blocks<N, CONV_BACKWARD_RUN>(p, p.length);
-  if (p.sources == nullptr) return launch(conv_backward_kernel<T, N, TAPS>, blocks, CONV_THREADS, 0, p.stream, p);
-  const int error = launch(conv_backward_sums<T, N, TAPS>, blocks, CONV_THREADS, 0, p.stream, p);
+  constexpr int RUN = CONV_BACKWARD_RUN;
+  if (p.sources == nullptr) return conv_launch<N, RUN>(conv_backward_kernel<T, N, TAPS>, p, p.length);
+  const int error = conv_launch<N, RUN>(conv_backward_sums<T, N, TAPS>, p, p.length);
   if (error != 0) return error;
-  const int64_t of_line = conv_blocks<N, CONV_BACKWARD_RUN>(p, p.length + p.taps - 1);
-  return launch(conv_backward_line<T, N, TAPS>, of_line, CONV_THREADS, 0, p.stream, p);
+  return conv_launch<N, RUN>(conv_backward_line<T, N, TAPS>, p, p.length + p.taps - 1);
 }
 
 template <class T, int N> int conv_backward_with(const ConvArguments& p) {

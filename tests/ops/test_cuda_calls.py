@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from longllava.errors import BackendError
 from longllava.ops import native_cuda
 from longllava.ops.causal_conv1d import cases as conv_cases
 from longllava.ops.causal_conv1d import cuda as conv
@@ -93,3 +94,13 @@ def test_rows_scales_in_16_bits_are_read_as_such(on_cpu, monkeypatch) -> None:
     x_scale = torch.arange(130).half()
     y = int8.run(x, weight, torch.ones(8), None, x_scale, None, "dynamic", torch.bfloat16)
     assert torch.equal(y, (128 * x_scale.float()).bfloat16()[:, None].expand(130, 8))
+
+
+@pytest.mark.parametrize("entry", ["longllava_cuda_conv_forward", "longllava_cuda_conv_backward"])
+def test_more_threads_than_32_bits_count_are_an_error(entry, on_cpu) -> None:
+    """Of 2^26 rows of a token of 65 channels the last were left as they were."""
+    batch, length, channels, taps = 2**26, 1, 65, 1
+    fields = [conv.FIELDS.size, 0, batch, length, channels, taps]
+    code = native_cuda.function(entry)(conv.FIELDS.pack(*fields, *[0] * 36))
+    with pytest.raises(BackendError, match="convolution: a CUDA kernel could not be launched"):
+        native_cuda.succeed(code, "convolution")

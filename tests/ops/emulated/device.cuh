@@ -290,4 +290,5 @@ inline unsigned char* dynamic_shared() {
 }  // namespace longllava
 
 using cudaError_t = int;
+constexpr cudaError_t cudaErrorInvalidConfiguration = 9;
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
