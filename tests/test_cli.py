@@ -246,9 +246,11 @@ def test_expand(tmp_path: Path) -> None:
     assert expand([f"{folder}/f*.[jJ]*"]) == [f"{folder}/f2.jpg", f"{folder}/f10.JPG"]
     assert expand(["https://example.org/a?b=*", f"{folder}/readme.md"]) == [
         "https://example.org/a?b=*", f"{folder}/readme.md"]  # fmt: skip
-    for name, words in (("empty", "the folder holds no pictures"), ("x*.png", "no such file")):
+    for name, words in (("empty", "holds no pictures"), ("x*.png", "no such file")):
         with pytest.raises(InputError, match=words):
             expand([f"{folder}/{name}"])
+    with pytest.raises(InputError, match="the name is empty"):
+        expand([""])
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ def expand(names: Iterable[str]) -> list[str]:
 def expand_local(name: str) -> list[str]:
     from longllava.inputs.video import PICTURES  # those that are read
 
+    if not name:  # to Path it would be the folder one stands in
+        raise InputError("--image: the name is empty; give a file, a folder or a pattern")
     path = Path(name).expanduser()
     if path.is_file():
         return [str(path)]
