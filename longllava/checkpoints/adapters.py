@@ -72,6 +72,8 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{folder}: no {ADAPTER_CONFIG} in it; give the folder `model` of a LoRA stage's output")
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -198,6 +198,7 @@ def test_adapters_that_do_not_fit_change_nothing(runs, monkeypatch, tmp_path: Pa
         (spoiled("ia3", tensors, peft_type="IA3"), "peft_type is 'IA3'; LORA alone is read"),
         (spoiled("empty", None), "adapter_model.safetensors: no such file"),
         (spoiled("rank", tensors, r="four"), "r is 'four'"),
+        (tmp_path, "no adapter_config.json in it; give the folder `model`"),
     ):
         with pytest.raises(CheckpointError, match=message):
             merge_(base, read_adapter(other), other)
