@@ -179,7 +179,8 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             seq_idx_BL = None if ctx.seq_idx_BL is None else ctx.seq_idx_BL[:, begin:end]
             positions_BL = None if ctx.positions_BL is None else ctx.positions_BL[:, begin:end]
             part = Context(seq_idx_BL, positions_BL, start + begin)
-            hidden_BLD, state = self.backbone(x_BLD[:, begin:end], part, state)
+            last_only = (keep == 1 or 0 < keep <= length - end) and not torch.is_grad_enabled()
+            hidden_BLD, state = self.backbone(x_BLD[:, begin:end], part, state, last_only)
             if not keep or end > length - keep:
                 parts.append(hidden_BLD)
         cache.state, cache.n_tokens = state, start + length
