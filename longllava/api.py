@@ -135,7 +135,10 @@ class LongLLaVA:
         Raises: InputError naming what cannot be used (for pictures: "image 417 of 1000: path: reason").
         """
         from longllava.generation import Sampling
+        from longllava.generation.keywords import check_keywords
+        from longllava.generation.session import Reading
 
+        check_keywords(self.generate, reading, Reading)
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
                             seed=seed, stop=stop)  # fmt: skip
         session = self.fresh(**reading)
@@ -159,8 +162,10 @@ class LongLLaVA:
         """
         from longllava.generation import Sampling
         from longllava.generation.batch import answer_prompts
-        from longllava.generation.session import Reading
+        from longllava.generation.keywords import check_keywords
+        from longllava.generation.session import Options, Reading
 
+        check_keywords(self.generate_batch, options, Options)
         reading: dict[str, Any] = {name: value for name, value in options.items() if name in Reading.__annotations__}
         settings: dict[str, Any] = {name: value for name, value in options.items() if name not in reading}
         if isinstance(prompts, str) or images is not None and len(images) != len(prompts):
@@ -182,6 +187,10 @@ class LongLLaVA:
         self, prompt: Prompt, answer: str, images: Any = None, video: Any = None, **reading: Unpack[Reading]
     ) -> Score:
         """How likely `answer` is after `prompt`, token by token, and whether greedy decoding gives it."""
+        from longllava.generation.keywords import check_keywords
+        from longllava.generation.session import Reading
+
+        check_keywords(self.score, reading, Reading)
         session = self.fresh(**reading)
         pieces, sources = self.pieces(prompt, images, video, session)
         return session.score_pieces(pieces, answer, sources)
@@ -209,6 +218,10 @@ class LongLLaVA:
 
         reading: fps, max_frames, tiles, allow_hosts, chunk_tokens, as in `generate`; for all that the session reads.
         """
+        from longllava.generation.keywords import check_keywords
+        from longllava.generation.session import Reading
+
+        check_keywords(self.session, reading, Reading)
         session = self.fresh(**reading)
         if images is not None or text is not None or video is not None:
             session.append(images=images, text=text, video=video)
@@ -217,7 +230,10 @@ class LongLLaVA:
     def load_session(self, path: str | Path, **reading: Unpack[Reading]) -> Session:
         """A session that Session.save wrote. Raises: CheckpointError when another model made it."""
         from longllava.generation import saving
+        from longllava.generation.keywords import check_keywords
+        from longllava.generation.session import Reading
 
+        check_keywords(self.load_session, reading, Reading)
         return saving.load_into_(self.fresh(**reading), path)
 
     def fresh(self, chunk_tokens: int | None = None, **media: Any) -> Session:

@@ -147,5 +147,25 @@ def test_one_sentence_each(call, sentence):
     assert "\n" not in str(caught.value) and "0x" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "arguments", "wrong", "hint", "allowed"),
+    [
+        (MODEL.generate, ("a",), "image", "did you mean 'images'?", "prompt, images, video, max_new_tokens"),
+        (MODEL.generate, ("a",), "max_tokens", "did you mean 'max_new_tokens'?", "seed, stop, stream, fps, max_frames"),
+        (MODEL.generate_batch, (["a"],), "image", "did you mean 'images'?", "prompts, images, batch_size, "),
+        (MODEL.score, ("a", "b"), "vidio", "did you mean 'video'?", "prompt, answer, images, video, fps"),
+        (MODEL.session, (), "temperature", "it has no such keyword.", "images, text, video, fps"),
+        (MODEL.load_session, ("a",), "tile", "did you mean 'tiles'?", "path, fps"),
+        (MODEL.session().ask, ("a",), "image", "did you mean 'images'?", "question, stream, images, video, keep, max"),
+        (MODEL.session().ask_many, (["a"],), "temprature", "did you mean 'temperature'?", "questions, batch_size, max"),
+    ],
+)
+def test_a_wrong_keyword_is_told_by_the_method_that_was_called(method, arguments, wrong, hint, allowed):
+    with pytest.raises(TypeError) as caught:
+        method(*arguments, **{wrong: None})
+    told, _, listed = str(caught.value).partition(" Allowed: ")
+    assert told == f"{method.__qualname__}() got an unexpected keyword argument {wrong!r}; {hint}" and allowed in listed
+
+
 def test_no_questions_have_no_answers():
     assert MODEL.session().ask_many([]) == []

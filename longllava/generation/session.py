@@ -19,6 +19,7 @@ from longllava.errors import InputError
 from longllava.generation import saving
 from longllava.generation.batch import answer_many
 from longllava.generation.decoding import is_static, static_tokens
+from longllava.generation.keywords import check_keywords
 from longllava.generation.prefill import Reader
 from longllava.generation.sampling import Sampling, next_tokens
 from longllava.generation.streaming import TextStream
@@ -145,6 +146,7 @@ class Session:
         stream: return an iterator of pieces of the answer. keep: question and answer stay in the session.
         settings: max_new_tokens, temperature, top_p, top_k, seed, stop.
         """
+        check_keywords(self.ask, settings, Settings)
         sampling = Sampling(**settings)
         pieces, sources = self.question_pieces(question, images, video)
         answer = self.respond([*self.waiting, *pieces, self.reader.processor.assistant_open()], sources, sampling)
@@ -163,6 +165,7 @@ class Session:
 
     def ask_many(self, questions: Sequence[str], *, batch_size: int = 32, **settings: Unpack[Settings]) -> list[str]:
         """Answer many questions on what was read, in batches; each as `ask` would (with the same seed)."""
+        check_keywords(self.ask_many, settings, Settings)
         sampling = Sampling(**settings)
         if isinstance(questions, str):
             raise InputError("questions: expected a list of strings, got one string; use ask for one")
