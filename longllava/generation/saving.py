@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,16 +61,17 @@ def save(session: Session, path: str | Path) -> Path:
         "waiting": [["markup" if isinstance(piece, Markup) else "plain", piece.text] for piece in waiting],
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        staged = Path(folder) / path.name
-        try:
-            save_file(tensors_of(session.compact()), staged, metadata={"session": json.dumps(about)})
-        except SafetensorError as error:  # a full disk
-            raise CheckpointError(f"{path}: cannot be written: {' '.join(str(error).split())}") from None
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # a name known before the file is there
+    try:
+        save_file(tensors_of(session.compact()), staged, metadata={"session": json.dumps(about)})
         os.chmod(staged, 0o644)
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(staged, path)
+    except SafetensorError as error:  # a full disk
+        raise CheckpointError(f"{path}: cannot be written: {' '.join(str(error).split())}") from None
+    finally:  # of an interrupt too
+        staged.unlink(missing_ok=True)
     sync_folder(path.parent)
     return path
 

@@ -1,6 +1,8 @@
 """A saved session goes on as if it had never stopped; a wrong or torn file is one sentence."""
 
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from longllava.errors import CheckpointError
+from longllava.generation import saving
 from longllava.generation.saving import fingerprint
 from tests.generation.test_session import assert_same_state
 from tests.tiny import tiny_model, tiny_pictures
@@ -68,6 +71,37 @@ def test_a_save_that_cannot_be_made_names_the_file(saved, monkeypatch):
     with pytest.raises(CheckpointError, match=r"album.session: cannot be written: .*No space left"):
         album.save(path)
     assert path.read_bytes() == before and [one.name for one in path.parent.iterdir()] == ["album.session"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file was open just then
+def test_an_interrupted_save_leaves_nothing(saved, monkeypatch):
+    """Ctrl-C at each line that runs while there is a temporary file."""
+    monkeypatch.setattr(saving, "fingerprint", lambda model: "")  # its lines are many, and all before
+    album, path = saved
+    before = album.save(path).read_bytes()
+    lines = 0
+
+    def interrupt(frame, event, argument):
+        nonlocal lines
+        if event == "line" and len(os.listdir(path.parent)) > 1:
+            if lines == at:
+                raise KeyboardInterrupt  # which ends the tracing
+            lines += 1
+        return interrupt
+
+    for at in range(1000):
+        lines = 0
+        sys.settrace(interrupt)
+        try:
+            album.save(path)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert os.listdir(path.parent) == ["album.session"] and path.read_bytes() == before, f"line {at}"
+        if lines < at:
+            break
+    assert at > 5
 
 
 def test_another_models_session_is_refused(saved):
