@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -10,11 +11,17 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longllava.version import __version__
 
+if TYPE_CHECKING:
+    from longllava.train.config import TrainConfig
+
 RECORD = "training.json"
+# what may differ between a run and its going on
+FREE = ("output", "preset", "save_every", "log_every", "report_to", "evaluate", "eval_questions", "device",
+        "feature_cache", "engine", "offload", "gradient_checkpointing", "offload_activations")  # fmt: skip
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -24,6 +31,18 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def resume_facts(config: TrainConfig) -> dict[str, Any]:
+    """What a run must keep to be the same run.
+
+    Not the number of processes: they share a step's rows and add their gradients, so that only rounding differs.
+    """
+    import torch
+
+    facts = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
+    facts["threads"] = config.threads or torch.get_num_threads()
+    return json.loads(json.dumps(facts))  # tuples become lists, as they come back from a checkpoint
 
 
 def environment() -> dict[str, Any]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from longllava.checkpoints import find_folder, save_model, shipped_models
 from longllava.config import Int8Config, ModelConfig
@@ -22,18 +21,15 @@ from longllava.quant.layers import NEVER
 from longllava.settings import load, read_mapping
 from longllava.shipped import shipped
 from longllava.train.config import PARTS, TrainConfig, engine_named, load_stage
+from longllava.train.lock import run_lock
 from longllava.train.lora import add_adapters_, base_of, save_adapter
 from longllava.train.parts import read_part
 from longllava.train.pretrained import PRETRAINED, load_pretrained_, pretrained_folder
-from longllava.train.record import RECORD, environment, read_record
+from longllava.train.record import RECORD, environment, read_record, resume_facts
 
 if TYPE_CHECKING:
     from longllava.evals.curriculum_task import Task
     from longllava.model import Model
-
-# what may differ between a run and its going on
-FREE = ("output", "preset", "save_every", "log_every", "report_to", "evaluate", "eval_questions", "device",
-        "feature_cache", "engine", "offload", "gradient_checkpointing", "offload_activations")  # fmt: skip
 
 
 def main(path: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -65,7 +61,6 @@ def main(path: str | Path, overrides: Sequence[str] = ()) -> None:
 def run_stage(config: TrainConfig) -> Path:
     """Train one stage, write runs/<model>/<stage>/model, and say what it can do. Returns that folder."""
     from longllava.evals.curriculum_task import tasks_named
-    from longllava.train.loop import train
 
     tasks = tasks_named(config.evaluate)  # a misspelt one is told now, not after the last step
 
@@ -75,6 +70,14 @@ def run_stage(config: TrainConfig) -> Path:
     if (final / RECORD).is_file():
         print(f"{config.stage} is finished; its model is in {final}. Delete {folder} to train it again.")
         return final
+    with run_lock(folder, is_chief()):
+        return run_locked(config, tasks, model_config, folder)
+
+
+def run_locked(config: TrainConfig, tasks: Sequence[Task], model_config: ModelConfig, folder: Path) -> Path:
+    from longllava.train.loop import train
+
+    final = folder / "model"
     folders = start_folders(config, model_config)
     base = base_of(config.init_from, folders, model_config) if config.lora else ""
     processor = Processor(model_config, load_tokenizer(model_config, folders))
@@ -285,15 +288,3 @@ def empty_model(config: TrainConfig, model_config: ModelConfig) -> Model:
 
 def is_chief() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def resume_facts(config: TrainConfig) -> dict[str, Any]:
-    """What a run must keep to be the same run.
-
-    Not the number of processes: they share a step's rows and add their gradients, so that only rounding differs.
-    """
-    import torch
-
-    facts = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
-    facts["threads"] = config.threads or torch.get_num_threads()
-    return json.loads(json.dumps(facts))  # tuples become lists, as they come back from a checkpoint

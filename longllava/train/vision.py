@@ -39,6 +39,7 @@ from longllava.errors import TrainingError
 from longllava.files import write_atomic, write_json
 from longllava.settings import load
 from longllava.train.checkpoints import latest_state, save_state
+from longllava.train.lock import run_lock
 from longllava.train.state import apply, compare, gather
 from longllava.train.vision_config import VisionTrainConfig, load_vision
 from longllava.train.vision_model import VisionFoundation
@@ -101,6 +102,11 @@ def train(config: VisionTrainConfig) -> None:
     if (out / "results.json").is_file():
         print(f"{out} is finished. Delete it to train it again.")
         return
+    with run_lock(out):
+        run_locked(config, out)
+
+
+def run_locked(config: VisionTrainConfig, out: Path) -> None:
     torch.manual_seed(config.seed)
     if config.n_threads:
         torch.set_num_threads(config.n_threads)
