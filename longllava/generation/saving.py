@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ def save(session: Session, path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path}: it is a folder; name a file to save the session in")
+    tensors = tensors_of(session.compact())
     waiting = [piece for piece in session.waiting if isinstance(piece, (Markup, Plain))]
     about = {
         "format": FORMAT,
@@ -59,11 +61,12 @@ def save(session: Session, path: str | Path) -> Path:
         "n_tokens": session.n_tokens,
         "n_images": session.n_images,
         "waiting": [["markup" if isinstance(piece, Markup) else "plain", piece.text] for piece in waiting],
+        "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # a name known before the file is there
     try:
-        save_file(tensors_of(session.compact()), staged, metadata={"session": json.dumps(about)})
+        save_file(tensors, staged, metadata={"session": json.dumps({**about, "checksum": checksum_of(about)})})
         os.chmod(staged, 0o644)
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
@@ -74,6 +77,18 @@ def save(session: Session, path: str | Path) -> Path:
         staged.unlink(missing_ok=True)
     sync_folder(path.parent)
     return path
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes, which are not copied: against broken disks, for which it is enough and fast.
+
+    250 MB on one core of a Zen 3: 0.10 s; sha256 0.17 (with its instructions), blake2b 0.41.
+    """
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def checksum_of(about: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(about).encode())
 
 
 def tensors_of(state: State) -> dict[str, Tensor]:
@@ -107,6 +122,8 @@ def load_into_(session: Session, path: str | Path) -> Session:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             about = json.loads((file.metadata() or {}).get("session", "{}"))
+            if isinstance(about, dict) and about.pop("checksum", None) not in (None, checksum_of(about)):
+                raise ValueError("its metadata differ from when it was saved")
             check_origin(about, session.reader, path)
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -114,6 +131,9 @@ def load_into_(session: Session, path: str | Path) -> Session:
             raise
         raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     try:
+        for name, expected in dict(about.get("checksums", {})).items():  # none in files of earlier versions
+            if name in tensors and checksum(tensors[name]) != expected:
+                raise ValueError(f"the bytes of tensor {name} differ from when it was saved; read the pictures again")
         session.state = state_from(tensors, session.reader, about["n_tokens"])
         session.waiting = [waiting_piece(*row) for row in about["waiting"]]
         session.n_tokens, session.n_images = about["n_tokens"], about["n_images"]

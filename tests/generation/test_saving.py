@@ -27,10 +27,11 @@ def saved(tmp_path):
 
 
 def rewrite(path, change):
-    """Change a session file's metadata and tensors by hand."""
+    """Change a session file's metadata and tensors by hand, and leave it without checksums, as files once were."""
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["session"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
+    del about["checksum"], about["checksums"]
     change(about, tensors)
     save_file(tensors, path, metadata={"session": json.dumps(about)})
 
@@ -184,6 +185,34 @@ def test_tampered_files(saved, change, fault):
     rewrite(saved[1], change)
     with pytest.raises(CheckpointError, match=rf"album\.session: damaged session file: .*{fault}"):
         MODEL.load_session(saved[1])
+
+
+def test_a_flipped_bit_is_found_and_its_tensor_named(saved):
+    path = saved[1]
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    for name in header.keys() - {"__metadata__"}:
+        first, end = header[name]["data_offsets"]
+        for place in (first, (first + end) // 2, end - 1):
+            flipped = bytearray(data)
+            flipped[start + place] ^= 1
+            path.write_bytes(flipped)
+            with pytest.raises(CheckpointError, match=rf"album\.session: damaged .* bytes of tensor {name} differ"):
+                MODEL.load_session(path)
+    for was, now in ((b'\\"n_images\\": 6', b'\\"n_images\\": 7'), (b" red", b" rad")):
+        assert was in data
+        path.write_bytes(data.replace(was, now))
+        with pytest.raises(CheckpointError, match=r"album\.session: cannot be read: its metadata differ"):
+            MODEL.load_session(path)
+    path.write_bytes(data)
+    assert MODEL.load_session(path).n_images == 6
+
+
+def test_files_without_checksums_load_as_they_did(saved):
+    album, path = saved
+    rewrite(path, lambda about, tensors: None)
+    assert_same_state(album.state, MODEL.load_session(path).state, 0)
 
 
 def test_other_files_are_not_sessions(tmp_path):
