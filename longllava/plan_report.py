@@ -28,7 +28,7 @@ from longllava.settings import load
 from longllava.shipped import shipped, shipped_names
 
 ASSUMED_PER_TAG = 3  # "<", "img", ">": sub-words of the published models' tags, where no tokenizer can be asked
-MOST = 1 << 32  # pictures, for a model that keeps nothing of them
+MOST = 1 << 32  # pictures, for a model that keeps nothing of them; and of whatever else is counted in a request
 MOST_DEVICES = 64
 
 
@@ -48,8 +48,9 @@ class Request:
     def __post_init__(self) -> None:
         for name, least in (("images", 0), ("text_tokens", 0), ("answer_tokens", 1), ("chunk_tokens", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name}: got {value}, expected at least {least}")
+            if value is not None and not least <= value <= MOST:
+                bound = f"least {least}" if value < least else f"most {MOST:,}"
+                raise InputError(f"{name}: got {value:,}, expected at {bound}")
 
 
 def open_config(name: str) -> tuple[ModelConfig, Tokenizer | None]:

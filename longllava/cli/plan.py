@@ -10,7 +10,7 @@ import typer
 from longllava.errors import InputError
 
 FLOATS = ("bfloat16", "float16", "float32")
-PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+PREFIXES = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 
 def plan(

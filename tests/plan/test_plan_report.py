@@ -7,11 +7,12 @@ import torch
 from typer.testing import CliRunner
 
 from longllava.cli import app
+from longllava.cli.plan import scaled
 from longllava.errors import CheckpointError, ConfigError, InputError
 from longllava.inputs.chat import Message, string_pieces
 from longllava.inputs.processor import Processor
 from longllava.plan.split import fits
-from longllava.plan_report import Plan, Request
+from longllava.plan_report import MOST, Plan, Request
 
 GB = 10**9
 CARD = {"cuda:0": 80 * GB}
@@ -85,6 +86,20 @@ def test_what_cannot_be_planned():
         plan(tokens_per_image=100)
     with pytest.raises(InputError, match="images: got -1, expected at least 0"):
         plan(images=-1)
+
+
+@pytest.mark.parametrize("name", ["images", "text_tokens", "answer_tokens", "chunk_tokens"])
+def test_absurd_counts_are_refused(name):
+    with pytest.raises(InputError, match=f"^{name}: got 1,000,000,000,000,000, expected at most 4,294,967,296$"):
+        Request(**{name: 10**15})
+    assert getattr(Request(**{name: MOST}), name) == MOST
+
+
+def test_operations_have_units_up_to_the_largest_request():
+    found = [scaled(10.0**power) for power in (9, 12, 15, 18, 21, 24)]
+    assert found == [f"1.00 {prefix}FLOP" for prefix in "GTPEZY"]
+    most = plan(images=MOST, tokens_per_image=576).as_dict()["operations"]["total"]
+    assert len(scaled(most)) < 20, scaled(most)
 
 
 def call(*arguments):
