@@ -47,8 +47,8 @@ def open_image(
 
     def decoded(image: Image.Image) -> Image.Image:
         if image.format in ("GIF", "WEBP", "TIFF", "PNG") and getattr(image, "is_animated", False):
-            warnings.warn(f"of a {image.format} with several pictures the first is read; give it as a video for all",
-                          stacklevel=2)  # fmt: skip
+            warnings.warn(f"{label(source)}of a {image.format} with several pictures the first is read; give it as a"
+                          " video for all", stacklevel=2)  # fmt: skip
         if wanted_side and image.format == "JPEG":
             factor = 1.5 * wanted_side / max(image.size)
             image.draft(image.mode, (math.ceil(image.width * factor), math.ceil(image.height * factor)))
@@ -68,9 +68,7 @@ def upright_size(source: Any, open_reference: Callable | None = None) -> tuple[i
     return visit(source, open_reference, size, checked=False)
 
 
-def visit(
-    source: Any, open_reference: Callable | None, use: Callable[[Image.Image], T], checked: bool = True
-) -> T:
+def visit(source: Any, open_reference: Callable | None, use: Callable[[Image.Image], T], checked: bool = True) -> T:
     """What `use` makes of a source's picture, whose size was checked and whose pixels may not be decoded yet.
 
     checked: by its checksums too, which takes reading the whole file.
@@ -258,5 +256,9 @@ def named(index: int, total: int, source: Any) -> Iterator[None]:
     try:
         yield
     except LongLLaVAError as error:  # an InputError, or a DataError about a reference
-        label = f"{os.fspath(source)}: " if isinstance(source, (str, os.PathLike)) else ""
-        raise InputError(f"image {index + 1} of {total}: {label}{error}") from None
+        raise InputError(f"image {index + 1} of {total}: {label(source)}{error}") from None
+
+
+def label(source: Any) -> str:
+    """What a sentence about a source begins with: "album/417.jpg: ", or nothing where it has no name."""
+    return f"{os.fspath(source)}: " if isinstance(source, (str, os.PathLike)) else ""

@@ -7,7 +7,6 @@ short; here all are whole.
 from __future__ import annotations
 
 import math
-import os
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from longllava.config import PromptConfig
 from longllava.errors import InputError
 from longllava.inputs.chat import Mark, Markup, Piece
-from longllava.inputs.image import open_image, upright_size
+from longllava.inputs.image import label, open_image, upright_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -119,10 +118,6 @@ def split(
     except InputError as error:
         raise InputError(f"{label(source)}{error}") from None
     return Split(source, rows, columns, side, open_reference=open_reference)
-
-
-def label(source: Any) -> str:
-    return f"{os.fspath(source)}: " if isinstance(source, (str, os.PathLike)) else ""
 
 
 def expand(

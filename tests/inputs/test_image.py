@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import resource
 import struct
 import zlib
@@ -103,6 +104,16 @@ def test_the_first_frame_of_a_gif():
             UserWarning, match=f"of a {kind} with several pictures the first is read; give it as a video"
         ):
             assert pixels(data)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_a_warning_names_the_file(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    (tmp_path / "a.gif").write_bytes(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    for source in (tmp_path / "a.gif", str(tmp_path / "a.gif")):
+        with pytest.warns(UserWarning, match=f"^{re.escape(str(source))}: of a GIF with several pictures the first"):
+            open_image(source)
+    with pytest.warns(UserWarning, match="^of a GIF with"):
+        open_image((tmp_path / "a.gif").read_bytes())
 
 
 def test_sources_stay_untouched():
