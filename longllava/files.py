@@ -60,6 +60,22 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def writable_folder(path: str | Path) -> Path:
+    """Make a folder, and try it: what takes minutes to be measured should not find it closed then.
+
+    Raises: InputError naming it.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except FileExistsError:
+        raise InputError(f"{path}: it is a file; name a folder to write into") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written into: {error.strerror or error}") from None
+    return path
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename durable: the folder's own entry is flushed too (POSIX only)."""
     if os.name != "posix":

@@ -13,7 +13,7 @@ import pytest
 
 from longllava import cli
 from longllava.errors import InputError
-from longllava.files import write_atomic, write_text
+from longllava.files import writable_folder, write_atomic, write_text
 
 
 def full(file) -> None:
@@ -33,6 +33,22 @@ def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
         cli.run(lambda: write_text(tmp_path / "file/a.txt", "a"))
     assert end.value.code.startswith(f"longllava: {tmp_path}/file: ") and "Errno" not in end.value.code
+
+
+def test_a_folder_that_cannot_be_written_into_is_refused_before_it_is_needed(tmp_path: Path, monkeypatch) -> None:
+    assert writable_folder(tmp_path / "a/b").is_dir() and list((tmp_path / "a/b").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"/file: it is a file; name a folder to write into$"):
+        writable_folder(tmp_path / "file")
+    with pytest.raises(InputError, match=r"/file/a: cannot be written into: Not a directory$"):
+        writable_folder(tmp_path / "file/a")
+
+    def closed(**_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", closed)  # root may write wherever it likes
+    with pytest.raises(InputError, match=r"/a: cannot be written into: Permission denied$"):
+        writable_folder(tmp_path / "a")
 
 
 def test_text_with_a_name_of_another_encoding_is_refused(tmp_path: Path) -> None:

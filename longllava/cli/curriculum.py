@@ -34,13 +34,14 @@ def curriculum(
     """
     started = time.perf_counter()
     from longllava.evals.curriculum_task import TASKS, tasks_named
+    from longllava.files import writable_folder, write_atomic, write_json
 
     wanted = tasks_named(tasks.split(",")) if tasks else list(TASKS)
+    folder = writable_folder(output) if output else None  # said now, not after the measuring
 
     from longllava.api import LongLLaVA
     from longllava.evals.curriculum import measure
     from longllava.evals.curriculum_report import Column, as_json, draw_plot, print_report
-    from longllava.files import write_atomic, write_json
 
     talker = LongLLaVA.from_pretrained(model, device=device, dtype=dtype, int8=int8)
     outcomes = measure(talker.model, talker.processor, wanted, n_questions=questions, seed=seed, show=show)
@@ -48,9 +49,9 @@ def curriculum(
     column = Column(Path(model).name, None, model, {one.task: one for one in outcomes}, seconds)
     print_report([column])
     print(f"{seconds:.0f} s in all")
-    if output:
-        written = write_json(Path(output) / "curriculum.json", as_json([column], seed=seed))
-        picture = write_atomic(Path(output) / "curriculum.png", lambda file: draw_plot([column], file))
+    if folder is not None:
+        written = write_json(folder / "curriculum.json", as_json([column], seed=seed))
+        picture = write_atomic(folder / "curriculum.png", lambda file: draw_plot([column], file))
         print(f"{written}\n{picture}")
 
 

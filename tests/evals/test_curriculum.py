@@ -267,6 +267,18 @@ def test_the_benchmark_compares_folders(tmp_path) -> None:
         assert picture.size[0] > 500
 
 
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch) -> None:
+    from longllava.cli.curriculum import curriculum
+
+    def loaded(*_, **__):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("longllava.api.LongLLaVA.from_pretrained", loaded)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file: it is a file; name a folder"):
+        curriculum(tasks="facts", output=str(tmp_path / "file"))
+
+
 def test_the_command_line_measures_one_model(tmp_path, capsys) -> None:
     from longllava.cli.curriculum import curriculum
 
