@@ -31,7 +31,7 @@ else
 TRAIN := $(VENV)/bin/torchrun --standalone --nproc-per-node=$(NPROC) -m longllava train
 endif
 
-.PHONY: help setup demo test test-long kill-test fuzz check foundation stage1 stage2 stage3 bench clean
+.PHONY: help setup demo test test-long kill-test fuzz sanitize check foundation stage1 stage2 stage3 bench clean
 
 help:           ## this list
 	@awk -F ' *## ' '/^[a-z0-9-]+:.*## / { split($$1, name, ":"); printf "make %-12s %s\n", name[1], $$2 }' Makefile
@@ -65,6 +65,17 @@ kill-test: setup  ## a training run killed N times (20) at random moments is the
 fuzz: N = 10000
 fuzz: setup     ## N hostile pictures, videos, prompts, configs, indices ... (10000 of each)
 	OMP_NUM_THREADS=1 LONGLLAVA_FUZZ=$(N) $(RUN) -m pytest -q -s -n $(WORKERS) -m long tests/fuzz
+
+SANITIZED := build/sanitized
+SANITIZERS := $(shell $(or $(CXX),g++) -print-file-name=libasan.so) $(shell $(or $(CXX),g++) -print-file-name=libubsan.so)
+CPU_OPS := $(addprefix tests/ops/test_,selective_scan.py causal_conv1d.py attention.py fused.py int8_linear.py native.py)
+sanitize: setup  ## the CPU kernels' tests under the address and undefined-behaviour sanitizers (GCC, minutes)
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r longllava csrc tests pyproject.toml $(SANITIZED) && rm -rf $(SANITIZED)/longllava/lib
+	CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	  $(RUN) csrc/build.py $(SANITIZED)/longllava/lib
+	cd $(SANITIZED) && PYTHONPATH=. LD_PRELOAD="$(SANITIZERS)" OMP_NUM_THREADS=2 \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(abspath $(RUN)) -m pytest -q -p no:cacheprovider $(CPU_OPS)
 
 check: setup    ## lint, types, import layers
 	$(RUN) -m ruff check
