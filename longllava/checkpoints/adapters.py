@@ -4,12 +4,17 @@ A folder of peft: adapter_config.json and adapter_model.safetensors, in which th
 base_model.model.M.lora_A.weight (r, in) and base_model.model.M.lora_B.weight (out, r), and modules that were trained
 whole (modules_to_save, here the bridge) stand under base_model.model.NAME. A weight becomes W + scale * B A, with
 scale = alpha / r (Hu et al. 2021, arXiv:2106.09685).
+
+Shapes fit every training of one model. Beside our own adapters base.json therefore holds fingerprints of the weights
+they were trained on; peft's own folders have none, and are not asked for them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +31,11 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 RECORD = "training.json"  # of which stage a model is, for the stage that starts from it
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE = "base.json"
 PREFIX = "base_model.model."
+MARK = ".lora_"
+WRAPPED = ".base_layer"  # peft's name of a layer inside its adapter
+SAMPLE = 64  # values of each parameter that a fingerprint sees
 # what peft's LoRA can do beyond W + scale * B A
 PLAIN = {"use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none", "rank_pattern": {},
          "alpha_pattern": {}, "alora_invocation_tokens": None, "layer_replication": None}  # fmt: skip
@@ -34,12 +43,16 @@ PLAIN = {"use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "bias":
 
 @dataclass(frozen=True)
 class Adapter:
-    """pairs: module -> (A, B). whole: parameter -> its value. base: the model it was trained on, as it was named."""
+    """pairs: module -> (A, B). whole: parameter -> its value. base: the model it was trained on, as it was named.
+
+    marks: fingerprints of that model; empty where none were written.
+    """
 
     scale: float
     base: str
     pairs: dict[str, tuple[Tensor, Tensor]]
     whole: dict[str, Tensor]
+    marks: dict[str, str] = field(default_factory=dict)
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -60,7 +73,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             alone.append(module)
         else:
             pairs[module.removeprefix(PREFIX)] = (tensors.pop(name), other)
-    alone += [name for name in tensors if ".lora_" in name]
+    alone += [name for name in tensors if MARK in name]
     if alone:
         raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: adapters without a fitting other half: {listed(alone)}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
@@ -68,7 +81,8 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: r is {rank!r} and lora_alpha {alpha!r}, expected numbers")
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     base = str(config.get("base_model_name_or_path") or "")
-    return Adapter(scale, base, pairs, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
+    whole = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return Adapter(scale, base, pairs, whole, read_marks(folder))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -100,10 +114,49 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
 
 
-def merge_(model: Model, adapter: Adapter, where: str | Path) -> None:
+def read_marks(folder: Path) -> dict[str, str]:
+    path = folder / BASE
+    if not path.is_file():
+        return {}
+    try:
+        marks = json.loads(path.read_text("utf-8"))["fingerprints"]
+        return {str(dtype): str(mark) for dtype, mark in marks.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {' '.join(str(error).split())}; delete it, and the adapter merges unchecked"
+        ) from None
+
+
+def fingerprints(model: Model, left_out: Collection[str] = ()) -> dict[str, str]:
+    """Dtype -> SHA-256 over names, shapes and SAMPLE values of each parameter, as that dtype rounds them.
+
+    left_out: parameters that an adapter brings whole, of which the base's do not matter. Adapters in the model are
+    passed over. A sample is enough: training changes nearly all values of whatever it trains, and every parameter is
+    sampled, not the adapted ones alone: two models may share an encoder and differ in the rest. Training reads weights
+    in fp32, merging as they are stored or in a dtype of the caller's: of one model, one of the roundings is the same.
+    """
+    import torch
+
+    samples = {}
+    for name, parameter in model.named_parameters():
+        if MARK not in name and (plain := name.replace(WRAPPED, "")) not in left_out:
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to("cpu")
+            samples[f"{plain} {tuple(parameter.shape)}"] = sample
+    marks = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        digest = hashlib.sha256()
+        for name, sample in sorted(samples.items()):
+            digest.update(name.encode() + sample.to(dtype).float().numpy().tobytes())
+        marks[str(dtype).removeprefix("torch.")] = digest.hexdigest()
+    return marks
+
+
+def merge_(model: Model, adapter: Adapter, where: str | Path, source: str | Path) -> None:
     """Put an adapter into a model's weights, in fp32 and rounded once; nothing is changed where it does not fit.
 
-    Raises: CheckpointError naming what the model does not have.
+    where, source: folders of the adapter and of the model. Raises: CheckpointError naming what the model does not
+    have, or both folders where the adapter was trained on other weights.
     """
     import torch
 
@@ -117,6 +170,12 @@ def merge_(model: Model, adapter: Adapter, where: str | Path) -> None:
     if wrong:
         raise CheckpointError(
             f"{where}: the adapter is of another model: {listed(wrong)}; it was trained on {adapter.base!r}"
+        )
+    known = adapter.marks and not any(parameter.is_meta for parameter in parameters.values())
+    if known and not fingerprints(model, adapter.whole).items() & adapter.marks.items():
+        raise CheckpointError(
+            f"{where}: the adapter was trained on other weights than those of {source}, on {adapter.base!r} as it was"
+            f" then; take that model, or delete {Path(where) / BASE} to have these put together all the same"
         )
     with torch.no_grad():
         for module, (a, b) in adapter.pairs.items():
@@ -136,7 +195,7 @@ def load_adapted(folder: Path, *, int8: Any = None, **where: Any) -> Model:
     if not adapter.base:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path names no model; merge it by hand")
     model = load_model(adapter.base, **where)
-    merge_(model, adapter, folder)
+    merge_(model, adapter, folder, adapter.base)
     return model
 
 
@@ -155,7 +214,7 @@ def merge(base: str | Path, folder: str | Path, target: str | Path, *, dtype: to
     if source.resolve() == Path(target).resolve() or Path(folder).resolve() == Path(target).resolve():
         raise CheckpointError(f"{target}: would be written over what it is made of; name another folder")
     model = load_model(source, dtype=dtype)
-    merge_(model, adapter, folder)
+    merge_(model, adapter, folder, source)
     written = save_model(model, Tokenizer.from_folder(source, model.config.prompt), target)
     record = Path(folder) / RECORD
     if record.is_file():

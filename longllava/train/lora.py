@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longllava.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
+from longllava.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, MARK, PREFIX, fingerprints
 from longllava.config import ModelConfig
 from longllava.errors import ConfigError, TrainingError
 from longllava.files import write_atomic, write_json
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 PARTS = ("encoder", "backbone")
 # the head's weight is read, not called; a router decides between experts, and its choices are not smooth
 LEFT_OUT = ("lm_head", "router")
-MARK = ".lora_"
 NAMED = ".default"  # peft's name of an adapter, in the names of its parameters
 
 
@@ -122,12 +121,14 @@ def save_adapter(
 ) -> Path:
     """Write what was trained as a folder of peft: adapters, and the parts that learned whole.
 
-    base: the model it was trained on, as a user names it. config.json and the tokenizer stand beside it, so that the
-    folder can be given wherever a model's can.
+    model: with the adapters in it, the rest in floats as it was read, which merging compares with what it reads; where
+    training held that in 8 bits or in pieces, it was read again. base: the model it was trained on, as a user names it.
+    config.json and the tokenizer stand beside it, so that the folder can be given wherever a model's can.
     """
     from safetensors.torch import save
 
     tensors = {}
+    marks = fingerprints(model, [name for name in trained if MARK not in name])
     for name, tensor in trained.items():
         tensors[PREFIX + name.replace(NAMED, "")] = tensor.detach().to("cpu").contiguous()
     names = sorted({name.partition(MARK)[0] for name in trained if MARK in name})
@@ -136,6 +137,7 @@ def save_adapter(
     write_atomic(folder / ADAPTER_WEIGHTS, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
     tokenizer.save(folder)
     write_json(folder / "config.json", dataclasses.asdict(model.config))
+    write_json(folder / BASE, {"base": base, "fingerprints": marks})
     write_json(folder / ADAPTER_CONFIG, json.loads(json.dumps(saved.to_dict(), default=plain)))
     return folder
 

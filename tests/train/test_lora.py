@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longllava.api import LongLLaVA
-from longllava.checkpoints import load_model
+from longllava.checkpoints import load_model, save_model
 from longllava.checkpoints.adapters import merge, merge_, read_adapter
 from longllava.cli.folders import merge as command
 from longllava.config import EncoderConfig
@@ -201,7 +201,7 @@ def test_adapters_that_do_not_fit_change_nothing(runs, monkeypatch, tmp_path: Pa
         (tmp_path, "no adapter_config.json in it; give the folder `model`"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            merge_(base, read_adapter(other), other)
+            merge_(base, read_adapter(other), other, runs / "base/model")
         with pytest.raises(CheckpointError, match=message):
             merge(runs / "base/model", other, tmp_path / "out")
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
@@ -209,6 +209,45 @@ def test_adapters_that_do_not_fit_change_nothing(runs, monkeypatch, tmp_path: Pa
     for target in (folder, runs / "base/model"):
         with pytest.raises(CheckpointError, match="would be written over what it is made of"):
             merge(runs / "base/model", folder, target)
+
+
+# --- the base that adapters were trained on
+
+
+def other_base(runs: Path, part: str) -> Path:
+    """A model that differs from the base in one part."""
+    model, other = load_model(runs / "base/model"), Model(world_config())
+    torch.manual_seed(1)
+    other.initialise_(1)
+    getattr(model, part).load_state_dict(getattr(other, part).state_dict())
+    return save_model(model, Tokenizer.from_folder(TOKENIZER, model.config.prompt), runs / f"other-{part}")
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4}, {"rank": 4, "parts": ["encoder"]}])
+def test_adapters_go_into_the_weights_they_were_trained_on_alone(runs, lora: dict) -> None:
+    changes: dict[str, Any] = {"lora": lora}
+    if "parts" in lora:  # held in 8 bits while it trained, the language model is the one of floats
+        changes |= {"train_only": ["bridge", "encoder"], "frozen_dtype": "int8"}
+    folder = run_stage(load_stage(lora_stage(runs, **changes)))
+    other = other_base(runs, "backbone")  # an encoder's adapters: what they are put into is the same in both
+    with pytest.raises(CheckpointError) as raised:
+        command(str(other), str(folder), str(runs / "merged"), None)
+    said = f"{folder}: the adapter was trained on other weights than those of {other}, on '{runs / 'base/model'}' as it"
+    assert str(raised.value).startswith(said) and "\n" not in str(raised.value) and not (runs / "merged").exists()
+    for dtype in (None, "float32", "bfloat16", "float16"):
+        command(str(runs / "base/model"), str(folder), str(runs / f"merged-{dtype}"), dtype)
+    command(str(other_base(runs, "bridge")), str(folder), str(runs / "merged"), None)  # the adapter brings its own
+    # of its own base that was trained anew since
+    (runs / "base").rename(runs / "gone")
+    other.rename(runs / "base")
+    (runs / "base/model").symlink_to(runs / "base")
+    with pytest.raises(CheckpointError, match="other weights than those of"):
+        load_model(folder)
+    (folder / "base.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="base.json: cannot be read: .* delete it"):
+        load_model(folder)
+    (folder / "base.json").unlink()  # as older folders are, and peft's own
+    load_model(folder)
 
 
 # --- a frozen language model in 8 bits
