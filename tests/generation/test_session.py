@@ -94,7 +94,8 @@ def test_cached_decoding_is_uncached_decoding(n_experts, monkeypatch):
         ids = torch.tensor([encoded.ids + cached[:number]])
         with torch.inference_mode():
             hidden_1LD, _ = model.model(model.model.embed(ids, spans, images), Context())
-            torch.testing.assert_close(logits, original(reader, hidden_1LD[:, -1]), rtol=1e-5, atol=1e-5)
+            # two ways to sum: with one thread their roundings differ by 1.2e-5, the largest logit is 2.9
+            torch.testing.assert_close(logits, original(reader, hidden_1LD[:, -1]), rtol=1e-5, atol=2e-5)
         assert int(logits.argmax()) == (*cached, model.tokenizer.eos_id)[number]
 
 
