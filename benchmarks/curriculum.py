@@ -40,8 +40,9 @@ def main() -> bool:
     chosen = options()
     from longllava.evals.curriculum_report import Column, as_json, draw_plot, print_report
     from longllava.evals.curriculum_task import TASKS, tasks_named
-    from longllava.files import write_atomic, write_json
+    from longllava.files import writable_folder, write_atomic, write_json
 
+    target = writable_folder(chosen.output)  # said now, not after the measuring
     tasks = tasks_named(chosen.tasks.split(",")) if chosen.tasks else list(TASKS)
     folders = folders_of(chosen)
     columns: list[Column] = []
@@ -53,10 +54,9 @@ def main() -> bool:
     from longllava.train.record import environment
 
     device = columns[-1].about["device"].partition(":")[0]
-    folder = Path(chosen.output)
     facts = {**environment(), "seed": chosen.seed, "questions_per_task": chosen.questions}
-    written = write_json(folder / f"curriculum-{device}.json", as_json(columns, **facts))
-    picture = write_atomic(folder / f"curriculum-{device}.png", lambda file: draw_plot(columns, file))
+    written = write_json(target / f"curriculum-{device}.json", as_json(columns, **facts))
+    picture = write_atomic(target / f"curriculum-{device}.png", lambda file: draw_plot(columns, file))
     print(f"{written}\n{picture}")
     return everything_holds
 
