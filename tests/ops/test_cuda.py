@@ -137,6 +137,12 @@ def test_the_kernel_itself_writes_the_int8_rows(length, channels, dtype, on_cpu,
     assert torch.equal(end.nan_to_num(7), again.nan_to_num(7))
 
 
+def test_an_epilogue_that_is_none_is_named(on_cpu, monkeypatch) -> None:
+    monkeypatch.setattr(launch, "EPILOGUE", "in8")
+    with pytest.raises(BackendError, match="LONGLLAVA_SCAN_EPILOGUE: got 'in8', allowed: maxima, int8"):
+        scan_op.selective_scan(*WIDE.inputs(), quantized=True, backend="cuda")
+
+
 def test_where_the_kernel_cannot_write_int8_itself(on_cpu, monkeypatch) -> None:
     monkeypatch.setattr(native_cuda, "n_processors", lambda device: 132)
     names = ("u", "delta", "B", "C", "z", "seq_idx")

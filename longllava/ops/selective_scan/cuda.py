@@ -56,13 +56,16 @@ def run_quantized(
     state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Quantized, Tensor]:
-    """`run` with y in int8: the kernels find each token's largest |y|. What quantises is said by EPILOGUE."""
+    """`run` with y in int8: the kernels find each token's largest |y|. What quantises is said by EPILOGUE.
+
+    Raises: BackendError for a word of LONGLLAVA_SCAN_EPILOGUE that is none."""
     dtype, wanted = native_cuda.common_dtype(u, delta, B, C, z), u.dtype
     u, delta, B, C, z = (native_cuda.rowed(x, dtype) for x in (u, delta, B, C, z))  # type: ignore[assignment]
     args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, seq_idx)
     end = u.new_empty((u.shape[0], *A.shape), dtype=torch.float32)
     maxima = u.new_zeros(u.shape[:2], dtype=torch.float32)
-    if cuda_launch.EPILOGUE == "int8" and dtype is wanted and cuda_launch.writes_int8(u, delta, B, C, z, seq_idx):
+    direct = cuda_launch.epilogue() == "int8" and dtype is wanted
+    if direct and cuda_launch.writes_int8(u, delta, B, C, z, seq_idx):
         values, scale = u.new_empty(u.shape, dtype=torch.int8), torch.empty_like(maxima)
         compute(*args, end, None, maxima, (values, scale))
         return Quantized(values, scale, wanted), end

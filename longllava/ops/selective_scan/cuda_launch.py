@@ -14,6 +14,7 @@ import struct
 import torch
 from torch import Tensor
 
+from longllava.errors import BackendError
 from longllava.ops import native_cuda
 from longllava.ops.dispatch import constant_when_traced
 from longllava.ops.native_cuda import address, plain, rowed, rows
@@ -29,6 +30,12 @@ NO_GRADIENTS = (*NO_ROWS, *[0] * 10)
 # largest |y|, and a pass over y does the rest. "int8": its blocks wait for each other's maxima, and write int8. 36,000
 # tokens of 8,192 channels on an H100: 2.7 and 5.5 ms, and 2.3 with a pass that finds the maxima itself, the default.
 EPILOGUE = os.environ.get("LONGLLAVA_SCAN_EPILOGUE", "maxima")
+
+
+def epilogue() -> str:
+    if EPILOGUE not in ("maxima", "int8"):
+        raise BackendError(f"LONGLLAVA_SCAN_EPILOGUE: got {EPILOGUE!r}, allowed: maxima, int8; or unset it")
+    return EPILOGUE
 
 
 def n_blocks(channels: int) -> int:
