@@ -67,7 +67,7 @@ fuzz: setup     ## N hostile pictures, videos, prompts, configs, indices ... (10
 	OMP_NUM_THREADS=1 LONGLLAVA_FUZZ=$(N) $(RUN) -m pytest -q -s -n $(WORKERS) -m long tests/fuzz
 
 SANITIZED := build/sanitized
-SANITIZERS := $(shell $(or $(CXX),g++) -print-file-name=libasan.so) $(shell $(or $(CXX),g++) -print-file-name=libubsan.so)
+SANITIZERS = $(shell $(or $(CXX),g++) -print-file-name=libasan.so) $(shell $(or $(CXX),g++) -print-file-name=libubsan.so)
 CPU_OPS := $(addprefix tests/ops/test_,selective_scan.py causal_conv1d.py attention.py fused.py int8_linear.py native.py)
 sanitize: setup  ## the CPU kernels' tests under the address and undefined-behaviour sanitizers (GCC, minutes)
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)

@@ -243,7 +243,7 @@ class ConvNorm(nn.Sequential):
             return super().forward(x)
         conv, norm = cast(Conv2d, self[0]), cast(nn.BatchNorm2d, self[1])
         mean_C, variance_C = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-        # a norm of known mean and variance is part of the convolution: a pass less, one in fourteen of nano's encoder
+        # a norm of known mean and variance is part of the convolution: a pass less, one in fifteen of nano's encoder
         scale_C = norm.weight * (variance_C + norm.eps).rsqrt()
         weight = conv.weight * scale_C[:, None, None, None]
         y = F.conv2d(x, weight, norm.bias - mean_C * scale_C, conv.stride, conv.padding)
