@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -135,13 +135,10 @@ class LongLLaVA:
         Raises: InputError naming what cannot be used (for pictures: "image 417 of 1000: path: reason").
         """
         from longllava.generation import Sampling
-        from longllava.generation.keywords import check_keywords
-        from longllava.generation.session import Reading
 
-        check_keywords(self.generate, reading, Reading)
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
                             seed=seed, stop=stop)  # fmt: skip
-        session = self.fresh(**reading)
+        session = self.opened(self.generate, reading)
         pieces, sources = self.pieces(prompt, images, video, session)
         answer = session.respond(pieces, sources, sampling)
         return answer if stream else "".join(answer)
@@ -187,11 +184,7 @@ class LongLLaVA:
         self, prompt: Prompt, answer: str, images: Any = None, video: Any = None, **reading: Unpack[Reading]
     ) -> Score:
         """How likely `answer` is after `prompt`, token by token, and whether greedy decoding gives it."""
-        from longllava.generation.keywords import check_keywords
-        from longllava.generation.session import Reading
-
-        check_keywords(self.score, reading, Reading)
-        session = self.fresh(**reading)
+        session = self.opened(self.score, reading)
         pieces, sources = self.pieces(prompt, images, video, session)
         return session.score_pieces(pieces, answer, sources)
 
@@ -218,11 +211,7 @@ class LongLLaVA:
 
         reading: fps, max_frames, tiles, allow_hosts, chunk_tokens, as in `generate`; for all that the session reads.
         """
-        from longllava.generation.keywords import check_keywords
-        from longllava.generation.session import Reading
-
-        check_keywords(self.session, reading, Reading)
-        session = self.fresh(**reading)
+        session = self.opened(self.session, reading)
         if images is not None or text is not None or video is not None:
             session.append(images=images, text=text, video=video)
         return session
@@ -230,11 +219,16 @@ class LongLLaVA:
     def load_session(self, path: str | Path, **reading: Unpack[Reading]) -> Session:
         """A session that Session.save wrote. Raises: CheckpointError when another model made it."""
         from longllava.generation import saving
+
+        return saving.load_into_(self.opened(self.load_session, reading), path)
+
+    def opened(self, method: Callable[..., Any], reading: Reading) -> Session:
+        """`fresh` for a method that passes its keywords on, which tells of a wrong one itself."""
         from longllava.generation.keywords import check_keywords
         from longllava.generation.session import Reading
 
-        check_keywords(self.load_session, reading, Reading)
-        return saving.load_into_(self.fresh(**reading), path)
+        check_keywords(method, reading, Reading)
+        return self.fresh(**reading)
 
     def fresh(self, chunk_tokens: int | None = None, **media: Any) -> Session:
         from longllava.data.images import open_reference
