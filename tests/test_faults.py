@@ -89,14 +89,14 @@ FAULTS = {
     ],
     "code from a checkpoint is run, and pickles are opened": [
         "test_faults.py::test_code_beside_a_checkpoint_is_not_run", "test_faults.py::test_nothing_trusts_what_it_loads",
-        "checkpoints/test_checkpoints.py::test_pickles_are_refused_unopened",
+        "checkpoints/test_load.py::test_pickles_are_refused_unopened",
     ],
     "kernels count in 32 bits": [
         "ops/test_selective_scan.py::test_offsets_beyond_32_bits",
         "ops/test_causal_conv1d.py::test_offsets_beyond_32_bits",
     ],
     "the config forgets how pictures were pooled": [
-        "checkpoints/test_checkpoints.py::test_round_trip",
+        "checkpoints/test_save.py::test_round_trip",
         "checkpoints/test_layouts.py::test_pooling_as_the_original_reads_it",
     ],
     "packing drops rows and texts, and samples of a row see each other": [
@@ -111,8 +111,8 @@ FAULTS = {
         "inputs/test_formats.py::test_several_turns_and_what_is_learned",
     ],
     "dense_downcycling.py means all experts and takes the first": [
-        "checkpoints/test_convert.py::test_an_expert_and_the_mean",
-        "checkpoints/test_convert.py::test_downcycling_as_the_original_script",
+        "checkpoints/test_downcycle.py::test_an_expert_and_the_mean",
+        "checkpoints/test_downcycle.py::test_downcycling_as_the_original_script",
     ],
 }  # fmt: skip
 

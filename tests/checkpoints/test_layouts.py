@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from longllava.api import LongLLaVA
 from longllava.checkpoints import load_model, load_weights_, save_model
@@ -16,29 +16,15 @@ from longllava.config import PUBLISHED_PROMPT, BridgeConfig, EncoderConfig, Prom
 from longllava.errors import CheckpointError, ConfigError, LongLLaVAError
 from longllava.model import Model
 from tests.checkpoints import published
+from tests.checkpoints.folders import assert_same, change, weights
 from tests.tiny import tiny_config, tiny_model, tiny_pictures, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
 
-def stored(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def edit(folder, change) -> None:
-    tensors = stored(folder)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
 def edit_config(folder, **changes) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [key for key in a if not torch.equal(a[key], b[key])] == []
 
 
 def used_of_the_tower(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -54,7 +40,7 @@ def test_transformers_jamba_there_and_back(tmp_path, n_experts):
     assert (model.encoder, model.bridge) == (None, None)
     assert model.config.backbone.n_experts == n_experts
     save_model(model, TOKENIZER, tmp_path / "back", scheme="jamba")
-    assert_same(stored(tmp_path / "back"), stored(tmp_path / "theirs"))
+    assert_same(weights(tmp_path / "back"), weights(tmp_path / "theirs"))
     theirs, ours = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "back"))
     assert {key: theirs[key] for key in ours} == ours
 
@@ -66,7 +52,7 @@ def test_longllava_there_and_back_and_into_every_other_layout(tmp_path, n_expert
     config = model.config
     assert (config.bridge.pool, config.bridge.tokens_per_image, config.encoder.select_layer) == ("2d", 4, -2)
     save_model(model, TOKENIZER, tmp_path / "theirs/back", scheme="longllava")
-    assert_same(stored(tmp_path / "theirs/back"), used_of_the_tower(written))
+    assert_same(weights(tmp_path / "theirs/back"), used_of_the_tower(written))
     save_model(model, TOKENIZER, tmp_path / "native")
     assert_same(load_model(tmp_path / "native").state_dict(), model.state_dict())
     (tmp_path / "theirs/back/tower").symlink_to(tmp_path / "theirs/tower")
@@ -98,7 +84,7 @@ def test_the_norms_of_B_and_C_are_not_exchanged(tmp_path):
     published.jamba(tmp_path / "jamba")
     published.longllava(tmp_path / "longllava")
     for name, B in (("jamba", "b"), ("longllava", "B")):
-        theirs, ours = stored(tmp_path / name), load_model(tmp_path / name).state_dict()
+        theirs, ours = weights(tmp_path / name), load_model(tmp_path / name).state_dict()
         B_norm = theirs[f"model.layers.0.mamba.{B}_layernorm.weight"]
         assert torch.equal(ours["backbone.layers.0.mixer.B_norm.weight"], B_norm)
         assert not torch.equal(ours["backbone.layers.0.mixer.C_norm.weight"], B_norm)
@@ -111,8 +97,8 @@ def test_stock_llava_there_and_back(tmp_path, tower):
     assert model.config.bridge.tokens_per_image == 16
     save_model(model, TOKENIZER, tmp_path / "back", scheme="llava")
     # written as every transformers since 4.36 reads it; transformers 5 writes the tower without "vision_model."
-    back = {key.replace("tower.vision_model.", "tower."): value for key, value in stored(tmp_path / "back").items()}
-    theirs = used_of_the_tower(stored(tmp_path / "theirs"))
+    back = {key.replace("tower.vision_model.", "tower."): value for key, value in weights(tmp_path / "back").items()}
+    theirs = used_of_the_tower(weights(tmp_path / "theirs"))
     assert_same(back, {key: value for key, value in theirs.items() if "tower.head" not in key})
     assert load_model(tmp_path / "back").config.backbone == model.config.backbone
 
@@ -122,7 +108,7 @@ def test_the_names_of_transformers_modules_are_read_too(tmp_path):
     published.llava(tmp_path, 1)
     before = load_model(tmp_path).state_dict()
     tensors = {}
-    for name, tensor in stored(tmp_path).items():
+    for name, tensor in weights(tmp_path).items():
         name = name.replace("language_model.lm_head", "lm_head").replace("language_model.model", "model.language_model")
         name = name.replace("vision_tower.", "model.vision_tower.vision_model.")
         name = name.replace("multi_modal", "model.multi_modal")
@@ -134,7 +120,7 @@ def test_the_names_of_transformers_modules_are_read_too(tmp_path):
 def test_a_longllava_checkpoint_without_its_tower_takes_the_one_it_names(tmp_path):
     published.longllava(tmp_path, 1)
     before = load_model(tmp_path).state_dict()
-    edit(tmp_path, lambda tensors: [tensors.pop(name) for name in list(tensors) if "vision_tower" in name])
+    change(tmp_path, lambda tensors: [tensors.pop(name) for name in list(tensors) if "vision_tower" in name])
     assert_same(load_model(tmp_path).state_dict(), before)
 
 
@@ -183,12 +169,12 @@ def test_the_projector_file_of_stage_1(tmp_path):
 def test_faults_are_named_in_the_words_of_the_file(tmp_path):
     published.longllava(tmp_path)
 
-    def change(tensors):
+    def faults(tensors):
         del tensors["model.layers.0.mamba.B_layernorm.weight"], tensors["model.layers.1.moe.experts.2.up_proj.weight"]
         tensors["model.layers.0.mamba.conv1d.weight"] = torch.zeros(64, 4)
         tensors["model.layers.9.input_layernorm.weight"] = torch.zeros(32)
 
-    edit(tmp_path, change)
+    change(tmp_path, faults)
     with pytest.raises(LongLLaVAError) as caught:
         load_model(tmp_path)
     words = str(caught.value)
