@@ -83,9 +83,9 @@ FAULTS = {
     "a person's text is split at <image>": [
         "inputs/test_processor.py::test_messages_with_parts", "test_api.py::test_marks_in_messages_are_text",
     ],
-    "a video that cannot be read is no frames": ["inputs/test_video.py::test_torn_video_is_one_sentence"],
+    "a video that cannot be read is no frames": ["inputs/test_video_file.py::test_torn_video_is_one_sentence"],
     "all frames are decoded before some are taken": [
-        "inputs/test_video.py::test_few_frames_are_decoded_and_none_is_read_twice",
+        "inputs/test_video_file.py::test_few_frames_are_decoded_and_none_is_read_twice",
     ],
     "code from a checkpoint is run, and pickles are opened": [
         "test_faults.py::test_code_beside_a_checkpoint_is_not_run", "test_faults.py::test_nothing_trusts_what_it_loads",
