@@ -79,7 +79,7 @@ FAULTS = {
         "test_faults.py::test_nothing_of_a_long_prompt_is_cut",
         "data/test_packing.py::test_windows_use_every_sample_once_and_cut_none",
     ],
-    "one bad picture's record ends training": ["data/test_llava_json.py::test_bad_lines_are_listed_with_their_place"],
+    "one bad picture's record ends training": ["data/test_sources.py::test_bad_lines_are_listed_with_their_place"],
     "a person's text is split at <image>": [
         "inputs/test_processor.py::test_messages_with_parts", "test_api.py::test_marks_in_messages_are_text",
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from pathlib import Path
 
@@ -21,9 +20,8 @@ from longllava.data.sources import LlavaSource
 from longllava.errors import ConfigError, DataError
 from longllava.inputs.video import read_frames
 from longllava.settings import build
+from tests.data.records import asked, write
 from tests.tiny import tiny_model
-
-ANSWER = {"from": "gpt", "value": "a cat"}
 
 
 @pytest.fixture(autouse=True)
@@ -47,13 +45,9 @@ def film(path: Path, seconds: int = 6) -> Path:
 
 
 def source(folder: Path, records: list[dict], **keys):
-    (folder / "data.json").write_text(json.dumps(records))
+    write(folder, records)
     row = {"name": "s", "kind": "llava", "licence": "CC0", "origin": "x", "path": "data.json", **keys}
     return record_source(build(SourceConfig, row, "recipe"), folder)
-
-
-def asked(text: str, **media) -> dict:
-    return {"conversations": [{"from": "human", "value": text}, ANSWER], **media}
 
 
 # --- videos
@@ -193,7 +187,7 @@ def spoiled(folder: Path, n: int, bad: set[int], kind: str = "torn") -> list[dic
 
 def test_a_broken_picture_is_left_out_and_listed(tmp_path: Path) -> None:
     records = spoiled(tmp_path, 300, {7})
-    (tmp_path / "data.json").write_text(json.dumps(records))
+    write(tmp_path, records)
     (tmp_path / "r.yaml").write_text(
         "name: r\nsources:\n  - {name: s, kind: llava, licence: CC0, origin: x, path: data.json}\n"
     )
@@ -242,11 +236,6 @@ def test_more_than_one_in_a_hundred_broken_pictures_stop(tmp_path: Path, monkeyp
         assert stops_after is None and len(got.rejected) == len(bad)
 
 
-def write(folder: Path, records: list[dict]) -> Path:
-    (folder / "data.json").write_text(json.dumps(records))
-    return folder / "data.json"
-
-
 def refuse_torn(reference: str) -> None:
     from longllava.errors import InputError
 
@@ -262,34 +251,11 @@ def test_a_broken_video_is_left_out(tmp_path: Path) -> None:
     assert len(got.sample(1).images) == 6 and [item.kind for item in got.rejected] == ["broken video"]
 
 
-def test_the_same_id_twice(tmp_path: Path) -> None:
-    records = [{"id": str(i % 4), **asked(f"{i}?")} for i in range(6)]
-    first, second = tmp_path / "a.json", tmp_path / "b.json"
-    first.write_text(json.dumps(records[:4]))
-    second.write_text(json.dumps(records[4:]))
-    with pytest.raises(DataError, match="b.json:1: the id '0' stands twice in .*a.json; set duplicates: drop"):
-        LlavaSource("s", [first, second])
-    dropped, kept = (LlavaSource("s", [first, second], duplicates=how) for how in ("drop", "keep"))
-    assert (dropped.n_samples, kept.n_samples) == (4, 6)
-    assert [dropped.sample(i).turns[0].text for i in range(4)] == ["0?", "1?", "2?", "3?"]
-    without = [asked(f"{i}?") for i in range(3)]
-    assert LlavaSource("s", write(tmp_path, without)).n_samples == 3  # no ids, no duplicates
-
-
 def test_samples_that_are_all_too_long_end_in_an_error(tmp_path: Path) -> None:
-    (tmp_path / "data.json").write_text(json.dumps([asked("x" * 500) for _ in range(5)]))
-    got = LlavaSource("s", tmp_path / "data.json")
+    got = LlavaSource("s", write(tmp_path, [asked("x" * 500) for _ in range(5)]))
     with pytest.raises(DataError, match="1000 samples in a row cannot be used; .* tokens, a row holds 64"):
         plan_window(lambda n: (got.sample(n % 5), "s"), tiny_model().processor, Cursor(), seed=0, n_steps=1, n_rows=1,
                     row_length=64)  # fmt: skip
-
-
-def test_a_nan_is_no_json(tmp_path: Path) -> None:
-    good = json.dumps(asked("what?"))
-    for number, line in enumerate((good[:-1] + ', "score": NaN}', good[:-1] + ', "score": -Infinity}')):
-        (tmp_path / "data.jsonl").write_text("\n".join([good] * 120 + [line]))
-        got = LlavaSource("s", tmp_path / "data.jsonl")
-        assert "malformed JSON: " + ("NaN", "-Infinity")[number] in str(got.rejected[0]) and got.n_samples == 120
 
 
 def test_constants_of_the_rule() -> None:
