@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from longllava.errors import InputError
+
+WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # what file systems without locks answer
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
@@ -74,6 +77,18 @@ def writable_folder(path: str | Path) -> Path:
     except OSError as error:
         raise InputError(f"{path}: cannot be written into: {error.strerror or error}") from None
     return path
+
+
+@contextlib.contextmanager
+def where_there_are_locks() -> Iterator[None]:
+    """Around `import fcntl` and a lock of it: goes on where there are none (Windows, some network file systems)."""
+    try:
+        yield
+    except ImportError:
+        pass
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
 
 
 def sync_folder(folder: Path) -> None:

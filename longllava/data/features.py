@@ -25,6 +25,7 @@ from longllava.data.embedded import file_of
 from longllava.data.images import open_picture, under
 from longllava.data.worlds.pictures import PREFIX
 from longllava.errors import InputError
+from longllava.files import where_there_are_locks
 from longllava.inputs.processor import Processor
 from longllava.model import Model
 
@@ -70,14 +71,12 @@ class FeatureCache:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """One writer at a time. Where the system has no such lock, runs must not share a cache."""
+        """One writer at a time. Where there are no such locks, runs must not share a cache."""
         with (self.folder / "lock").open("w") as file:
-            try:
+            with where_there_are_locks():
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX)
-            except ImportError:
-                pass
             yield
 
     def read_keys(self) -> None:

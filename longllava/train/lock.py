@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TextIO
 
 from longllava.errors import TrainingError
+from longllava.files import where_there_are_locks
 
 LOCK = "lock"
-WITHOUT = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # what file systems without locks answer
 
 
 @contextlib.contextmanager
@@ -45,16 +45,13 @@ def run_lock(folder: Path, active: bool = True) -> Iterator[None]:
 
 def take(file: TextIO, path: Path) -> None:
     try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        # lockf, not flock: a lock of flock's is inherited by processes that are forked (loaders of data), and outlives
-        # a killed run until the last of them has noticed
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with where_there_are_locks():
+            import fcntl
+
+            # lockf, not flock: a lock of flock's is inherited by processes that are forked (loaders of data), and
+            # outlives a killed run until the last of them has noticed
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in WITHOUT:
-            return
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
         file.seek(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -118,6 +119,24 @@ def test_a_process_killed_in_the_middle_leaves_whole_records(tmp_path) -> None:
     written = [name for name in written if not cache.missing([name])]
     assert 100 < len(written) < 4000
     assert_right(cache, written)
+
+
+@pytest.mark.parametrize(("number", "goes_on"), [(errno.ENOLCK, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_where_there_are_no_locks_it_goes_on_without(tmp_path, monkeypatch, number: int, goes_on: bool) -> None:
+    """As some network file systems answer; any other fault is told."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if not goes_on:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            open_cache(tmp_path)
+        return
+    names = [f"world:{i}" for i in range(5)]
+    assert open_cache(tmp_path).fill(names) == 5
+    assert_right(open_cache(tmp_path), names)
 
 
 def test_an_encoders_cache_holds_what_the_model_makes(tmp_path) -> None:
