@@ -1,4 +1,4 @@
-"""Files are written whole or not at all: temporary name, flush, fsync, rename, fsync of the folder."""
+"""Files and folders are written whole or not at all: temporary name, flush, fsync, rename, fsync of the folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from longllava.errors import InputError
 
+IS_A_FILE = "{}: it is a file; name a folder to write into"
 WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # what file systems without locks answer
 
 
@@ -63,6 +64,61 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` once the block has ended; if it fails, nothing is left.
+
+    A new folder appears by one rename. In one that is there, files replace those of their names one by one, last JSON,
+    which names the others; the rest stays. Raises: InputError where a file has its name.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(IS_A_FILE.format(folder))
+    beside = folder if folder.is_dir() else folder.parent
+    made = [parent for parent in (beside, *beside.parents) if not parent.exists()]
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=beside) as temporary:
+            staged = Path(temporary) / "whole"
+            staged.mkdir()  # with the usual mode: what is around it is closed to others
+            with naming_as(folder, staged):
+                yield staged
+            put_in_place(staged, folder)
+    except BaseException:
+        for parent in made:
+            with contextlib.suppress(OSError):  # someone else has written into it
+                parent.rmdir()
+        raise
+    sync_folder(beside)
+
+
+def put_in_place(staged: Path, folder: Path) -> None:
+    try:
+        os.rename(staged, folder)
+        return
+    except OSError:
+        if not folder.is_dir():  # else it was there, or another process has made it meanwhile
+            raise
+    files = [path for path in staged.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: path.suffix == ".json"):
+        target = folder / path.relative_to(staged)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    for place in {folder / path.parent.relative_to(staged) for path in files}:
+        sync_folder(place)
+
+
+@contextlib.contextmanager
+def naming_as(folder: Path, staged: Path) -> Iterator[None]:
+    """What fails in `staged`, which is gone then, is told of `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.filename, (str, os.PathLike)):
+            error.filename = os.fspath(error.filename).replace(str(staged), str(folder))
+        raise
+
+
 def writable_folder(path: str | Path) -> Path:
     """Make a folder, and try it: what takes minutes to be measured should not find it closed then.
 
@@ -73,7 +129,7 @@ def writable_folder(path: str | Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except FileExistsError:
-        raise InputError(f"{path}: it is a file; name a folder to write into") from None
+        raise InputError(IS_A_FILE.format(path)) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be written into: {error.strerror or error}") from None
     return path

@@ -13,7 +13,7 @@ import pytest
 
 from longllava import cli
 from longllava.errors import InputError
-from longllava.files import writable_folder, write_atomic, write_text
+from longllava.files import whole_folder, writable_folder, write_atomic, write_text
 
 
 def full(file) -> None:
@@ -49,6 +49,70 @@ def test_a_folder_that_cannot_be_written_into_is_refused_before_it_is_needed(tmp
     monkeypatch.setattr("tempfile.TemporaryFile", closed)  # root may write wherever it likes
     with pytest.raises(InputError, match=r"/a: cannot be written into: Permission denied$"):
         writable_folder(tmp_path / "a")
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "a/b"
+    with whole_folder(target) as staged:
+        (staged / "images").mkdir()
+        (staged / "images/0.png").write_bytes(b"0")
+        assert not target.exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "b", "images", "0.png"]
+    (tmp_path / "plain").mkdir()
+    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode  # whoever may read others may read it
+
+
+def test_into_a_folder_that_is_there_files_come_beside_the_others_and_json_last(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("images/0.png", "images/9.png", "notes"):
+        (tmp_path / name).write_text("old")
+    moved = []
+    monkeypatch.setattr(
+        os, "replace", lambda source, target, real=os.replace: (moved.append(target), real(source, target))
+    )
+    with whole_folder(tmp_path) as staged:
+        (staged / "images").mkdir()
+        for name in ("a.json", "images/0.png", "images/1.png", "sheet.png"):
+            (staged / name).write_text("new")
+        assert (tmp_path / "images/0.png").read_text() == "old"
+    found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"a.json": "new", "images/0.png": "new", "images/1.png": "new", "images/9.png": "old",
+                     "notes": "old", "sheet.png": "new"}  # fmt: skip
+    assert moved[-1] == tmp_path / "a.json" and len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_that_cannot_be_finished_is_not_begun(tmp_path: Path, there: bool) -> None:
+    target = tmp_path / "a/b"
+    if there:
+        target.mkdir(parents=True)
+        (target / "notes").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match="No space") as raised, whole_folder(target) as staged:
+        (staged / "1").write_bytes(b"1")
+        write_atomic(staged / "2", full)
+    assert raised.value.filename == str(target / "2")
+    with pytest.raises(KeyboardInterrupt), whole_folder(target) as staged:
+        (staged / "1").write_bytes(b"1")
+        raise KeyboardInterrupt
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_another_process_made_meanwhile(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "a") as staged:
+        (staged / "1").write_text("ours")
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a/1").write_text("theirs")
+    assert (tmp_path / "a/1").read_text() == "ours" and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_in_a_folders_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(InputError, match=r"/file: it is a file; name a folder to write into$"),
+        whole_folder(tmp_path / "file"),
+    ):
+        raise AssertionError
 
 
 def test_text_with_a_name_of_another_encoding_is_refused(tmp_path: Path) -> None:

@@ -6,10 +6,8 @@ Pickled weights are opened in a process of their own (longllava.checkpoints.unpi
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from longllava.checkpoints.stored import header
 from longllava.checkpoints.write import SHARD_BYTES, Output, write_folder
 from longllava.config import ModelConfig
 from longllava.errors import CheckpointError
-from longllava.files import sync_folder, write_json
+from longllava.files import whole_folder, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -56,9 +54,8 @@ def convert_pickles(source: str | Path, target: str | Path | None = None) -> lis
     if not pickles:
         raise CheckpointError(f"{source}: no pickled weights there ({', '.join(PICKLES)})")
     out = folder if target is None else Path(target).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".converting-", dir=out) as temporary:
-        staged = [Path(temporary) / new_name(path, [p.name for p in pickles]) for path in pickles]
+    with whole_folder(out) as temporary:
+        staged = [temporary / new_name(path, [p.name for p in pickles]) for path in pickles]
         whole = any(new.name == WEIGHTS or new.name.startswith("model-") for new in staged)
         taken = [new.name for new in staged if (out / new.name).exists() or staged.count(new) > 1]
         taken += [name for name in (WEIGHTS, INDEX) if whole and (out / name).exists()]
@@ -73,13 +70,10 @@ def convert_pickles(source: str | Path, target: str | Path | None = None) -> lis
                     raise CheckpointError(f"{path}: {listed(sorted(twice))} lies in another file of {source} too")
                 shards |= found
         if shards:
-            write_json(Path(temporary) / INDEX, {"metadata": {}, "weight_map": shards})
+            write_json(temporary / INDEX, {"metadata": {}, "weight_map": shards})
         if source.is_dir():
-            copy_missing((CONFIG, *BESIDE), source, out, Path(temporary))
-        written = [out / path.name for path in sorted(Path(temporary).iterdir())]
-        for path in sorted(written, key=lambda path: path.suffix == ".json"):
-            os.replace(Path(temporary) / path.name, path)
-    sync_folder(out)
+            copy_missing((CONFIG, *BESIDE), source, out, temporary)
+        written = [out / path.name for path in sorted(temporary.iterdir())]
     return written
 
 

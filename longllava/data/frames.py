@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
 from longllava.data.embedded import file_of, is_embedded, read_embedded
 from longllava.errors import InputError
+from longllava.files import whole_folder
 from longllava.inputs.video import folder_frames, read_frames
 
 QUALITY = 95  # of JPEG
@@ -33,7 +32,9 @@ def frames_of(video: str, *, fps: float, max_frames: int, side: int, cache: Path
             warnings.simplefilter("ignore", UserWarning)
             source = read_embedded(video) if is_embedded(video) else video
             frames = read_frames(source, fps=fps, max_frames=max_frames, side=side)
-        write(frames, folder)
+        with whole_folder(folder) as staged:
+            for number, frame in enumerate(frames):
+                frame.save(staged / f"{number:05d}.jpg", quality=QUALITY)
     return [str(path) for path in sorted(folder.iterdir())]
 
 
@@ -44,19 +45,3 @@ def digest(video: str, fps: float, max_frames: int, side: int) -> str:
         raise InputError(f"{video}: {error.strerror or error}") from None
     text = f"{os.path.abspath(video)} {status.st_size} {status.st_mtime_ns} {fps} {max_frames} {side}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
-
-
-def write(frames: list, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=".taking-", dir=folder.parent))
-    try:
-        for number, frame in enumerate(frames):
-            frame.save(staged / f"{number:05d}.jpg", quality=QUALITY)
-        os.chmod(staged, 0o755)
-        try:
-            os.rename(staged, folder)
-        except OSError:  # another process was first, with the same frames
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)

@@ -15,7 +15,7 @@ from longllava.data.worlds.pictures import PicturePool
 from longllava.data.worlds.render import render
 from longllava.data.worlds.words import name_of, one
 from longllava.errors import DataError
-from longllava.files import write_json, write_text
+from longllava.files import whole_folder, write_json, write_text
 
 OWNERS = ("Tom", "Ann", "Ben", "Theo", "Ina")
 THINGS_EACH = 2
@@ -53,7 +53,7 @@ log_every: 10
 
 
 def write_own_data(folder: str | Path, n: int = 50, seed: int = 0) -> list[Path]:
-    """Write images/, own.json, recipe.yaml and stage.yaml. Returns what was written beside the pictures.
+    """Write images/, own.json, recipe.yaml and stage.yaml, or nothing. Returns what was written beside the pictures.
 
     Raises: DataError where something would be written over.
     """
@@ -65,16 +65,16 @@ def write_own_data(folder: str | Path, n: int = 50, seed: int = 0) -> list[Path]
         if (folder / name).exists():
             raise DataError(f"{folder / name}: exists already; name an empty folder")
     records = []
-    for number, (spec_index, owner) in enumerate(drawn(n, seed)):
-        spec = pool(seed).spec(spec_index)
-        write_png(render(spec), folder / "images" / f"{number:03d}.png")
-        records.append(record(f"{number:03d}", owner, one(name_of(spec.thing))))
     written = {"folder": folder.as_posix(), "n": n}
-    return [
-        write_json(folder / "own.json", records),
-        write_text(folder / "recipe.yaml", RECIPE.format(**written)),
-        write_text(folder / "stage.yaml", STAGE.format(**written)),
-    ]
+    with whole_folder(folder) as staged:
+        for number, (spec_index, owner) in enumerate(drawn(n, seed)):
+            spec = pool(seed).spec(spec_index)
+            write_png(render(spec), staged / "images" / f"{number:03d}.png")
+            records.append(record(f"{number:03d}", owner, one(name_of(spec.thing))))
+        write_json(staged / "own.json", records)
+        write_text(staged / "recipe.yaml", RECIPE.format(**written))
+        write_text(staged / "stage.yaml", STAGE.format(**written))
+    return [folder / name for name in names if name != "images"]
 
 
 def drawn(n: int, seed: int, first: int = 0) -> list[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from longllava.checkpoints.load import ASSETS
 from longllava.config import ModelConfig
+from longllava.data import own
 from longllava.data.check import check_recipe
 from longllava.data.check_report import coloured, draw_lengths, show_check, write_check
 from longllava.data.own import OWNERS, QUESTION, THINGS_EACH, drawn, pool, write_own_data
@@ -213,6 +215,26 @@ def test_own_data_is_what_it_says(tmp_path: Path, processor: Processor) -> None:
         write_own_data(tmp_path / "own")
     with pytest.raises(DataError, match="n: got 3 pictures, must be at least 10"):
         write_own_data(tmp_path / "few", 3)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_own_data_that_cannot_be_finished_leaves_nothing(tmp_path: Path, monkeypatch, there: bool) -> None:
+    folder = tmp_path / "mine/own"
+    if there:
+        folder.mkdir(parents=True)
+        (folder / "notes").touch()
+    before = sorted(tmp_path.rglob("*"))
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as changed, pytest.raises(OSError, match="No space") as raised:
+        changed.setattr(own, "write_text", full)
+        write_own_data(folder)
+    assert sorted(tmp_path.rglob("*")) == before and raised.value.filename == str(folder / "recipe.yaml")
+    write_own_data(folder, 10)
+    names = ["images", *(["notes"] if there else []), "own.json", "recipe.yaml", "stage.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == names
 
 
 def longllava(*arguments: str, folder: Path) -> str:

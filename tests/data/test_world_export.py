@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from PIL import Image
 
 from longllava.data.images import open_reference
 from longllava.data.sources import LlavaSource
+from longllava.data.worlds import export
 from longllava.data.worlds.export import export_world
 from longllava.data.worlds.pictures import PicturePool
 from longllava.data.worlds.tasks import TASKS, WorldTask
@@ -50,6 +53,32 @@ def test_the_same_bytes_every_time(tmp_path: Path) -> None:
         for folder in ("a", "b")
     )
     assert first == second and len(first) > 20
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
+def test_a_world_that_cannot_be_finished_leaves_nothing(tmp_path: Path, monkeypatch, fault: BaseException) -> None:
+    export_world(tmp_path / "there", 2, 0)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def failing(references):
+        raise fault
+
+    monkeypatch.setattr(export, "contact_sheet", failing)
+    for folder in ("there", "new/world"):
+        with pytest.raises(type(fault)):
+            export_world(tmp_path / folder, 3, 1)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_world_is_written_over_another(tmp_path: Path) -> None:
+    (tmp_path / "notes").touch()
+    export_world(tmp_path, 3, 0)
+    export_world(tmp_path, 2, 1)
+    export_world(tmp_path / "new", 2, 1)
+    for name in ("world.json", "contact-sheet.png", "images/00000.png", "images/00001.png"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
+    assert (tmp_path / "images/00002.png").is_file() and (tmp_path / "notes").is_file()
 
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:

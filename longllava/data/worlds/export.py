@@ -16,7 +16,7 @@ from longllava.data.worlds.render import SIDE
 from longllava.data.worlds.tasks import WorldTask
 from longllava.data.worlds.words import caption
 from longllava.errors import DataError
-from longllava.files import write_atomic, write_json
+from longllava.files import whole_folder, write_atomic, write_json
 
 DEFAULT_TASKS = ("caption", "single")
 ROLES = {"user": "human", "assistant": "gpt"}
@@ -31,7 +31,7 @@ def export_world(
     out: str | Path, n: int = 24, seed: int = 0, task: str | None = None, *, split: str = "train",
     settings: PoolSettings | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Write n samples below `out`: images/*.png, world.json, contact-sheet.png. Returns what was written.
+    """Write n samples below `out`: images/*.png, world.json, contact-sheet.png; or nothing. Returns what was written.
 
     task: one of worlds.tasks.TASKS; without it, captions and single-picture questions in turn (one picture a
     sample). A seed is a pool of its own. Raises: ConfigError for an unknown task; DataError for n < 1.
@@ -44,15 +44,15 @@ def export_world(
     tasks = [WorldTask(name, split=split, seed=seed, pool=pool) for name in names]
     samples = [tasks[index % len(tasks)].sample(index) for index in range(n)]
     files: dict[str, str] = {}
-    written = []
-    for reference in (reference for sample in samples for reference in sample.images):
-        if reference not in files:
-            files[reference] = f"images/{len(files):05d}.png"
-            written.append(write_png(open_reference(reference), out / files[reference]))
-    written.append(write_json(out / "world.json", [record(sample, files) for sample in samples]))
-    if files:
-        written.append(write_png(contact_sheet(list(files)), out / "contact-sheet.png"))
-    return written
+    with whole_folder(out) as staged:
+        for reference in (reference for sample in samples for reference in sample.images):
+            if reference not in files:
+                files[reference] = f"images/{len(files):05d}.png"
+                write_png(open_reference(reference), staged / files[reference])
+        write_json(staged / "world.json", [record(sample, files) for sample in samples])
+        if files:
+            write_png(contact_sheet(list(files)), staged / "contact-sheet.png")
+    return [out / name for name in (*files.values(), "world.json", *(["contact-sheet.png"] if files else []))]
 
 
 def record(sample: Sample, files: dict[str, str]) -> dict[str, Any]:
