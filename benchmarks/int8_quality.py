@@ -8,7 +8,8 @@ are F times the others, as Jamba's activations are, which reach 4e6. "hidden gai
 is F times the others and the weights that read it F times smaller, so that in floats nothing changes; the hardest case
 for a scale per token, whose other values are then below half a step.
 
-Per layer: signal to noise (dB) of its output on the inputs that it has in the fp32 model. Per model: mean KL divergence
+Per layer: signal to noise (dB) of its output on the inputs that it has in the fp32 model; "int8" is what a layer gets
+without a word (out_proj and down_proj rotated). Per model: mean KL divergence
 of its next-token distribution from fp32's, how often both have the same likeliest token, signal to noise of the logits.
 """
 
@@ -16,7 +17,8 @@ import _environment  # noqa: F401
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,11 +41,19 @@ from longllava.quant import Inputs, Int8Linear, float_places, quantize_
 FORMS: dict[str, Int8Config | None] = {
     "bf16": None,
     "int8": Int8Config(),
+    "int8, nothing rotated": Int8Config(rotated=()),
+    "int8, all rotated": Int8Config(rotated=("layers",)),
     "int8, inputs of out_proj and down_proj in two terms": Int8Config(two_terms=("out_proj", "down_proj")),
     "int8, all inputs in two terms": Int8Config(two_terms=("layers",)),
     "int8 weights only": Int8Config(weight_only=("layers",)),
 }
-WAYS = {"int8": Inputs(1), "two terms": Inputs(1, two_terms=True), "weights only": Inputs(2**31)}
+WAYS = {
+    "int8": Inputs(1),
+    "not rotated": Inputs(1),
+    "rotated": Inputs(1, rotated=True),
+    "two terms": Inputs(1, two_terms=True),
+    "weights only": Inputs(2**31),
+}
 WIDTH, LENGTH, ROWS = 256, 256, 4
 BAR = 35.0  # dB, per layer
 Feed = Callable[[Model], Any]
@@ -126,17 +136,29 @@ def dtype_of(model: Model) -> torch.dtype:
     return model.backbone.embed_tokens.weight.dtype
 
 
-def logits_of(model: Model, feed: Feed) -> Tensor:
-    """Logits (T, V) after every token that the backbone reads."""
+@contextmanager
+def every_token(model: Model) -> Iterator[list[Tensor]]:
+    """Prompts are read to the end of the last layer for every token, not the last alone: logits (T, V) of each call."""
     found: list[Tensor] = []
-    hook = model.backbone.register_forward_hook(
-        lambda module, args, out: found.append(model.logits(out[0]).float().flatten(0, -2))
-    )
+    backbone = model.backbone
+    forward = backbone.forward
+
+    def whole(x_BLD: Tensor, ctx: Context, state: Any = None, last_only: bool = False) -> tuple[Tensor, Any]:
+        hidden_BLD, state = forward(x_BLD, ctx, state)
+        found.append(model.logits(hidden_BLD).float().flatten(0, -2))
+        return hidden_BLD[:, -1:] if last_only else hidden_BLD, state
+
+    backbone.forward = whole  # type: ignore[method-assign]
     try:
         with torch.inference_mode():
-            feed(model)
+            yield found
     finally:
-        hook.remove()
+        del backbone.forward
+
+
+def logits_of(model: Model, feed: Feed) -> Tensor:
+    with every_token(model) as found:
+        feed(model)
     return torch.cat(found)
 
 
@@ -147,14 +169,18 @@ def decibels(truth: Tensor, got: Tensor) -> float:
 
 def layers_of(model: Model, feed: Feed) -> list[dict[str, Any]]:
     """Signal to noise of each layer that int8 replaces, on its own inputs, in each way."""
-    names = {key.removesuffix(".weight") for key in float_places(quantize_(copy.deepcopy(model)))}
+    places = float_places(quantize_(copy.deepcopy(model)))
+    names = {key.removesuffix(".weight"): place.rotated for key, place in places.items()}
     rows: dict[str, dict[str, Any]] = {}
 
     def hook_of(name: str, linear: nn.Linear) -> Callable[..., None]:
-        layer = Int8Linear(linear.in_features, linear.out_features, linear.bias, linear.weight.device, Inputs(1))
-        values, scale = quantize_weight(linear.weight)
-        layer.weight_NK.copy_(values)
-        layer.scale_N.copy_(scale)
+        layers = {}
+        for way, inputs in (WAYS | {"int8": Inputs(1, rotated=names[name])}).items():
+            layer = Int8Linear(linear.in_features, linear.out_features, linear.bias, linear.weight.device, inputs)
+            values, scale = quantize_weight(linear.weight, rotated=inputs.rotated)
+            layer.weight_NK.copy_(values)
+            layer.scale_N.copy_(scale)
+            layers[way] = layer
 
         def measure(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
             x = args[0]
@@ -165,8 +191,7 @@ def layers_of(model: Model, feed: Feed) -> list[dict[str, Any]]:
                 "largest_input": float(x.abs().max()),
                 "absmax_over_rms": float((x.abs().amax(-1) / x.square().mean(-1).sqrt()).mean()),
             }
-            for way, inputs in WAYS.items():
-                layer.inputs = inputs
+            for way, layer in layers.items():
                 row[way] = round(decibels(out, layer(x)), 2)
             rows[name] = row  # fmt: skip
 
@@ -175,7 +200,7 @@ def layers_of(model: Model, feed: Feed) -> list[dict[str, Any]]:
     hooks = [model.get_submodule(name).register_forward_hook(hook_of(name, model.get_submodule(name)))
              for name in names]  # fmt: skip
     try:
-        with torch.inference_mode():
+        with every_token(model):
             feed(model)
     finally:
         for hook in hooks:
@@ -223,8 +248,8 @@ def chart(report: list[dict[str, Any]], file: Any) -> None:
     forms = list(FORMS)
     for number, form in enumerate(forms):
         values = [max(case["forms"][form]["kl"], 1e-9) for case in report]
-        places = [place + 0.16 * (number - 2) for place in range(len(report))]
-        right.bar(places, values, 0.15, label=form)
+        places = [place + 0.12 * (number - len(forms) // 2) for place in range(len(report))]
+        right.bar(places, values, 0.11, label=form)
     right.set_yscale("log")
     right.set_xticks(range(len(report)), [case["model"] for case in report], rotation=20, fontsize=8)
     right.set_ylabel("KL divergence from fp32, nats a token")

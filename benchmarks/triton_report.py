@@ -109,6 +109,14 @@ def norm_and_swiglu(quantized: bool) -> None:
     fused.swiglu(gate, gate, None, quantized)
 
 
+def rotations() -> None:
+    """What out_proj and down_proj read: quantised, and for one token as floats."""
+    gate = empty(8192, 14336)
+    int8.quantize_rows(empty(8192, 8192), None, True)
+    fused.swiglu(gate, gate, None, True, True)
+    int8.rotate_rows(empty(1, 8192))
+
+
 def encoder_passes(quantized: bool) -> None:
     """CLIP-L's, 64 pictures at a time."""
     x, hidden, up = empty(64, 577, 1024), empty(64, 577, 4096), empty(4096, 1024)
@@ -144,6 +152,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "int8 9B, weights alone, 64 tokens": lambda: int8_product(64, 4096, 28672, "weight_only"),
     "norm and SwiGLU 9B": lambda: norm_and_swiglu(False),
     "norm and SwiGLU 9B, int8 output": lambda: norm_and_swiglu(True),
+    "rotated rows 9B": rotations,
     "encoder CLIP-L": lambda: encoder_passes(False),
     "encoder CLIP-L, int8 output": lambda: encoder_passes(True),
     "attention nano, one token": lambda: attend(1, 36_000, 4, 2, 64),

@@ -26,6 +26,7 @@ struct FusedArguments {
   void *y, *total;                  // (rows, width) without gaps; y or values, the other is null; total beside other
   int8_t* values;                   // (rows, width), the int8 rows of y, and their scales (rows)
   float* scale;
+  int64_t rotated;                  // values are of rotated rows; not with absmax
 };
 
 }  // namespace longllava

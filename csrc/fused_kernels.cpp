@@ -47,7 +47,8 @@ LONGLLAVA_INLINE void put(T* p, vec x, int lanes) {
 }
 
 // Row `index` of the int8 rows, from y's numbers, which are rounded already.
-LONGLLAVA_INLINE void quantise(const FusedArguments& a, int64_t index, const float* row) {
+LONGLLAVA_INLINE void quantise(const FusedArguments& a, int64_t index, float* row) {
+  if (a.rotated) rotate_row(row, a.width, row);
   quantise_row(row, a.width, a.absmax == nullptr ? nullptr : a.absmax + index, a.values + index * a.width,
                a.scale + index);
 }

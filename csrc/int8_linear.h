@@ -17,6 +17,7 @@ constexpr int64_t INT8_CHUNK = 2016;     // rows that a task multiplies by one s
 constexpr int64_t INT8_SMALL = 1 << 19;  // weights of fewer bytes are packed once, and tasks are rows alone
 constexpr int64_t INT8_SMALL_CHUNK = 96;   // rows of such a task, and of one that quantises
 constexpr int64_t INT8_FEW = 64;           // rows at most where weights alone are int8
+constexpr int64_t ROTATED_MAX_WIDTH = 32768;  // of a row that is rotated, in fp32: 128 KB of a task's stack
 
 struct Int8Arguments {
   int64_t bytes;  // sizeof(Int8Arguments)
@@ -32,6 +33,7 @@ struct Int8Arguments {
   int64_t y_dtype;
   int8_t* values;  // quantisation alone: (rows, inputs) and (rows)
   float* values_scale;
+  int64_t rotated;  // quantisation alone: of rotated rows; without values these rows go to y, in x's dtype
 };
 
 struct Int8Plan {
@@ -62,6 +64,7 @@ LONGLLAVA_DECLARE(void, int8_fours_worker, (void* plan, int64_t slot))
 LONGLLAVA_DECLARE(void, int8_pairs_pack, (void* plan))
 LONGLLAVA_DECLARE(void, int8_fours_pack, (void* plan))
 LONGLLAVA_DECLARE(void, int8_quantize_task, (void* plan, int64_t task))
+LONGLLAVA_DECLARE(void, int8_rotate_task, (void* plan, int64_t task))
 LONGLLAVA_DECLARE(void, int8_few_rows_task, (void* plan, int64_t task))
 #if defined(__x86_64__)
 namespace longllava {

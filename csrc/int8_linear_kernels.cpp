@@ -22,5 +22,32 @@ void int8_quantize_task(void* opaque, int64_t task) {
   for (int64_t row = begin; row < end; ++row) prepare_row(a, row, a.values + row * a.inputs, a.values_scale + row);
 }
 
+namespace {
+
+template <class T>
+void rotate_rows(const Int8Arguments& a, int64_t begin, int64_t end) {
+  alignas(64) float turned[ROTATED_MAX_WIDTH];
+  for (int64_t row = begin; row < end; ++row) {
+    rotate_row(static_cast<const T*>(a.x) + row * a.x_row, a.inputs, turned);
+    if (a.values != nullptr) {
+      quantise_row(turned, a.inputs, nullptr, a.values + row * a.inputs, a.values_scale + row);
+      continue;
+    }
+    T* y = static_cast<T*>(a.y) + row * a.inputs;
+    int64_t k = 0;
+    for (; k + WIDTH <= a.inputs; k += WIDTH) store(y + k, load(turned + k));
+    if (k < a.inputs) store_some(y + k, load_some(turned + k, int(a.inputs - k)), int(a.inputs - k));
+  }
+}
+
+}  // namespace
+
+void int8_rotate_task(void* opaque, int64_t task) {
+  const Int8Arguments& a = static_cast<const Int8Plan*>(opaque)->args;
+  const int64_t begin = task * INT8_SMALL_CHUNK;
+  const int64_t end = begin + INT8_SMALL_CHUNK < a.rows ? begin + INT8_SMALL_CHUNK : a.rows;
+  a.x_dtype == DTYPE_FLOAT32 ? rotate_rows<float>(a, begin, end) : rotate_rows<uint16_t>(a, begin, end);
+}
+
 }  // namespace LONGLLAVA_FORM
 }  // namespace longllava

@@ -107,6 +107,33 @@ LONGLLAVA_INLINE void narrow(int16_t* out, ivec values) {
 #endif
 }
 
+// Columns k .. k + lanes - 1 of pieces of a row that lie `pitch` numbers apart, four by four: sums and differences.
+template <bool FIRST, class T>
+LONGLLAVA_INLINE void rotate_four(const T* x, float* out, int64_t pitch, int lanes) {
+  vec a[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[i] = lanes == WIDTH ? load_row(x + i * pitch) : load_some(x + i * pitch, lanes);
+    if (FIRST) a[i] *= 0.25f;
+  }
+  const vec sums[4] = {a[0] + a[1], a[0] - a[1], a[2] + a[3], a[2] - a[3]};
+  const vec y[4] = {sums[0] + sums[2], sums[1] + sums[3], sums[0] - sums[2], sums[1] - sums[3]};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) lanes == WIDTH ? store(out + i * pitch, y[i]) : store_some(out + i * pitch, y[i], lanes);
+}
+
+// The rows of quantized.py's `rotate`; out may be x. n is a multiple of 16.
+template <class T>
+LONGLLAVA_INLINE void rotate_row(const T* x, int64_t n, float* out) {
+  const int64_t piece = n / 16;
+  for (int64_t k = 0; k < piece; k += WIDTH) {
+    const int lanes = piece - k < WIDTH ? int(piece - k) : WIDTH;
+    for (int64_t i = 0; i < 16; i += 4) rotate_four<true>(x + i * piece + k, out + i * piece + k, piece, lanes);
+    for (int64_t i = 0; i < 4; ++i)
+      rotate_four<false>(static_cast<const float*>(out) + i * piece + k, out + i * piece + k, 4 * piece, lanes);
+  }
+}
+
 // One row of floats; returns the sum of its values. Out is int8_t or int16_t.
 template <class T, class Out>
 LONGLLAVA_INLINE int32_t quantise_row(const T* x, int64_t n, const float* absmax, Out* out, float* scale) {

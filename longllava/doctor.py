@@ -58,10 +58,11 @@ CALLS: dict[str, Callable[[Make], tuple]] = {
     "causal_conv1d": conv_call,
     "attention": attention_call,
     "int8_linear": int8_call,
-    "quantize_rows": lambda make: (make(33, 64), None),
+    "quantize_rows": lambda make: (make(33, 64), None, False),
+    "rotate_rows": lambda make: (make(33, 64),),
     "rms_norm": lambda make: (make(33, 64), make(64), 1e-6, make(33, 64), False),
     "rms_norm_parts": lambda make: (make(33, 64), (make(32), make(16), make(16)), 1e-6),
-    "swiglu": lambda make: (make(33, 64), make(33, 64), None, False),
+    "swiglu": lambda make: (make(33, 64), make(33, 64), None, False, False),
     "few_rows_linear": lambda make: (make(3, 64), make(40, 64), make(40)),
     "add_layer_norm": lambda make: (make(33, 64), make(33, 64), make(64), make(64), 1e-5, False),
     "activation": lambda make: (make(33, 64), "quick_gelu"),
@@ -77,6 +78,7 @@ PROMPT_CALLS: dict[str, Callable[[Make], tuple]] = {
 # Where an op's backends are, if not in the folder of its name as BACKENDS.
 PLACES = {
     "quantize_rows": ("int8_linear", "QUANTIZE_BACKENDS"),
+    "rotate_rows": ("int8_linear", "ROTATE_BACKENDS"),
     "rms_norm": ("fused", "RMS_NORM_BACKENDS"),
     "rms_norm_parts": ("fused", "RMS_NORM_PARTS_BACKENDS"),
     "swiglu": ("fused", "SWIGLU_BACKENDS"),

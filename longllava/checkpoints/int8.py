@@ -87,7 +87,7 @@ class Quantiser:
             weight_NK = stored[name].read().reshape(-1, place.shape[1])
             if not all_finite(weight_NK):
                 return [name]
-            fill_(self.state[place.weight], self.state[place.scale], start, weight_NK)
+            fill_(self.state[place.weight], self.state[place.scale], start, weight_NK, place.rotated)
             start += len(weight_NK)
         return []
 

@@ -73,6 +73,9 @@ def quantize(
     two_terms: Annotated[
         list[str], typer.Option(help="Layers whose inputs are int8 twice. Repeatable.", show_default=False)
     ] = [],  # noqa: B006
+    rotated: Annotated[
+        list[str], typer.Option(help="Layers whose rows are rotated before they become int8; none. Repeatable.")
+    ] = ["out_proj", "down_proj"],  # noqa: B006
     lm_head: Annotated[bool, typer.Option("--lm-head", help="The output layer too, its weights only.")] = False,
 ) -> None:
     """Write a model with its linear layers in int8, a scale for each output; the rest as it is.
@@ -84,8 +87,9 @@ def quantize(
     from longllava.config import Int8Config
 
     config = Int8Config(
-        parts=tuple(part), keep=tuple(keep), weight_only=tuple(weight_only), two_terms=tuple(two_terms), lm_head=lm_head
-    )
+        parts=tuple(part), keep=tuple(keep), weight_only=tuple(weight_only), two_terms=tuple(two_terms),
+        rotated=() if rotated == ["none"] else tuple(rotated), lm_head=lm_head,
+    )  # fmt: skip
     folder = quantize_folder(source, target, config)
     before, after = sizes(folder)
     print(f"{folder}\n{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB")

@@ -18,6 +18,7 @@ from longllava.nn import Block
 from longllava.nn.mamba import Mamba
 from longllava.nn.mlp import Experts, SwiGLU
 from longllava.nn.norm import RMSNorm
+from longllava.ops.quantized import ROTATED
 from longllava.quant.layers import (
     NEVER,
     Inputs,
@@ -41,12 +42,14 @@ Holder = Int8Linear | Int8SwiGLU | Int8Experts
 
 
 class Place(NamedTuple):
-    """Where a weight of the float model lies in the int8 model: rows of one of its tensors, and their scales."""
+    """Where a weight of the float model lies in the int8 model: rows of one of its tensors, and their scales. rotated:
+    as `rotate_rows` makes them."""
 
     weight: str
     scale: str
     start: int
     shape: tuple[int, int]
+    rotated: bool
 
 
 @torch.no_grad()
@@ -68,7 +71,8 @@ def quantize_(model: Model, config: Int8Config | None = None, *, keep: Iterable[
                 raise LongLLaVAError(f"quantize_: NaN or infinite weights in {name}.{key}; int8 has neither")
     for name, old, new in replacements(model, config):
         for key, slot in new.slots().items():
-            fill_(new.get_buffer(slot.weight), new.get_buffer(slot.scale), slot.start, old.get_parameter(key))
+            weight, scale = new.get_buffer(slot.weight), new.get_buffer(slot.scale)
+            fill_(weight, scale, slot.start, old.get_parameter(key), slot.rotated)
         put_(model, name, new)
     fuse_norms_(model)
     fuse_scans_(model, config.scan_epilogue)
@@ -95,7 +99,7 @@ def float_places(model: Model) -> dict[str, Place]:
         if isinstance(module, Int8SwiGLU | Int8Experts | Int8Linear) and not holds(model, name):
             for key, slot in module.slots().items():
                 found[f"{name}.{key}"] = Place(
-                    f"{name}.{slot.weight}", f"{name}.{slot.scale}", slot.start, (slot.n_rows, slot.width)
+                    f"{name}.{slot.weight}", f"{name}.{slot.scale}", slot.start, (slot.n_rows, slot.width), slot.rotated
                 )
     return found
 
@@ -136,7 +140,7 @@ def counterpart(name: str, module: nn.Module, config: Int8Config, on: torch.devi
     if ".experts." in name or not linears or any(not quantised(key, config) for key in linears):
         return None
     device = on or next(iter(linears.values())).weight.device
-    inputs = {key: inputs_of(key, config) for key in linears}
+    inputs = {key: inputs_of(key, linear.in_features, config) for key, linear in linears.items()}
     if isinstance(module, SwiGLU | Experts):
         downs = {inputs[key] for key in linears if key.endswith("down_proj")}
         ups = {inputs[key] for key in linears if not key.endswith("down_proj")}
@@ -150,10 +154,12 @@ def counterpart(name: str, module: nn.Module, config: Int8Config, on: torch.devi
     return None
 
 
-def inputs_of(name: str, config: Int8Config) -> Inputs:
+def inputs_of(name: str, width: int, config: Int8Config) -> Inputs:
     if name.endswith(HEAD) or matches(name, config.weight_only):
         return Inputs(NEVER)
-    return Inputs(config.dynamic_from, matches(name, config.two_terms))
+    two_terms = matches(name, config.two_terms)
+    rotated = width % ROTATED == 0 and not two_terms and matches(name, config.rotated)
+    return Inputs(config.dynamic_from, two_terms, rotated)
 
 
 def quantised(name: str, config: Int8Config) -> bool:
@@ -167,9 +173,9 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 def check_names(model: Model, config: Int8Config) -> None:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for field in ("keep", "weight_only", "two_terms"):
+    for field in ("keep", "weight_only", "two_terms", "rotated"):
         for pattern in getattr(config, field):
-            if not any(matches(name, (pattern,)) for name in names):
+            if pattern not in getattr(Int8Config, field) and not any(matches(name, (pattern,)) for name in names):
                 lasts = sorted({name.rpartition(".")[2] for name in names})
                 raise ConfigError(
                     f"int8.{field}: {pattern!r} is no linear layer of this model; its layers end in {', '.join(lasts)}"
@@ -208,4 +214,4 @@ def fuse_scans_(model: Model, wanted: bool) -> None:
         if isinstance(mixer, Mamba):
             reader = mixer.out_proj
             inputs = reader.inputs if isinstance(reader, Int8Linear) else Inputs(NEVER)
-            mixer.int8_rows_from = inputs.dynamic_from if wanted and not inputs.two_terms else NEVER
+            mixer.int8_rows_from = inputs.dynamic_from if wanted and inputs.fused(NEVER - 1) else NEVER

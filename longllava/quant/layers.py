@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from longllava.encoders.vit import Activation, LayerNorm
 from longllava.nn.norm import RMSNorm
 from longllava.ops.fused import rms_norm, swiglu
-from longllava.ops.int8_linear import int8_grouped_linear, int8_linear, quantize_rows
+from longllava.ops.int8_linear import int8_grouped_linear, int8_linear, quantize_rows, rotate_rows
 from longllava.ops.quantized import Quantized
 from longllava.ops.vision import activated_rows, add_layer_norm
 
@@ -23,18 +23,28 @@ Multiply = Callable[[Tensor | Quantized, str, bool], Tensor]  # rows, mode, whet
 
 
 class Inputs(NamedTuple):
-    """What becomes of a layer's inputs: int8 from dynamic_from tokens a sequence on, twice with two_terms."""
+    """What becomes of a layer's inputs: int8 from dynamic_from tokens a sequence on, twice with two_terms; rotated as
+    the layer's weights are."""
 
     dynamic_from: int
     two_terms: bool = False
+    rotated: bool = False
+
+    def once(self, length: int) -> bool:
+        """Whether rows become int8, once."""
+        return length >= self.dynamic_from and not self.two_terms
 
     def fused(self, length: int) -> bool:
-        """Whether what makes the rows may quantise them."""
-        return length >= self.dynamic_from and not self.two_terms
+        """Whether a norm, an activation or a scan may make int8 rows: none of them rotates."""
+        return self.once(length) and not self.rotated
 
     def product(self, x: Tensor | Quantized, length: int, multiply: Multiply) -> Tensor:
         if isinstance(x, Quantized):
             return multiply(x, "dynamic", True)
+        if self.rotated and self.once(length) and not differentiated(x):
+            return multiply(quantize_rows(x, rotated=True), "dynamic", True)
+        if self.rotated:
+            x = rotate_rows(x)
         if length < self.dynamic_from:
             return multiply(x, "weight_only", True)
         if not self.two_terms or differentiated(x):
@@ -45,13 +55,15 @@ class Inputs(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where the weight of a layer of floats lies: these rows of all rows of an int8 weight, and of its scales."""
+    """Where the weight of a layer of floats lies: these rows of all rows of an int8 weight, and of its scales. rotated:
+    what lies there are the rotated rows."""
 
     weight: str
     scale: str
     start: int
     n_rows: int
     width: int
+    rotated: bool
 
 
 class Int8Module(nn.Module):
@@ -98,7 +110,8 @@ class Int8Linear(Int8Module):
         return self.inputs.product(x, 0 if isinstance(x, Quantized) else x.shape[-2], multiply)
 
     def slots(self) -> dict[str, Slot]:
-        return {"weight": Slot(*self.weight_names, 0, *self.weight_NK.shape)}
+        n_out, n_in = self.weight_NK.shape
+        return {"weight": Slot(*self.weight_names, 0, n_out, n_in, self.inputs.rotated)}
 
     def extra_repr(self) -> str:
         n_out, n_in = self.weight_NK.shape
@@ -115,16 +128,16 @@ class Int8SwiGLU(nn.Module):
 
     def forward(self, x: Tensor | Quantized, ctx: Any = None) -> Tensor:
         both = self.gate_up_proj(x)
-        fused = self.down_proj.inputs.fused(both.shape[-2]) and not differentiated(both)
-        return self.down_proj(swiglu(both, quantized=fused))
+        return self.down_proj(hidden(both, both.shape[-2], self.down_proj.inputs))
 
     def slots(self) -> dict[str, Slot]:
         hidden, width = self.down_proj.weight_NK.shape[::-1]
         both = ("gate_up_proj.weight_NK", "gate_up_proj.scale_N")
+        up, down = self.gate_up_proj.inputs.rotated, self.down_proj.inputs.rotated
         return {
-            "gate_proj.weight": Slot(*both, 0, hidden, width),
-            "up_proj.weight": Slot(*both, hidden, hidden, width),
-            "down_proj.weight": Slot("down_proj.weight_NK", "down_proj.scale_N", 0, width, hidden),
+            "gate_proj.weight": Slot(*both, 0, hidden, width, up),
+            "up_proj.weight": Slot(*both, hidden, hidden, width, up),
+            "down_proj.weight": Slot("down_proj.weight_NK", "down_proj.scale_N", 0, width, hidden, down),
         }
 
 
@@ -161,14 +174,14 @@ class Int8Experts(nn.Module):
         length = x_BLD.shape[-2]
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         rows: Tensor | Quantized
-        if self.up.fused(length) and not differentiated(x_TD):
-            values, scale, dtype = quantize_rows(x_TD)  # once a token, and a quarter of the bytes to gather
+        if self.up.once(length) and not differentiated(x_TD):
+            # once a token, and a quarter of the bytes to gather
+            values, scale, dtype = quantize_rows(x_TD, rotated=self.up.rotated)
             rows = Quantized(values[token_S], scale[token_S], dtype)
         else:
             rows = x_TD[token_S]
         both_SF = self.gate_up_proj(rows, offsets, self.up, length)
-        hidden_SF = swiglu(both_SF, quantized=self.down.fused(length) and not differentiated(both_SF))
-        return self.down_proj(hidden_SF, offsets, self.down, length)
+        return self.down_proj(hidden(both_SF, length, self.down), offsets, self.down, length)
 
     def slots(self) -> dict[str, Slot]:
         n_experts, width, hidden = self.down_proj.weight_XNK.shape
@@ -176,9 +189,9 @@ class Int8Experts(nn.Module):
                       for name in ("gate_up_proj", "down_proj"))  # fmt: skip
         found = {}
         for j in range(n_experts):
-            found[f"{j}.gate_proj.weight"] = Slot(both[0], both[1], 2 * j * hidden, hidden, width)
-            found[f"{j}.up_proj.weight"] = Slot(both[0], both[1], (2 * j + 1) * hidden, hidden, width)
-            found[f"{j}.down_proj.weight"] = Slot(down[0], down[1], j * width, width, hidden)
+            found[f"{j}.gate_proj.weight"] = Slot(both[0], both[1], 2 * j * hidden, hidden, width, self.up.rotated)
+            found[f"{j}.up_proj.weight"] = Slot(both[0], both[1], (2 * j + 1) * hidden, hidden, width, self.up.rotated)
+            found[f"{j}.down_proj.weight"] = Slot(down[0], down[1], j * width, width, hidden, self.down.rotated)
         return found
 
 
@@ -228,6 +241,12 @@ class QuantizedActivation(nn.Module):
             y: Tensor = self.floats(x)
             return y
         return activated_rows(x, self.floats.name)
+
+
+def hidden(both: Tensor, length: int, inputs: Inputs) -> Tensor | Quantized:
+    """What down_proj reads, of gate and up side by side: int8 rows where nothing else is to be made of them."""
+    quantized = inputs.once(length) and not differentiated(both)
+    return swiglu(both, quantized=quantized, rotated=quantized and inputs.rotated)
 
 
 def differentiated(*tensors: Tensor) -> bool:

@@ -19,6 +19,7 @@ from longllava.checkpoints.downcycle import downcycle
 from longllava.cli import app
 from longllava.config import Int8Config
 from longllava.errors import CheckpointError, ConfigError, InputError
+from longllava.nn import Context
 from longllava.quant import quantize_
 from tests.checkpoints import published
 from tests.checkpoints.test_memory import MEASURE, model_of
@@ -121,6 +122,21 @@ def test_how_the_scans_rows_become_int8_is_chosen_when_a_folder_is_loaded(floats
     folder = quantize_folder(floats, tmp_path / "int8", Int8Config(scan_epilogue=True))
     assert load_model(folder).config.int8 == Int8Config()
     assert load_model(folder, int8=Int8Config(scan_epilogue=True)).config.int8 == Int8Config(scan_epilogue=True)
+
+
+def test_a_folder_of_before_there_was_a_rotation_is_read_as_it_was_written(floats, tmp_path):
+    folder = quantize_folder(floats, tmp_path / "int8", Int8Config(rotated=()))
+    before = load_model(folder)
+    words = json.loads((folder / "config.json").read_text())["int8"]
+    assert words.pop("rotated") == []
+    after = load_model(configured(folder, int8=words), int8=Int8Config())
+    assert before.config.int8 == after.config.int8 == Int8Config(rotated=())
+    ids_BL = torch.arange(3, 23)[None]
+    with torch.inference_mode():
+        hidden = [model(model.embed(ids_BL), Context())[0] for model in (before, after)]
+    assert torch.equal(*hidden)
+    with pytest.raises(ConfigError, match="unknown key 'rotate'; did you mean 'rotated'"):
+        load_model(configured(folder, int8={**words, "rotate": []}))
 
 
 def test_what_is_int8_already_is_not_quantised_again(int8, floats, tmp_path):

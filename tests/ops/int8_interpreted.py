@@ -17,6 +17,7 @@ from longllava.ops import fused
 from longllava.ops.fused import reference as fused_reference
 from longllava.ops.fused import triton as fused_triton
 from longllava.ops.int8_linear import cases, int8_linear, quantize_rows, reference, triton
+from longllava.ops.quantized import quantize, rotate
 from tests.ops.parity import error, poison_empty
 
 # numpy's words for what a GPU does without one
@@ -73,6 +74,23 @@ def test_rows_are_quantised_to_the_same_bits(width, dtype, monkeypatch) -> None:
         assert torch.equal(got[0], truth[0])
         assert torch.equal(got[1], truth[1]) or torch.equal(got[1].isnan(), truth[1].isnan())
         assert torch.equal(got[1].nan_to_num(), truth[1].nan_to_num())
+
+
+@pytest.mark.parametrize(("rows", "pieces"), [(67, 1), (9, 13), (6, 70)])  # 64, 4 rows a program, one
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_are_rotated_to_the_same_bits(rows: int, pieces: int, dtype: torch.dtype) -> None:
+    width = 16 * pieces
+    both = torch.randn(rows, 2 * width) * torch.logspace(-20, 4, rows)[:, None]
+    both[1], both[2, 0], both[3, width - 1], both[4, :width] = 0, torch.nan, -torch.inf, 1e-35
+    x, up = both.to(dtype).chunk(2, 1)
+    (values, scale), truth = triton.quantize_rows(x, None, True), quantize(rotate(x))
+    assert torch.equal(values, truth[0]) and torch.equal(scale.nan_to_num(7), truth[1].nan_to_num(7))
+    if dtype != torch.bfloat16:
+        assert torch.equal(triton.rotate_rows(x).nan_to_num(7), rotate(x).to(dtype).nan_to_num(7))
+    hidden, _ = fused_triton.swiglu(x, up, None, False)
+    (values, scale), truth = fused_triton.swiglu(x, up, None, True, True), quantize(rotate(hidden))
+    assert torch.equal(values, truth[0]) and torch.equal(scale.nan_to_num(7), truth[1].nan_to_num(7))
+    assert triton.rotate_rows(x[:0]).shape == (0, width)
 
 
 def test_a_smaller_absmax_than_is_true_saturates() -> None:

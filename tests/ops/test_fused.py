@@ -106,7 +106,7 @@ def test_as_custom_ops_they_keep_torchs_rules_and_have_the_references_gradients(
     for quantized in (False, True):
         args = (x, weight, 1e-6, residual, quantized, "cpu")
         torch.library.opcheck(call.rms_norm, args, test_utils=tests)
-        torch.library.opcheck(call.swiglu, (x, residual, None, quantized, "cpu"), test_utils=tests)
+        torch.library.opcheck(call.swiglu, (x, residual, None, quantized, False, "cpu"), test_utils=tests)
     found = []
     for backend in ("cpu", "reference"):
         y, total = rms_norm(x, weight, 1e-6, residual, backend=backend)

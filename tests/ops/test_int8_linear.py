@@ -264,7 +264,7 @@ def test_custom_ops_keep_torchs_rules() -> None:
     for mode in ("dynamic", "weight_only"):
         args = (x, weight, scale, None, None, None, mode, torch.float32, None)
         torch.library.opcheck(torch.ops.longllava.int8_linear, args, test_utils=tests)
-    torch.library.opcheck(torch.ops.longllava.quantize_rows, (x.detach(), None, None), test_utils=tests)
+    torch.library.opcheck(torch.ops.longllava.quantize_rows, (x.detach(), None, False, None), test_utils=tests)
 
     @torch.compile(backend="eager", fullgraph=True)
     def compiled(x: torch.Tensor) -> torch.Tensor:

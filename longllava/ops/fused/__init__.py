@@ -13,7 +13,7 @@ from longllava.ops.fused.call import (
     normed,
     swish_gated,
 )
-from longllava.ops.quantized import Quantized
+from longllava.ops.quantized import ROTATED, Quantized
 
 __all__ = [
     "RMS_NORM_BACKENDS",
@@ -81,6 +81,7 @@ def swiglu(
     absmax: Tensor | None = None,
     *,
     quantized: bool = False,
+    rotated: bool = False,
     backend: str | None = None,
 ) -> Tensor | Quantized:
     """silu(gate) * up, in fp32, rounded once. Also the gate of a scan: swiglu(z, y).
@@ -88,7 +89,8 @@ def swiglu(
     Shapes:  gate, up (..., F); without `up`, gate is (..., 2 F) and holds both, gate first. absmax (...) fp32: the
              largest magnitude of each row of the result, where known; with `quantized` only.
     dtypes:  fp32, bf16 or fp16 (fp64 in plain torch). Views are read in place as long as their last stride is 1.
-    Returns: (..., F); with `quantized` what `quantize_rows` of it gives, and the floats are never written.
+    Returns: (..., F); with `quantized` what `quantize_rows` of it gives, and the floats are never written. rotated:
+             what `quantize_rows` gives with rotated=True, F a multiple of 16, without absmax.
     Gradients go to gate and up; with `quantized` there are none.
     Source:  Shazeer 2020, arXiv:2002.05202.
     """
@@ -104,7 +106,12 @@ def swiglu(
         raise LongLLaVAError(
             f"swiglu: absmax is for quantized=True and must be {tuple(gate.shape[:-1])}, got {tuple(absmax.shape)}"
         )
-    args = (_rows(gate), _rows(up), None if absmax is None else absmax.reshape(-1), quantized)
+    if rotated and (not quantized or absmax is not None or not gate.shape[-1] or gate.shape[-1] % ROTATED):
+        raise LongLLaVAError(
+            f"swiglu: rotated is for quantized=True without absmax and rows of a multiple of {ROTATED}, got "
+            f"{tuple(gate.shape)}"
+        )
+    args = (_rows(gate), _rows(up), None if absmax is None else absmax.reshape(-1), quantized, rotated)
     y, scale = swish_gated(*args, backend)
     return _wrapped(y, scale, gate)
 

@@ -38,10 +38,10 @@ def normed(
 
 
 def swish_gated(
-    gate: Tensor, up: Tensor, absmax: Tensor | None, quantized: bool, backend: str | None
+    gate: Tensor, up: Tensor, absmax: Tensor | None, quantized: bool, rotated: bool, backend: str | None
 ) -> tuple[Tensor, Tensor | None]:
     """y, or its int8 values and their scale."""
-    args = (gate, up, absmax, quantized)
+    args = (gate, up, absmax, quantized, rotated)
     chosen = choose("swiglu", SWIGLU_BACKENDS, *args, forced=backend)
     if chosen.run is reference.swiglu or not _watched(gate, up, absmax):
         y, scale = chosen.run(*args)
@@ -64,8 +64,10 @@ def _rms_norm(
     return [x for x in found if x is not None]
 
 
-def _swiglu(gate: Tensor, up: Tensor, absmax: Tensor | None, quantized: bool, backend: str) -> list[Tensor]:
-    args = (gate, up, absmax, quantized)
+def _swiglu(
+    gate: Tensor, up: Tensor, absmax: Tensor | None, quantized: bool, rotated: bool, backend: str
+) -> list[Tensor]:
+    args = (gate, up, absmax, quantized, rotated)
     found = choose("swiglu", SWIGLU_BACKENDS, *args, forced=backend).run(*args)
     return [x for x in found if x is not None]
 
@@ -86,7 +88,7 @@ def _(x, weight, eps, residual, quantized, backend):  # type: ignore[no-untyped-
 
 
 @swiglu.register_fake
-def _(gate, up, absmax, quantized, backend):  # type: ignore[no-untyped-def]
+def _(gate, up, absmax, quantized, rotated, backend):  # type: ignore[no-untyped-def]
     return _outputs(gate, quantized)
 
 
@@ -104,14 +106,14 @@ def _differentiate_norm(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]
 
 
 def _setup_swiglu(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    gate, up, _, ctx.quantized, _ = inputs
+    gate, up, _, ctx.quantized, *_ = inputs
     ctx.save_for_backward(gate, up)
 
 
 def _differentiate_swiglu(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     wanted = [None if ctx.quantized else grads[0], None]
     found = _again(lambda gate, up: reference.swiglu(gate, up, None, False), ctx.saved_tensors, wanted)
-    return found[0], found[1], None, None, None
+    return found[0], found[1], None, None, None, None
 
 
 def _again(run: Any, inputs: tuple[Tensor | None, ...], grads: list[Tensor | None]) -> list[Tensor | None]:

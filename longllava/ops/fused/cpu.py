@@ -12,7 +12,7 @@ from torch import Tensor
 from longllava.ops import native
 from longllava.ops.native import DTYPES, address
 
-FIELDS = struct.Struct("@10qd5q")  # csrc/fused.h, FusedArguments
+FIELDS = struct.Struct("@10qd6q")  # csrc/fused.h, FusedArguments
 MAX_WIDTH = 32768
 
 
@@ -20,7 +20,7 @@ def why_not_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | N
     return _why_not(x, weight)
 
 
-def why_not_swiglu(gate: Tensor, up: Tensor, absmax: Tensor | None = None, quantized: bool = False) -> str | None:
+def why_not_swiglu(gate: Tensor, *rest: Any) -> str | None:
     return _why_not(gate)
 
 
@@ -51,8 +51,10 @@ def rms_norm(
     return y, scale, total
 
 
-def swiglu(gate: Tensor, up: Tensor, absmax: Tensor | None, quantized: bool) -> tuple[Tensor, Tensor | None]:
-    return _run(1, gate, up, None, 0.0, absmax, None, quantized)
+def swiglu(
+    gate: Tensor, up: Tensor, absmax: Tensor | None, quantized: bool, rotated: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    return _run(1, gate, up, None, 0.0, absmax, None, quantized, rotated)
 
 
 def _run(
@@ -64,6 +66,7 @@ def _run(
     absmax: Tensor | None,
     total: Tensor | None,
     quantized: bool,
+    rotated: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     rows, width = x.shape
     y = x.new_empty(x.shape, dtype=torch.int8 if quantized else x.dtype)
@@ -75,6 +78,7 @@ def _run(
             FIELDS.size, rows, width, torch.get_num_threads(), DTYPES[x.dtype], x.data_ptr(), address(other),
             x.stride(0), 0 if other is None else other.stride(0), address(weight), eps, address(absmax),
             0 if quantized else y.data_ptr(), address(total), y.data_ptr() if quantized else 0, address(scale),
+            rotated,
         )
     )  # fmt: skip
     native.succeed(status, "fused")

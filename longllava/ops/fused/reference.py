@@ -38,11 +38,15 @@ def rms_norm_parts(x_TD: Tensor, weights: tuple[Tensor, ...], eps: float) -> tup
     return tuple(rms_norm(part, weight, eps, None, False)[0] for part, weight in zip(parts, weights))
 
 
-def swiglu(gate_TF: Tensor, up_TF: Tensor, absmax_T: Tensor | None, quantized: bool) -> tuple[Tensor, Tensor | None]:
+def swiglu(
+    gate_TF: Tensor, up_TF: Tensor, absmax_T: Tensor | None, quantized: bool, rotated: bool = False
+) -> tuple[Tensor, Tensor | None]:
     wide = torch.promote_types(gate_TF.dtype, torch.float32)
     y_TF = (F.silu(gate_TF.to(wide)) * up_TF.to(wide)).to(gate_TF.dtype)
-    return _finished(y_TF, quantized, absmax_T)
+    return _finished(y_TF, quantized, absmax_T, rotated)
 
 
-def _finished(y: Tensor, quantized: bool, absmax: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    return quantize(y, absmax) if quantized else (y, None)
+def _finished(
+    y: Tensor, quantized: bool, absmax: Tensor | None = None, rotated: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    return quantize(y, absmax, rotated) if quantized else (y, None)

@@ -22,7 +22,9 @@ def why_not_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | N
     return triton_support.why_not(x=x, weight=weight, residual=residual)
 
 
-def why_not_swiglu(gate: Tensor, up: Tensor, absmax: Tensor | None = None, quantized: bool = False) -> str | None:
+def why_not_swiglu(
+    gate: Tensor, up: Tensor, absmax: Tensor | None = None, quantized: bool = False, rotated: bool = False
+) -> str | None:
     if quantized and gate.shape[1] > MAX_WIDTH:
         return f"takes rows of at most {MAX_WIDTH} with int8 output, got {gate.shape[1]}"
     return triton_support.why_not(gate=gate, up=up, absmax=absmax)
@@ -74,10 +76,16 @@ def rms_norm_parts(x: Tensor, weights: tuple[Tensor, ...], eps: float) -> tuple[
     return ys
 
 
-def swiglu(gate: Tensor, up: Tensor, absmax: Tensor | None, quantized: bool) -> tuple[Tensor, Tensor | None]:
+def swiglu(
+    gate: Tensor, up: Tensor, absmax: Tensor | None, quantized: bool, rotated: bool = False
+) -> tuple[Tensor, Tensor | None]:
     from longllava.ops.fused.triton_kernels import swiglu as kernel
+    from longllava.ops.triton_rotate import rotate
 
     y, scale = _outputs(gate, quantized)
+    if rotated:
+        rotate(gate, up, y, scale)
+        return y, scale
     if gate.numel():
         gate, up = rowed(gate), rowed(up)
         n_rows, width = gate.shape

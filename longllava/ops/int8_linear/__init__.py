@@ -9,40 +9,64 @@ import torch
 from torch import Tensor
 
 from longllava.errors import LongLLaVAError
-from longllava.ops.int8_linear.call import BACKENDS, QUANTIZE_BACKENDS, multiply, quantized
-from longllava.ops.quantized import Quantized, quantize
+from longllava.ops.int8_linear.call import BACKENDS, QUANTIZE_BACKENDS, ROTATE_BACKENDS, multiply, quantized, turned
+from longllava.ops.quantized import ROTATED, Quantized, quantize
 
 __all__ = [
     "BACKENDS",
     "MAX_INPUTS",
     "MODES",
     "QUANTIZE_BACKENDS",
+    "ROTATE_BACKENDS",
     "Quantized",
     "int8_grouped_linear",
     "int8_linear",
     "quantize_rows",
     "quantize_weight",
+    "rotate_rows",
 ]
 
 MAX_INPUTS = (2**31 - 1) // 128**2  # 131,071: a sum of so many int8 products cannot leave int32
 MODES = ("dynamic", "weight_only")
 
 
-def quantize_weight(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight_NK: Tensor, *, rotated: bool = False) -> tuple[Tensor, Tensor]:
     """int8 weights and their scale, fp32, one for each output: (N, K), (N); any axes may stand before N.
 
-    The rule of `quantize_rows`. Raises LongLLaVAError for weights that are not finite.
+    The rule of `quantize_rows`. rotated: for inputs that are rotated too. Raises LongLLaVAError for weights that are
+    not finite.
     """
-    values, scale = quantize(weight_NK.detach())
+    weight_NK = weight_NK.detach()
+    values, scale = quantize(rotate_rows(weight_NK.float()) if rotated else weight_NK)
     if bool(scale.isnan().any()):
         raise LongLLaVAError("quantize_weight: the weights hold NaN or infinity; int8 has neither")
     return values, scale
 
 
-def quantize_rows(x: Tensor, absmax: Tensor | None = None, *, backend: str | None = None) -> Quantized:
+def rotate_rows(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """x (..., K), K a multiple of 16, by an orthogonal matrix that is its own inverse (ops/quantized.py), in x's dtype.
+
+    Large numbers that stand alone in a row are spread over sixteen: what int8 has to make room for is up to four times
+    smaller. x: fp32, bf16 or fp16 (fp64 in plain torch). Numbers above 2^124 may become infinite.
+    """
+    _check_rotated("rotate_rows", x)
+    return turned(x.reshape(-1, x.shape[-1]), backend).view(x.shape)
+
+
+def _check_rotated(op: str, x: Tensor) -> None:
+    if not x.is_floating_point() or x.ndim < 1 or not x.shape[-1] or x.shape[-1] % ROTATED:
+        raise LongLLaVAError(
+            f"{op}: rotated rows must be floats, a multiple of {ROTATED} each, got {tuple(x.shape)} in {x.dtype}"
+        )
+
+
+def quantize_rows(
+    x: Tensor, absmax: Tensor | None = None, *, rotated: bool = False, backend: str | None = None
+) -> Quantized:
     """int8 values (..., K) and fp32 scales (...): absmax / 127 of each row, to the nearest, ties to even.
 
     x: fp32, bf16 or fp16 (fp64 in plain torch). absmax (...) fp32: each row's largest magnitude, where known.
+    rotated: of the rows that `rotate_rows` makes of x, which are not rounded in between; not with absmax.
     A row of zeros (below 2^-100) has scale 1. A row that holds NaN or infinity has scale NaN: all that is made of it
     is NaN. Values lie within -127 .. 127. Without gradients.
     """
@@ -50,9 +74,13 @@ def quantize_rows(x: Tensor, absmax: Tensor | None = None, *, backend: str | Non
         raise LongLLaVAError(f"quantize_rows: x must be rows of floats, got {tuple(x.shape)} in {x.dtype}")
     if absmax is not None and absmax.shape != x.shape[:-1]:
         raise LongLLaVAError(f"quantize_rows: absmax must be {tuple(x.shape[:-1])}, got {tuple(absmax.shape)}")
+    if rotated:
+        _check_rotated("quantize_rows", x)
+        if absmax is not None:
+            raise LongLLaVAError("quantize_rows: absmax is of rows that are not rotated; give one or the other")
     rows_TK = x.detach().reshape(-1, x.shape[-1]) if x.shape[-1] else x.detach().new_empty(x.shape[:-1].numel(), 0)
     absmax_T = None if absmax is None else absmax.detach().reshape(-1)
-    values, scale = quantized(rows_TK, absmax_T, backend)
+    values, scale = quantized(rows_TK, absmax_T, rotated, backend)
     return Quantized(values.view(x.shape), scale.view(x.shape[:-1]), x.dtype)
 
 

@@ -17,6 +17,7 @@ MODULES = (("cuda", cuda), ("triton", triton), ("cpu", cpu), ("reference", refer
 QUANTIZERS = (("triton", triton), ("cpu", cpu), ("reference", reference))
 BACKENDS = tuple(Backend(name, module.run, module.why_not) for name, module in MODULES)
 QUANTIZE_BACKENDS = tuple(Backend(name, module.quantize_rows, module.why_not_quantize) for name, module in QUANTIZERS)
+ROTATE_BACKENDS = tuple(Backend(name, module.rotate_rows, module.why_not_rotate) for name, module in QUANTIZERS)
 
 
 def multiply(
@@ -56,20 +57,36 @@ def _multiply(
     return y_TN
 
 
-def quantized(x_TK: Tensor, absmax_T: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
+def quantized(x_TK: Tensor, absmax_T: Tensor | None, rotated: bool, backend: str | None) -> tuple[Tensor, Tensor]:
     plain = type(x_TK) is Tensor and not torch.compiler.is_compiling()
     call: Any = _quantized if plain else quantize_rows
-    values, scale = call(x_TK, absmax_T, backend)
+    values, scale = call(x_TK, absmax_T, rotated, backend)
     return values, scale
 
 
-def _quantized(x: Tensor, absmax: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    values, scale = choose("quantize_rows", QUANTIZE_BACKENDS, x, absmax, forced=backend).run(x, absmax)
+def _quantized(x: Tensor, absmax: Tensor | None, rotated: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+    args = (x, absmax, rotated)
+    values, scale = choose("quantize_rows", QUANTIZE_BACKENDS, *args, forced=backend).run(*args)
     return values, scale
+
+
+def turned(x_TK: Tensor, backend: str | None) -> Tensor:
+    """Rotated rows, with gradients."""
+    wants_grad = torch.is_grad_enabled() and x_TK.requires_grad
+    plain = type(x_TK) is Tensor and not wants_grad and not torch.compiler.is_compiling()
+    call: Any = _turned if plain else rotate_rows
+    y_TK: Tensor = call(x_TK, backend)
+    return y_TK
+
+
+def _turned(x: Tensor, backend: str | None) -> Tensor:
+    y: Tensor = choose("rotate_rows", ROTATE_BACKENDS, x, forced=backend).run(x)
+    return y
 
 
 int8_linear = torch.library.custom_op("longllava::int8_linear", _multiply, mutates_args=())
 quantize_rows = torch.library.custom_op("longllava::quantize_rows", _quantized, mutates_args=())
+rotate_rows = torch.library.custom_op("longllava::rotate_rows", _turned, mutates_args=())
 
 
 @int8_linear.register_fake
@@ -78,8 +95,13 @@ def _(x, weight, scale, bias, x_scale, offsets, mode, dtype, backend):  # type: 
 
 
 @quantize_rows.register_fake
-def _(x, absmax, backend):  # type: ignore[no-untyped-def]
+def _(x, absmax, rotated, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+@rotate_rows.register_fake
+def _(x, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -96,3 +118,4 @@ def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 
 int8_linear.register_autograd(_differentiate, setup_context=_setup)
+rotate_rows.register_autograd(lambda ctx, grad_y: (turned(grad_y, None), None))  # its own inverse and transpose

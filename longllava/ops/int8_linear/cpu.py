@@ -18,8 +18,9 @@ from longllava.ops import native
 from longllava.ops.int8_linear import reference
 from longllava.ops.native import DTYPES, address, plain
 
-FIELDS = struct.Struct("@20q")  # csrc/int8_linear.h, Int8Arguments
+FIELDS = struct.Struct("@21q")  # csrc/int8_linear.h, Int8Arguments
 FEW_ROWS = 64
+MAX_ROTATED = 32768  # numbers of a row
 ALIGNMENT = 16  # of rows in mode "weight_only", which are read in whole vectors
 INT8 = 2
 
@@ -41,10 +42,16 @@ def why_not(
     return _elsewhere(x, "x") or _elsewhere(weight, "weight") or native.why_not()
 
 
-def why_not_quantize(x: Tensor, absmax: Tensor | None = None) -> str | None:
+def why_not_quantize(x: Tensor, absmax: Tensor | None = None, rotated: bool = False) -> str | None:
+    if rotated and x.shape[1] > MAX_ROTATED:
+        return f"rotates rows of at most {MAX_ROTATED}, got {x.shape[1]}"
     if x.dtype not in (*DTYPES, torch.float16):
         return f"takes float32, bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}"
     return _elsewhere(x, "x") or native.why_not()
+
+
+def why_not_rotate(x: Tensor) -> str | None:
+    return why_not_quantize(x, None, True)
 
 
 def _elsewhere(x: Tensor, name: str) -> str | None:
@@ -92,26 +99,39 @@ def run(
         FIELDS.pack(
             FIELDS.size, x.shape[0], weight.shape[-1], y.shape[1], 1 if offsets is None else weight.shape[0],
             torch.get_num_threads(), depth, x.data_ptr(), DTYPES.get(x.dtype, INT8), x.stride(0), address(x_scale), 0,
-            weight.data_ptr(), scale.data_ptr(), address(bias), address(offsets), y.data_ptr(), DTYPES[y.dtype], 0, 0,
+            weight.data_ptr(), scale.data_ptr(), address(bias), address(offsets), y.data_ptr(), DTYPES[y.dtype],
+            0, 0, 0,
         )
     )  # fmt: skip
     native.succeed(status, "int8_linear")
     return y.to(dtype)
 
 
-def quantize_rows(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, absmax: Tensor | None = None, rotated: bool = False) -> tuple[Tensor, Tensor]:
     values = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty((x.shape[0],), dtype=torch.float32)
-    x, absmax = _rowed(x), None if absmax is None else plain(absmax)
+    _rows(_rowed(x), None if absmax is None else plain(absmax), None, values, scale, rotated)
+    return values, scale
+
+
+def rotate_rows(x: Tensor) -> Tensor:
+    rows = _rowed(x)
+    y = rows.new_empty(rows.shape)
+    _rows(rows, None, y, None, None, True)
+    return y.to(x.dtype)
+
+
+def _rows(
+    x: Tensor, absmax: Tensor | None, y: Tensor | None, values: Tensor | None, scale: Tensor | None, rotated: bool
+) -> None:
     status = _kernels()[2](
         FIELDS.pack(
             FIELDS.size, x.shape[0], x.shape[1], 0, 1, torch.get_num_threads(), 0,
-            x.data_ptr(), DTYPES[x.dtype], x.stride(0), 0, address(absmax), 0, 0, 0, 0, 0, 0,
-            values.data_ptr(), scale.data_ptr(),
+            x.data_ptr(), DTYPES[x.dtype], x.stride(0), 0, address(absmax), 0, 0, 0, 0, address(y), 0,
+            address(values), address(scale), rotated,
         )
     )  # fmt: skip
     native.succeed(status, "quantize_rows")
-    return values, scale
 
 
 def _rowed(x: Tensor) -> Tensor:

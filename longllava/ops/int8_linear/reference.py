@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from longllava.ops import native
-from longllava.ops.quantized import quantize
+from longllava.ops.quantized import quantize, rotate
 
 BLOCK = 1024  # 1,024 x 128 x 128 = 2^24
 
@@ -20,8 +20,16 @@ def why_not_quantize(x: Tensor, *args: object) -> str | None:
     return None
 
 
-def quantize_rows(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return quantize(x, absmax)
+def why_not_rotate(x: Tensor) -> str | None:
+    return None
+
+
+def quantize_rows(x: Tensor, absmax: Tensor | None = None, rotated: bool = False) -> tuple[Tensor, Tensor]:
+    return quantize(x, absmax, rotated)
+
+
+def rotate_rows(x: Tensor) -> Tensor:
+    return rotate(x).to(x.dtype)
 
 
 def run(

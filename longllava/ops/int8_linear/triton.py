@@ -21,6 +21,7 @@ from longllava.ops.triton_support import DTYPES, OPTIONS, rowed
 
 FEW_ROWS = 64  # in mode "weight_only"
 ROW_BLOCK = 16384  # numbers of a row that a program holds
+MAX_ROTATED = 32768  # and where all of a row has to be held
 FEW_OUTPUTS, FEW_INPUTS = 64, 128  # a block of weights in mode "weight_only": 8 KB, five programs a processor
 PROGRAMS_WANTED = 4  # a processor, in mode "weight_only"
 UNFUSED = {**OPTIONS, "enable_fp_fusion": False}
@@ -69,8 +70,14 @@ def why_not(x: Tensor, weight: Tensor, *rest: Any) -> str | None:
     return _elsewhere(x, "x") or _elsewhere(weight, "weight") or triton_support.missing()
 
 
-def why_not_quantize(x: Tensor, absmax: Tensor | None = None) -> str | None:
+def why_not_quantize(x: Tensor, absmax: Tensor | None = None, rotated: bool = False) -> str | None:
+    if rotated and x.shape[1] > MAX_ROTATED:
+        return f"rotates rows of at most {MAX_ROTATED}, got {x.shape[1]}"
     return triton_support.why_not(x=x, absmax=absmax)
+
+
+def why_not_rotate(x: Tensor) -> str | None:
+    return why_not_quantize(x, None, True)
 
 
 def _elsewhere(x: Tensor, name: str) -> str | None:
@@ -107,12 +114,16 @@ def run(
         return _product(x.contiguous(), x_scale.contiguous(), weight, scale, bias, offsets, y, tiles)
 
 
-def quantize_rows(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, absmax: Tensor | None = None, rotated: bool = False) -> tuple[Tensor, Tensor]:
     from longllava.ops.int8_linear.triton_kernels import quantize_rows as kernel
+    from longllava.ops.triton_rotate import rotate
 
     n_rows, n_inputs = x.shape
     values = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty((n_rows,), dtype=torch.float32)
+    if rotated:
+        rotate(x, None, values, scale)
+        return values, scale
     if n_inputs == 0:
         return values, scale.fill_(1)
     if n_rows == 0:
@@ -126,6 +137,14 @@ def quantize_rows(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tens
             K=n_inputs, ROWS=rows, BLOCK=block, num_warps=max(4, min(16, block // 1024)), **UNFUSED,
         )  # fmt: skip
     return values, scale
+
+
+def rotate_rows(x: Tensor) -> Tensor:
+    from longllava.ops.triton_rotate import rotate
+
+    y = x.new_empty(x.shape)
+    rotate(x, None, y, None)
+    return y
 
 
 def choose_tiles(n_rows: int, n_outputs: int, n_inputs: int, aligned: bool, device: torch.device) -> Tiles:
