@@ -213,8 +213,8 @@ class Int8Config:
     keep: layers that stay floats. weight_only: layers whose inputs stay floats. two_terms: layers whose inputs are int8
     twice, the second time what the first left over: 15 bits a value for twice the products, where a few values of a row
     are far larger than the rest. rotated: layers whose weights are stored in rotated rows and whose inputs are rotated
-    before they become int8 (ops/quantized.py), which spreads such values: down_proj and out_proj read the rows that have
-    them, and their products gain 4 to 9 dB. Not in two terms, nor where 16 does not divide the inputs. All by a part of
+    before they become int8 (ops/quantized.py), which spreads such values: down_proj and out_proj read rows that have
+    some, and their products gain 4 to 9 dB. Not in two terms, nor where 16 does not divide the inputs. All by a part of
     the dotted name ("down_proj") or a pattern over all of it ("backbone.layers.[01].*").
     scan_epilogue: whether the scan's CUDA kernel finds each token's largest value for out_proj's inputs, where it can:
     not if they are rotated. The numbers are the same. On an H100 a pass over what the scan wrote costs less than its
