@@ -10,7 +10,7 @@
 
 namespace longllava {
 
-constexpr int64_t KEY_BLOCK = 64;  // keys taken at a time; key j belongs to block j / KEY_BLOCK
+constexpr int64_t KEY_BLOCK = 64;  // keys taken at a time, but where a call says otherwise
 
 // Strides in elements; the last axis (head_dim) is contiguous.
 struct AttentionStrides {
@@ -34,7 +34,7 @@ struct AttentionCall {
   const int32_t* seq_q;        // (B, L) contiguous, or null together with seq_k
   const int32_t* seq_k;        // (B, S)
   const KeyRange* key_ranges;  // (B, n_key_blocks), or null
-  int64_t n_key_blocks;
+  int64_t n_key_blocks, key_block;  // key j belongs to block j / key_block
   // The work is cut into batch x group x tile of queries x split of the keys. With one split a task writes y and
   // lse; with more it writes its rows' unnormalised sums to `partial`, (task, tile_queries * H / G, K + 2) fp32:
   // sum of p v, then the base-2 maximum, then the sum of p.

@@ -2,10 +2,10 @@
 //
 // Rows (query, head) lie in the lanes of vectors, keys and channels are broadcast. So scores (key, row) and sums
 // (channel, row) need no transposition and no sum across lanes, all heads of a group share a block of keys, and
-// a block is brought to fp32 (or paired bf16) once for some 240 rows:
+// a block is brought to fp32 (or paired bf16) once for 240 rows or more:
 //     scores = k q' : TILE_HEIGHT keys x 1-3 vectors of rows in registers, K steps
 //     p = 2^(scores - top), total, top                      the running softmax, elementwise
-//     sums = sums * 2^(old top - top) + v' p : TILE_HEIGHT channels x the same rows, KEY_BLOCK steps
+//     sums = sums * 2^(old top - top) + v' p : TILE_HEIGHT channels x the same rows, as many steps as the block has keys
 // Scores, sums and softmax are fp32. For bf16 input on AVX512_BF16 the products are bf16 pairs summed in fp32, and
 // p is rounded to bf16 for its product with v (the total takes it unrounded).
 #pragma once
@@ -44,22 +44,22 @@ void attend_tile(const AttentionCall& call, int64_t index) {
   typedef typename Dot::Element Element;
   const AttentionTask task = forward_task(call, index);
   const Panels panels(task.n_rows);
-  const int64_t width = call.head_dim, n_padded = panels.n_vectors * LANES;
+  const int64_t width = call.head_dim, block = call.key_block, n_padded = panels.n_vectors * LANES;
   const int64_t depth = round_up(width, Dot::DEPTH) / Dot::DEPTH;  // of a score's product, in Elements
   const int64_t v_width = round_up(width, TILE_HEIGHT);
   const int64_t v_stride = round_up(v_width, 16) + 16;  // not a power of two: that would fill few sets of the cache
 
   Scratch scratch(Scratch::padded(n_padded * depth) + Scratch::padded(n_padded * v_width) + 4 * n_padded +
-                  Scratch::padded(KEY_BLOCK * depth) + KEY_BLOCK * (v_stride + TILE_VECTORS * LANES) + 256);
+                  Scratch::padded(block * depth) + block * (v_stride + TILE_VECTORS * LANES) + 256);
   Element* q = scratch.get<Element>(n_padded * depth);
   float* sums = scratch.get<float>(n_padded * v_width);
   float* tops = scratch.get<float>(n_padded);
   float* totals = scratch.get<float>(n_padded);
   int32_t* ends = scratch.get<int32_t>(n_padded);
   int32_t* ids = scratch.get<int32_t>(n_padded);
-  Element* k = scratch.get<Element>(KEY_BLOCK * depth);
-  Element* v = scratch.get<Element>(KEY_BLOCK / Dot::DEPTH * v_stride);
-  float* scores = scratch.get<float>(KEY_BLOCK * TILE_VECTORS * LANES);
+  Element* k = scratch.get<Element>(block * depth);
+  Element* v = scratch.get<Element>(block / Dot::DEPTH * v_stride);
+  float* scores = scratch.get<float>(block * TILE_VECTORS * LANES);
 
   describe_rows(call, task, n_padded, ends, ids);
   for (int64_t i = 0; i < n_padded * v_width; ++i) sums[i] = 0;
@@ -71,11 +71,11 @@ void attend_tile(const AttentionCall& call, int64_t index) {
   const Input* v_source = static_cast<const Input*>(call.v) + task.batch * v_strides.batch + task.group * v_strides.head;
   const PanelView tile(ends, ids, task.n_rows);
 
-  for (int64_t first = task.first_key; first < task.end_key; first += KEY_BLOCK) {
+  for (int64_t first = task.first_key; first < task.end_key; first += block) {
     const KeyRange* range = key_range(call, task, first);
     if (range != nullptr && !tile.may_see(*range)) continue;
     const int32_t* key_ids = call.seq_k == nullptr ? nullptr : call.seq_k + task.batch * call.n_keys + first;
-    const int64_t n_block = task.end_key - first < KEY_BLOCK ? task.end_key - first : KEY_BLOCK;
+    const int64_t n_block = task.end_key - first < block ? task.end_key - first : block;
     const int64_t n_staged = round_up(n_block, TILE_HEIGHT);
     Dot::stage_keys(k, depth, k_source + first * k_strides.token, k_strides.token, n_block, n_staged, width, key_ids);
     const bool finite = Dot::stage_values(v, v_stride, v_source + first * v_strides.token, v_strides.token, n_block,

@@ -36,18 +36,19 @@ inline void read_arguments(AttentionCall& call, const AttentionArguments& from) 
   call.k = from.k.start, call.k_strides = from.k.strides;
   call.v = from.v.start, call.v_strides = from.v.strides;
   call.y = from.y.start, call.y_strides = from.y.strides;
+  call.key_block = KEY_BLOCK;
   call.lse = from.lse, call.seq_q = from.seq_q, call.seq_k = from.seq_k;
 }
 
 // The seq_idx found in each block of keys, so that blocks no row can see are passed over. Empty without seq_idx.
 inline std::vector<KeyRange> key_ranges(AttentionCall& call) {
-  call.n_key_blocks = (call.n_keys + KEY_BLOCK - 1) / KEY_BLOCK;
+  call.n_key_blocks = (call.n_keys + call.key_block - 1) / call.key_block;
   std::vector<KeyRange> ranges;
   if (call.seq_k == nullptr) return ranges;
   ranges.assign(call.batch * call.n_key_blocks, {std::numeric_limits<int32_t>::max(), -1, false});
   for (int64_t b = 0; b < call.batch; ++b) {
     for (int64_t key = 0; key < call.n_keys; ++key) {
-      KeyRange& range = ranges[b * call.n_key_blocks + key / KEY_BLOCK];
+      KeyRange& range = ranges[b * call.n_key_blocks + key / call.key_block];
       const int32_t id = call.seq_k[b * call.n_keys + key];
       range.has_padding |= id < 0;
       if (id >= 0 && id < range.low) range.low = id;

@@ -113,7 +113,7 @@ LONGLLAVA_INLINE int64_t row_number(const AttentionCall& call, const AttentionTa
 
 LONGLLAVA_INLINE const KeyRange* key_range(const AttentionCall& call, const AttentionTask& task, int64_t first_key) {
   if (call.key_ranges == nullptr) return nullptr;
-  return call.key_ranges + task.batch * call.n_key_blocks + first_key / KEY_BLOCK;
+  return call.key_ranges + task.batch * call.n_key_blocks + first_key / call.key_block;
 }
 
 // Copies n rows of `width` numbers as fp32 into rows of `stride` floats. A row whose seq_idx is padding becomes 0,
