@@ -25,6 +25,7 @@ ops.dispatch
 ops.native
 ops.sequences ops.quantized ops.upstream_support ops.triton_trial
 ops.triton_support ops.triton_int8 ops.native_cuda
+ops.triton_rotate
 ops.few_rows
 ops.int8_linear
 ops.selective_scan ops.causal_conv1d ops.attention ops.fused ops.experts ops.vision
