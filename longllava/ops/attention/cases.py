@@ -93,6 +93,9 @@ CASES = (
     Case(
         name="split-question", batch=2, n_queries=20, n_keys=3100, n_heads=4, n_groups=2, head_dim=64, packing="middle"
     ),
+    # so many keys that tiles and blocks are larger: 520 rows a group, keys that end within a block
+    Case(name="long", n_queries=130, n_keys=8261, n_heads=4, n_groups=1, head_dim=20, dtype=torch.bfloat16),
+    Case(name="long", n_queries=130, n_keys=8261, n_heads=4, n_groups=1, head_dim=8, packing="middle"),
     # more than one chunk of keys in the backward pass
     Case(name="wild", batch=2, n_queries=300, n_keys=420, n_heads=4, n_groups=2, head_dim=64, packing="wild"),
     Case(name="chunks", n_queries=700, n_keys=1200, n_heads=2, n_groups=1, head_dim=64),
