@@ -257,4 +257,4 @@ class ResidualConv(nn.Module):
         self.second = ConvNorm(width, width, relu=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.second(self.first(x)))
+        return self.second(self.first(x)).add_(x).relu_()
