@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from longllava.errors import BackendError
+
 BEYOND_UINT32 = 2**32  # elements; their kernels count in 32 bits and go on with a wrong address, without a word
 
 _verdicts: dict[str, str | None] = {}
@@ -26,7 +28,12 @@ def why_not(package: str, first_call: Callable[[torch.device], object], **tensor
 
 
 def tried(package: str, first_call: Callable[[torch.device], object], device: torch.device, mend: str) -> str | None:
-    """None when the call works on the device, else what went wrong, and what to do."""
+    """None when the call works on the device, else what went wrong, and what to do. Raises: BackendError while a CUDA
+    graph is captured, where no answer could be had, and the wrong one would be kept."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            f"{package} has not been tried yet, and cannot be while a CUDA graph is captured; make the call once before"
+        )
     try:
         first_call(device)
         torch.cuda.synchronize(device)

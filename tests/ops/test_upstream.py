@@ -122,6 +122,10 @@ def test_offsets_that_would_wrap_are_refused() -> None:
     assert "counts saved states in 32 bits" in str(scan.why_not(many, many, A, B, B))
 
 
+class OnGPU:  # a tensor as why_not sees it
+    device = torch.device("cuda")
+
+
 def test_installed_is_not_working_and_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -131,9 +135,6 @@ def test_installed_is_not_working_and_is_tried_once(monkeypatch: pytest.MonkeyPa
             raise ModuleNotFoundError("No module named 'selective_scan_cuda'")
         raise RuntimeError("no kernel image is available\nsecond line")
 
-    class OnGPU:  # a tensor as why_not sees it
-        device = torch.device("cuda")
-
     monkeypatch.setattr(upstream_support, "_verdicts", {})
     for _ in range(2):
         answer = upstream_support.why_not("a-package", first_call, x=OnGPU())
@@ -141,3 +142,13 @@ def test_installed_is_not_working_and_is_tried_once(monkeypatch: pytest.MonkeyPa
     answer = upstream_support.why_not("another", first_call, x=OnGPU())
     assert answer.startswith("another is installed and fails: RuntimeError: no kernel image is available; pip install")
     assert len(calls) == 2
+
+
+def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
+    """A call that fails for that alone would be remembered as one that never works."""
+    monkeypatch.setattr(upstream_support, "_verdicts", {})
+    for name in ("is_available", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    with pytest.raises(BackendError, match="a-package has not been tried yet, .*; make the call once before"):
+        upstream_support.why_not("a-package", lambda device: pytest.fail("tried"), x=OnGPU())
+    assert not upstream_support._verdicts
