@@ -32,6 +32,10 @@ def is_embedded(reference: str) -> bool:
     return TAR.fullmatch(reference) is not None or TABLE.fullmatch(reference) is not None
 
 
+def in_a_table(reference: str) -> bool:
+    return TABLE.fullmatch(reference) is not None
+
+
 def file_of(reference: str) -> str:
     """The file that a reference, also a plain path, leads to."""
     found = TAR.fullmatch(reference) or TABLE.fullmatch(reference)

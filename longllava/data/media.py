@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from longllava.config import PromptConfig
+from longllava.data.ahead import LOOKS
 from longllava.data.cache import cache_folder
-from longllava.data.embedded import is_embedded, read_embedded
+from longllava.data.embedded import in_a_table, is_embedded, read_embedded
 from longllava.data.frames import frames_of
-from longllava.data.images import check_picture, tile_reference
+from longllava.data.images import tile_reference
 from longllava.data.records import Unusable
 from longllava.data.samples import Medium, Sample
 from longllava.errors import ConfigError, InputError, LongLLaVAError
@@ -77,9 +78,17 @@ def check(references: Sequence[str], config: MediaConfig) -> None:
         return
     for reference in references:
         try:
-            check_picture(reference)
+            LOOKS.look(reference)
         except LongLLaVAError as error:
             raise Unusable("broken image", str(error)) from None
+
+
+def expect(sample: Sample, config: MediaConfig) -> None:
+    """The pictures of a sample that `opened` is asked for soon. Tables are read in one thread, videos in their turn."""
+    if config.check:
+        media = sample.media or [Medium()] * len(sample.images)
+        LOOKS.expect(reference for medium, reference in zip(media, sample.images, strict=True)
+                     if not medium.video and not in_a_table(reference))  # fmt: skip
 
 
 def video_frames(reference: str, config: MediaConfig) -> list[str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from longllava.data.ahead import SAMPLES
 from longllava.data.media import laid_out
 from longllava.data.records import Unusable
 from longllava.data.samples import Sample
@@ -143,23 +144,28 @@ def plan_window(
     n_rows: int,
     row_length: int,
     tokens_per_image: int | None = None,
+    expect: Callable[[int], None] | None = None,
 ) -> Plan:
     """Pack samples from `begin` on into n_steps x n_rows rows of row_length tokens.
 
     draw: number -> (sample, name of its source). Samples are drawn until they would fill all rows; longest
     first, each goes into the fullest row it fits; what fits nowhere is held back for the next window.
-    seed: the order of rows, and of samples in a row. Raises: DataError when no sample fits.
+    seed: the order of rows, and of samples in a row. expect: told of numbers that are drawn soon, and once.
+    Raises: DataError when no sample fits.
     """
     capacity = n_steps * n_rows * row_length
     items: list[Item] = []
     misfits: list[Misfit] = []
     waiting, following = list(begin.held), begin.next
-    n_tokens, missed = 0, 0
+    n_tokens, missed, told = 0, 0, following
     while n_tokens < capacity:
         if waiting:
             number = waiting.pop(0)
         else:
             number, following = following, following + 1
+        while expect is not None and told < following + SAMPLES:
+            expect(told)
+            told += 1
         try:
             sample, source = draw(number)
         except Unusable as error:

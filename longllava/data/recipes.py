@@ -154,6 +154,13 @@ class Recipe:
             error.source = source.name
             raise
 
+    def expect(self, seed: int, number: int) -> None:
+        """A sample that is asked for soon."""
+        chosen, index = self.at(seed, number)
+        source = self.sources[chosen]
+        if isinstance(source, RecordSource):
+            source.expect(index)
+
     def rejected(self) -> list[str]:
         """file:line: reason of every record that was left out."""
         return [str(item) for source in self.sources for item in getattr(source, "rejected", ())]

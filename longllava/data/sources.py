@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from longllava.data.ahead import LOOKS
 from longllava.data.llava_json import Shape, sample_of_record
-from longllava.data.media import MediaConfig, opened
+from longllava.data.media import MediaConfig, expect, opened
 from longllava.data.records import Unusable
 from longllava.data.samples import Sample
 from longllava.data.stores import Place, Store
@@ -77,6 +79,7 @@ class RecordSource:
         self.n_samples: int | None = len(self.order)
         self.window: int | None = None
         self.tally = Tally(label, max_bad)
+        self.expected: dict[int, Sample] = {}
 
     def is_new(self, identity: str, seen: set[int], where: str, duplicates: str) -> bool:
         """Remembers ids by their hashes: 8 bytes instead of a string for each of a million."""
@@ -105,12 +108,23 @@ class RecordSource:
     def where(self, index: int) -> str:
         return self.store.where(self.place(index))
 
+    def read(self, index: int) -> Sample:
+        return sample_of_record(self.record(index), self.where(index).rpartition(":")[2], self.root, self.shape)
+
+    def expect(self, index: int) -> None:
+        """A sample that is asked for soon: its pictures are looked at meanwhile."""
+        if index not in self.expected:
+            with contextlib.suppress(Unusable, OSError):  # told when it is asked for
+                self.expected[index] = self.read(index)
+                expect(self.expected[index], self.media)
+
     def sample(self, index: int) -> Sample:
         where = self.where(index)
         try:
-            sample = sample_of_record(self.record(index), where.rpartition(":")[2], self.root, self.shape)
+            sample = self.expected.pop(index, None) or self.read(index)
         except (Unusable, OSError) as error:
             raise DataError(f"{where}: {error}; it was usable when training began") from None
+        references = sample.images
         try:
             sample = opened(sample, self.media)
         except Unusable as error:
@@ -118,6 +132,8 @@ class RecordSource:
             self.tally.bad(index, where, error)
             self.refuse_at_the_end()
             raise
+        finally:
+            LOOKS.forget(references)
         self.tally.good(index)
         self.refuse_at_the_end()
         return sample

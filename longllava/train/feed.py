@@ -46,6 +46,7 @@ class Feed:
             n_rows=phase.rows,
             row_length=phase.row_length,
             tokens_per_image=phase.tokens_per_image,
+            expect=lambda sample: recipe.expect(self.config.seed, sample),
         )
 
     def windows(self) -> Iterator[tuple[int, Plan]]:

@@ -218,7 +218,7 @@ def test_a_broken_picture_is_left_out_and_listed(tmp_path: Path) -> None:
     ],
 )
 def test_more_than_one_in_a_hundred_broken_pictures_stop(tmp_path: Path, monkeypatch, n, bad, stops_after) -> None:
-    monkeypatch.setattr("longllava.data.media.check_picture", refuse_torn)
+    monkeypatch.setattr("longllava.data.ahead.check_picture", refuse_torn)
     got = LlavaSource("s", write(tmp_path, spoiled(tmp_path, n, bad)))
     seen = 0
     message = "records cannot be used, more than 1.0%: broken image"
