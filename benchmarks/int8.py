@@ -35,7 +35,7 @@ from longllava.ops.dispatch import choose
 from longllava.ops.fused import rms_norm, swiglu
 from longllava.ops.int8_linear import BACKENDS, Quantized, cuda, int8_linear, quantize_rows, reference, triton
 from longllava.ops.int8_linear.cases import BENCHMARKS, Case
-from longllava.ops.quantized import ROTATED
+from longllava.ops.quantized import MIXED
 from longllava.train.record import environment
 
 ROUNDS = {"cpu": 7, "cuda": 5}
@@ -81,7 +81,7 @@ def ways(inputs: tuple[Any, ...], device: str) -> dict[str, Call]:
     for name in backends(quantized, weight, scale, mode)[1:]:
         found[f"{name}, product alone"] = partial(int8_linear, quantized, weight, scale, backend=name)
     found["ours, quantisation alone"] = lambda: quantize_rows(x)
-    if x.shape[1] % ROTATED == 0:
+    if x.shape[1] % MIXED == 0:
         found["ours, rotation and quantisation"] = lambda: quantize_rows(x, rotated=True)
     found["fp32"] = lambda: F.linear(wide, fp32)
 

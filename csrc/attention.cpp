@@ -26,11 +26,11 @@ namespace longllava {
 namespace {
 
 constexpr int64_t FEW_ROWS = 8;           // up to here a dot product per key beats a tile of mostly empty lanes
-constexpr int64_t TILE_ROWS = 240;        // whole panels in AVX2 (24 rows) and AVX-512 (48): scratch fits in 512 KiB
+constexpr int64_t TILE_ROWS = 240;        // whole panels in AVX2 (24 rows) and AVX-512 (48)
 constexpr int64_t MIN_TILE_ROWS = 48;
-constexpr int64_t WANTED_TASKS = 16;      // with fewer, tiles shrink and then keys are split
-constexpr int64_t LONG = 8192;            // keys from which tiles and blocks are twice as large: each tile reads all
-                                          // keys, from memory where they are so many. 8 % less time at 36,864
+constexpr int64_t WANTED_TASKS = 16;      // with fewer, keys are split, and tiles shrink where they are too few for that
+constexpr int64_t MANY_KEYS = 8192;       // from which tiles and blocks are twice as large: each tile reads all keys,
+                                          // from memory where they are so many. 8 % less time at 36,864
 constexpr int64_t MIN_SPLIT_KEYS = 1024;  // merging a part costs less than 1 % of what it holds
 
 typedef void (*Kernel)(const AttentionCall&, int64_t);
@@ -38,16 +38,18 @@ typedef void (*Kernel)(const AttentionCall&, int64_t);
 void plan_forward(AttentionCall& call) {
   const int64_t groups = call.batch * call.n_groups;
   const bool few = call.n_queries * call.heads_per_group <= FEW_ROWS;
-  const bool large = !few && call.n_keys >= LONG;
-  call.key_block = large ? 2 * KEY_BLOCK : KEY_BLOCK;
-  call.tile_queries = few ? call.n_queries : std::max<int64_t>(1, (large ? 2 : 1) * TILE_ROWS / call.heads_per_group);
+  const bool many_keys = !few && call.n_keys >= MANY_KEYS;
+  call.key_block = many_keys ? 2 * KEY_BLOCK : KEY_BLOCK;
+  const int64_t tile_rows = many_keys ? 2 * TILE_ROWS : TILE_ROWS;
+  call.tile_queries = few ? call.n_queries : std::clamp<int64_t>(tile_rows / call.heads_per_group, 1, call.n_queries);
+  const int64_t most_splits = std::max<int64_t>(1, call.n_keys / MIN_SPLIT_KEYS);
   const auto n_tiles = [&] { return (call.n_queries + call.tile_queries - 1) / call.tile_queries; };
-  while (!few && !large && groups * n_tiles() < WANTED_TASKS && call.tile_queries * call.heads_per_group > MIN_TILE_ROWS)
+  while (!few && groups * n_tiles() * most_splits < WANTED_TASKS && call.tile_queries > 1 &&
+         call.tile_queries * call.heads_per_group > MIN_TILE_ROWS)
     call.tile_queries = (call.tile_queries + 1) / 2;
   call.n_tiles = n_tiles();
   const int64_t tasks = groups * call.n_tiles;
-  const int64_t wanted = tasks < WANTED_TASKS ? (WANTED_TASKS + tasks - 1) / tasks : 1;
-  const int64_t splits = std::max<int64_t>(1, std::min(wanted, call.n_keys / MIN_SPLIT_KEYS));
+  const int64_t splits = std::min(most_splits, (WANTED_TASKS + tasks - 1) / tasks);
   const int64_t keys = std::max<int64_t>(1, (call.n_keys + splits - 1) / splits);
   call.split_keys = (keys + call.key_block - 1) / call.key_block * call.key_block;
   call.n_splits = std::max<int64_t>(1, (call.n_keys + call.split_keys - 1) / call.split_keys);

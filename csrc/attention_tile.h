@@ -13,7 +13,7 @@ namespace LONGLLAVA_FORM {
 class Scratch {
  public:
   explicit Scratch(int64_t n_floats) : start_(static_cast<float*>(aligned_alloc(64, round_up(4 * n_floats, 64)))) {
-    if (start_ == nullptr) abort();  // some 100 KB: a system that cannot give them cannot go on either
+    if (start_ == nullptr) abort();  // up to some MB: a system that cannot give them cannot go on either
     next_ = start_;
   }
   ~Scratch() { free(start_); }

@@ -26,17 +26,17 @@ namespace {
 
 template <class T>
 void rotate_rows(const Int8Arguments& a, int64_t begin, int64_t end) {
-  alignas(64) float turned[ROTATED_MAX_WIDTH];
+  alignas(64) float rotated[ROTATED_MAX_WIDTH];
   for (int64_t row = begin; row < end; ++row) {
-    rotate_row(static_cast<const T*>(a.x) + row * a.x_row, a.inputs, turned);
+    rotate_row(static_cast<const T*>(a.x) + row * a.x_row, a.inputs, rotated);
     if (a.values != nullptr) {
-      quantise_row(turned, a.inputs, nullptr, a.values + row * a.inputs, a.values_scale + row);
+      quantise_row(rotated, a.inputs, nullptr, a.values + row * a.inputs, a.values_scale + row);
       continue;
     }
     T* y = static_cast<T*>(a.y) + row * a.inputs;
     int64_t k = 0;
-    for (; k + WIDTH <= a.inputs; k += WIDTH) store(y + k, load(turned + k));
-    if (k < a.inputs) store_some(y + k, load_some(turned + k, int(a.inputs - k)), int(a.inputs - k));
+    for (; k + WIDTH <= a.inputs; k += WIDTH) store(y + k, load(rotated + k));
+    if (k < a.inputs) store_some(y + k, load_some(rotated + k, int(a.inputs - k)), int(a.inputs - k));
   }
 }
 

@@ -6,7 +6,7 @@ A ModelConfig describes a checkpoint fully: a model rebuilt from its own config 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from longllava.errors import ConfigError
 from longllava.settings import divides, one_of, positive
@@ -204,6 +204,9 @@ class PromptConfig:
 PUBLISHED_PROMPT = PromptConfig(last_frame_close="</img", whole_close="", tiles_end="</img>", between_turns="\n")
 
 
+ROTATED = ("out_proj", "down_proj")  # they read the rows that have values far larger than the rest
+
+
 @dataclass(frozen=True, kw_only=True)
 class Int8Config:
     """Which linear layers hold int8 weights, and when their inputs are int8 too. See longllava.quant.
@@ -213,21 +216,23 @@ class Int8Config:
     keep: layers that stay floats. weight_only: layers whose inputs stay floats. two_terms: layers whose inputs are int8
     twice, the second time what the first left over: 15 bits a value for twice the products, where a few values of a row
     are far larger than the rest. rotated: layers whose weights are stored in rotated rows and whose inputs are rotated
-    before they become int8 (ops/quantized.py), which spreads such values: down_proj and out_proj read rows that have
-    some, and their products gain 4 to 9 dB. Not in two terms, nor where 16 does not divide the inputs. All by a part of
-    the dotted name ("down_proj") or a pattern over all of it ("backbone.layers.[01].*").
+    before they become int8 (ops/quantized.py), which spreads such values: not in two terms, nor where 16 does not
+    divide the inputs. None is ROTATED when a model is quantised, whose products gain 4 to 9 dB in nano and random
+    models, and no layer where a folder says nothing. All by a part of the dotted name ("down_proj") or a pattern over
+    all of it ("backbone.layers.[01].*").
     scan_epilogue: whether the scan's CUDA kernel finds each token's largest value for out_proj's inputs, where it can:
     not if they are rotated. The numbers are the same. On an H100 a pass over what the scan wrote costs less than its
     blocks' agreeing.
     dynamic_from: tokens a sequence in one call from which inputs are int8, each row by its own scale: prefill. Below it
-    (decoding) floats meet dequantised weights, which is exact but for the weights, and waits for nothing but them.
+    (decoding) floats meet dequantised weights, which is exact but for the weights (and for rotated inputs, which bf16
+    rounds), and waits for nothing but them.
     """
 
     parts: tuple[str, ...] = ("backbone",)
     keep: tuple[str, ...] = ()
     weight_only: tuple[str, ...] = ()
     two_terms: tuple[str, ...] = ()
-    rotated: tuple[str, ...] = ("out_proj", "down_proj")
+    rotated: tuple[str, ...] | None = None
     lm_head: bool = False
     scan_epilogue: bool = False
     dynamic_from: int = 2
@@ -237,6 +242,10 @@ class Int8Config:
         if not self.parts or not set(self.parts) <= set(allowed):
             raise ConfigError(f"parts: got {list(self.parts)}, allowed: some of {', '.join(allowed)}")
         positive(self, "dynamic_from")
+
+    def chosen(self) -> Int8Config:
+        """Of a model that is to be quantised: nothing is left open."""
+        return self if self.rotated is not None else replace(self, rotated=ROTATED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
     return path
 
 
@@ -69,7 +69,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` once the block has ended; if it fails, nothing is left.
 
     A new folder appears by one rename. In one that is there, files replace those of their names one by one, last JSON,
-    which names the others; the rest stays. Raises: InputError where a file has its name.
+    which names the others; the rest stays, and a failure among these renames leaves some done.
+    Raises: InputError where a file has its name.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -83,13 +84,16 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             staged.mkdir()  # with the usual mode: what is around it is closed to others
             with naming_as(folder, staged):
                 yield staged
+                for path in staged.rglob("*"):
+                    if path.is_file():
+                        sync(path)
             put_in_place(staged, folder)
     except BaseException:
         for parent in made:
             with contextlib.suppress(OSError):  # someone else has written into it
                 parent.rmdir()
         raise
-    sync_folder(beside)
+    sync(beside)
 
 
 def put_in_place(staged: Path, folder: Path) -> None:
@@ -105,7 +109,7 @@ def put_in_place(staged: Path, folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
     for place in {folder / path.parent.relative_to(staged) for path in files}:
-        sync_folder(place)
+        sync(place)
 
 
 @contextlib.contextmanager
@@ -147,11 +151,11 @@ def where_there_are_locks() -> Iterator[None]:
             raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename durable: the folder's own entry is flushed too (POSIX only)."""
+def sync(path: Path) -> None:
+    """To the disk: what a file holds, or which names a folder has, which makes a rename durable (POSIX only)."""
     if os.name != "posix":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -40,7 +40,7 @@ def int8_config(config: ModelConfig, folder: Path, asked: Int8Config | None) -> 
     if config.int8 is None:
         if stored:
             raise CheckpointError(f"{folder}: its weights are int8, but {CONFIG} does not say how; copy it again")
-        return config if asked is None else dataclasses.replace(config, int8=asked)
+        return config if asked is None else dataclasses.replace(config, int8=asked.chosen())
     if not stored:
         raise CheckpointError(
             f"{folder}: {CONFIG} says int8, but no weight is stored so; take int8 out of it and load with int8=True"
@@ -48,7 +48,8 @@ def int8_config(config: ModelConfig, folder: Path, asked: Int8Config | None) -> 
     # how the scan's rows become int8 is no property of the weights, and changes no bit
     epilogue = (asked or Int8Config()).scan_epilogue
     config = dataclasses.replace(config, int8=dataclasses.replace(config.int8, scan_epilogue=epilogue))
-    if asked is not None and asked not in (config.int8, Int8Config(scan_epilogue=epilogue)):
+    usual = Int8Config(scan_epilogue=epilogue)
+    if asked is not None and asked not in (config.int8, usual) and asked.chosen() != config.int8:
         raise CheckpointError(
             f"{folder}: its weights are int8 already, quantised as {config.int8}; load it without other settings"
         )

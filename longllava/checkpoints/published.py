@@ -73,9 +73,7 @@ def read_config(folder: Path) -> ModelConfig:
     data = read_mapping(path)
     kind = data.get("model_type")
     if kind in (None, MODEL_TYPE):
-        if isinstance(data.get("int8"), dict):
-            data["int8"] = {"rotated": [], **data["int8"]}  # folders of before there was the word
-        return load(ModelConfig, path) if data.get("int8") is None else build(ModelConfig, data, str(path))
+        return load(ModelConfig, path)
     if not isinstance(kind, str) or kind not in READERS:
         raise CheckpointError(f"{path}: model_type {kind!r}; this library reads {', '.join(READERS)}, and its own")
     for key, allowed in FIXED.items():

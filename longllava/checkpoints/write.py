@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from longllava.checkpoints.folders import INDEX, UNFINISHED, WEIGHTS
 from longllava.checkpoints.stored import DTYPES
 from longllava.errors import CheckpointError
-from longllava.files import naming, sync_folder, write_json
+from longllava.files import naming, sync, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ def write_folder(
             write_json(staged / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_rest(staged)
         exchange(folder, staged, names)
-    sync_folder(folder)
+    sync(folder)
     return folder
 
 
@@ -79,11 +79,11 @@ def exchange(folder: Path, staged: Path, names: list[str]) -> None:
     """Put the staged files into their places. Left undone, it is done by moving what remains, or by saving again."""
     moving = folder / (UNFINISHED + staged.name.removeprefix(STAGED))
     os.rename(staged, moving)
-    sync_folder(folder)
+    sync(folder)
     for path in sorted(moving.iterdir(), key=lambda path: path.suffix == ".json"):
         os.replace(path, folder / path.name)
     remove_stale(folder, names)
-    sync_folder(folder)
+    sync(folder)
     for old in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(old)
 

@@ -74,7 +74,7 @@ def quantize(
         list[str], typer.Option(help="Layers whose inputs are int8 twice. Repeatable.", show_default=False)
     ] = [],  # noqa: B006
     rotated: Annotated[
-        list[str], typer.Option(help="Layers whose rows are rotated before they become int8, or none. Repeatable.")
+        list[str], typer.Option(help="Layers whose rows are rotated before they become int8; or: none. Repeatable.")
     ] = ["out_proj", "down_proj"],  # noqa: B006
     lm_head: Annotated[bool, typer.Option("--lm-head", help="The output layer too, its weights only.")] = False,
 ) -> None:

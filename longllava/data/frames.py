@@ -32,10 +32,11 @@ def frames_of(video: str, *, fps: float, max_frames: int, side: int, cache: Path
             warnings.simplefilter("ignore", UserWarning)
             source = read_embedded(video) if is_embedded(video) else video
             frames = read_frames(source, fps=fps, max_frames=max_frames, side=side)
-        with whole_folder(folder) as staged:
-            for number, frame in enumerate(frames):
-                frame.save(staged / f"{number:05d}.jpg", quality=QUALITY)
-    return [str(path) for path in sorted(folder.iterdir())]
+        if not folder.is_dir():  # else another process was quicker
+            with whole_folder(folder) as staged:
+                for number, frame in enumerate(frames):
+                    frame.save(staged / f"{number:05d}.jpg", quality=QUALITY)
+    return [str(path) for path in sorted(folder.glob("*.jpg"))]
 
 
 def digest(video: str, fps: float, max_frames: int, side: int) -> str:

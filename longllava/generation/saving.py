@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longllava.errors import CheckpointError
-from longllava.files import sync_folder
+from longllava.files import sync
 from longllava.generation.prefill import Reader
 from longllava.inputs.chat import Markup, Piece, Plain
 from longllava.model import Model
@@ -35,7 +35,10 @@ def fingerprint(model: Model) -> str:
 
     The dtype counts too. A few values are enough to tell trained weights apart, and take no time at 53 B.
     """
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(model.config), sort_keys=True).encode())
+    settings = dataclasses.asdict(model.config)
+    if settings["int8"] and not settings["int8"]["rotated"]:
+        del settings["int8"]["rotated"]  # as in sessions of before there was the word
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].double().cpu()
@@ -75,7 +78,7 @@ def save(session: Session, path: str | Path) -> Path:
         raise CheckpointError(f"{path}: cannot be written: {' '.join(str(error).split())}") from None
     finally:  # of an interrupt too
         staged.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
     return path
 
 

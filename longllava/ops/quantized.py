@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROTATED = 16  # numbers of a row that are mixed with one another
+MIXED = 16  # numbers of a row that are mixed with one another
 TINY = 2.0**-100  # rows that stay below are zeros: nothing visible is lost, and 127 / absmax stays finite
 
 
@@ -32,10 +32,10 @@ def rotate(x: Tensor) -> Tensor:
     Source: QuaRot, arXiv:2404.00456; for Mamba's out_proj Quamba, arXiv:2410.13229.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    parts = (wide * 0.25).unflatten(-1, (ROTATED, x.shape[-1] // ROTATED)).unbind(-2)
+    parts = (wide * 0.25).unflatten(-1, (MIXED, x.shape[-1] // MIXED)).unbind(-2)
     for step in (1, 2, 4, 8):
         parts = tuple(
-            parts[i - step] - parts[i] if i & step else parts[i] + parts[i + step] for i in range(ROTATED)
+            parts[i - step] - parts[i] if i & step else parts[i] + parts[i + step] for i in range(MIXED)
         )  # fmt: skip
     return torch.cat(parts, -1)
 

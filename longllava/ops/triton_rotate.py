@@ -14,7 +14,7 @@ from torch import Tensor
 from longllava.ops.triton_int8 import magnitude_bits, scales, to_int8
 from longllava.ops.triton_support import OPTIONS, rowed
 
-ROTATED = tl.constexpr(16)
+MIXED = tl.constexpr(16)
 
 
 @triton.jit
@@ -24,15 +24,15 @@ def four(a, b, c, d):
 
 
 @triton.jit
-def turned(x):
+def rotated(x):
     near = ()
-    for i in tl.static_range(0, ROTATED, 4):
+    for i in tl.static_range(0, MIXED, 4):
         near = near + four(x[i], x[i + 1], x[i + 2], x[i + 3])
     far = ()
     for i in tl.static_range(4):
         far = far + four(near[i], near[i + 4], near[i + 8], near[i + 12])
     y = ()
-    for i in tl.static_range(ROTATED):
+    for i in tl.static_range(MIXED):
         y = y + (far[i % 4 * 4 + i // 4],)
     return y
 
@@ -48,25 +48,25 @@ def rotate_rows(
     j_J = tl.arange(0, BLOCK)
     mask_RJ = inside_R[:, None] & (j_J < PIECE)[None]
     parts = ()
-    for i in tl.static_range(ROTATED):
+    for i in tl.static_range(MIXED):
         part_RJ = tl.load(x + (row_R * x_row)[:, None] + (i * PIECE + j_J)[None], mask=mask_RJ, other=0).to(tl.float32)
         if up is not None:
             up_RJ = tl.load(up + (row_R * up_row)[:, None] + (i * PIECE + j_J)[None], mask=mask_RJ, other=0)
             part_RJ = part_RJ * tl.sigmoid(part_RJ) * up_RJ.to(tl.float32)
             part_RJ = part_RJ.to(x.dtype.element_ty).to(tl.float32)
         parts = parts + (part_RJ * 0.25,)  # type: ignore[assignment]
-    parts = turned(parts)
-    spot_RJ = (row_R * (ROTATED * PIECE))[:, None] + j_J[None]
+    parts = rotated(parts)
+    spot_RJ = (row_R * (MIXED * PIECE))[:, None] + j_J[None]
     if scale is None:
-        for i in tl.static_range(ROTATED):
+        for i in tl.static_range(MIXED):
             tl.store(y + spot_RJ + i * PIECE, parts[i].to(y.dtype.element_ty), mask=mask_RJ)
     else:
         bits_RJ = magnitude_bits(parts[0])
-        for i in tl.static_range(1, ROTATED):
+        for i in tl.static_range(1, MIXED):
             bits_RJ = tl.maximum(bits_RJ, magnitude_bits(parts[i]))
         scale_R, factor_R, seen_R = scales(tl.max(bits_RJ, 1))
         tl.store(scale + row_R, scale_R, mask=inside_R)
-        for i in tl.static_range(ROTATED):
+        for i in tl.static_range(MIXED):
             tl.store(y + spot_RJ + i * PIECE, to_int8(parts[i], factor_R, seen_R), mask=mask_RJ)
 
 
@@ -75,7 +75,7 @@ def rotate(x: Tensor, up: Tensor | None, y: Tensor, scale: Tensor | None) -> Non
     if y.numel() == 0:
         return
     x, up = rowed(x), None if up is None else rowed(up)
-    n_rows, piece = x.shape[0], x.shape[1] // ROTATED.value
+    n_rows, piece = x.shape[0], x.shape[1] // MIXED.value
     block = triton.next_power_of_2(piece)
     rows = max(1, 64 // block)  # 1,024 numbers at least
     with torch.cuda.device_of(x):

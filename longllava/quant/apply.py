@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from longllava.config import Int8Config, ModelConfig
+from longllava.config import ROTATED, Int8Config, ModelConfig
 from longllava.encoders.vit import Activation, LayerNorm, VisionBlock
 from longllava.errors import ConfigError, LongLLaVAError
 from longllava.model import Model
@@ -18,7 +18,7 @@ from longllava.nn import Block
 from longllava.nn.mamba import Mamba
 from longllava.nn.mlp import Experts, SwiGLU
 from longllava.nn.norm import RMSNorm
-from longllava.ops.quantized import ROTATED
+from longllava.ops.quantized import MIXED
 from longllava.quant.layers import (
     NEVER,
     Inputs,
@@ -63,7 +63,7 @@ def quantize_(model: Model, config: Int8Config | None = None, *, keep: Iterable[
     """
     if model.config.int8 is not None:
         raise LongLLaVAError("quantize_: the weights are int8 already; quantise the model of floats they came from")
-    config = config or Int8Config()
+    config = (config or Int8Config()).chosen()
     config = dataclasses.replace(config, keep=(*config.keep, *keep))
     for name, old, new in replacements(model, config, on=torch.device("meta")):
         for key in new.slots():
@@ -158,7 +158,7 @@ def inputs_of(name: str, width: int, config: Int8Config) -> Inputs:
     if name.endswith(HEAD) or matches(name, config.weight_only):
         return Inputs(NEVER)
     two_terms = matches(name, config.two_terms)
-    rotated = width % ROTATED == 0 and not two_terms and matches(name, config.rotated)
+    rotated = width % MIXED == 0 and not two_terms and matches(name, config.rotated or ())
     return Inputs(config.dynamic_from, two_terms, rotated)
 
 
@@ -174,8 +174,8 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def check_names(model: Model, config: Int8Config) -> None:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for field in ("keep", "weight_only", "two_terms", "rotated"):
-        for pattern in getattr(config, field):
-            if pattern not in getattr(Int8Config, field) and not any(matches(name, (pattern,)) for name in names):
+        for pattern in getattr(config, field) or ():
+            if pattern not in ROTATED and not any(matches(name, (pattern,)) for name in names):
                 lasts = sorted({name.rpartition(".")[2] for name in names})
                 raise ConfigError(
                     f"int8.{field}: {pattern!r} is no linear layer of this model; its layers end in {', '.join(lasts)}"

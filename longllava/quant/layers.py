@@ -128,7 +128,7 @@ class Int8SwiGLU(nn.Module):
 
     def forward(self, x: Tensor | Quantized, ctx: Any = None) -> Tensor:
         both = self.gate_up_proj(x)
-        return self.down_proj(hidden(both, both.shape[-2], self.down_proj.inputs))
+        return self.down_proj(down_inputs(both, both.shape[-2], self.down_proj.inputs))
 
     def slots(self) -> dict[str, Slot]:
         hidden, width = self.down_proj.weight_NK.shape[::-1]
@@ -181,7 +181,7 @@ class Int8Experts(nn.Module):
         else:
             rows = x_TD[token_S]
         both_SF = self.gate_up_proj(rows, offsets, self.up, length)
-        return self.down_proj(hidden(both_SF, length, self.down), offsets, self.down, length)
+        return self.down_proj(down_inputs(both_SF, length, self.down), offsets, self.down, length)
 
     def slots(self) -> dict[str, Slot]:
         n_experts, width, hidden = self.down_proj.weight_XNK.shape
@@ -243,7 +243,7 @@ class QuantizedActivation(nn.Module):
         return activated_rows(x, self.floats.name)
 
 
-def hidden(both: Tensor, length: int, inputs: Inputs) -> Tensor | Quantized:
+def down_inputs(both: Tensor, length: int, inputs: Inputs) -> Tensor | Quantized:
     """What down_proj reads, of gate and up side by side: int8 rows where nothing else is to be made of them."""
     quantized = inputs.once(length) and not differentiated(both)
     return swiglu(both, quantized=quantized, rotated=quantized and inputs.rotated)

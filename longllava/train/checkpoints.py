@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longllava.data.packing import Cursor
 from longllava.errors import TrainingError
-from longllava.files import sync_folder
+from longllava.files import sync
 from longllava.train.state import TrainingState
 
 NAME = re.compile(r"step-(\d{8})")
@@ -43,7 +43,7 @@ def save_state(folder: Path, state: TrainingState) -> Path:
         if target.exists():  # the same step again, after a resume: it holds the same bytes
             shutil.rmtree(target)
         os.replace(temporary, target)
-        sync_folder(folder)
+        sync(folder)
         for old in checkpoint_folders(folder)[:-KEPT]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
@@ -68,7 +68,7 @@ def write_files(folder: Path, state: TrainingState) -> None:
               "held": state.begin.held, "facts": state.facts, "files": files}  # fmt: skip
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     flush(folder / RECORD)
-    sync_folder(folder)
+    sync(folder)
 
 
 def check_space(folder: Path, state: TrainingState) -> None:

@@ -86,7 +86,8 @@ def run_locked(config: TrainConfig, tasks: Sequence[Task], model_config: ModelCo
     else:
         model = build_start(config, model_config, folders, processor.tokenizer)
     if config.frozen_dtype == "int8":
-        quantize_(model, Int8Config(parts=("backbone",), dynamic_from=NEVER))  # gradients need the inputs as they are
+        # inputs stay floats, for their gradients: rotating them would gain nothing
+        quantize_(model, Int8Config(parts=("backbone",), rotated=(), dynamic_from=NEVER))
     recipe = Recipe.load(config.recipe if Path(config.recipe).is_file() else shipped("data_recipes", config.recipe))
     recipe.write_rejected(folder / "quarantine.txt")
     facts = resume_facts(config)

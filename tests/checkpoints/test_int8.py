@@ -19,6 +19,7 @@ from longllava.checkpoints.downcycle import downcycle
 from longllava.cli import app
 from longllava.config import Int8Config
 from longllava.errors import CheckpointError, ConfigError, InputError
+from longllava.generation.saving import fingerprint
 from longllava.nn import Context
 from longllava.quant import quantize_
 from tests.checkpoints import published
@@ -87,7 +88,7 @@ def test_nano_whose_encoder_lies_elsewhere(tmp_path):
     assert done.output.splitlines()[0] == str(tmp_path) and "11.2 MB -> " in done.output
     config = Int8Config(keep=("o_proj",), lm_head=True)
     model = LongLLaVA.from_pretrained(tmp_path, device="cpu", dtype="float32")
-    assert model.model.config.int8 == config
+    assert model.model.config.int8 == config.chosen()
     assert same(model.model, LongLLaVA.from_pretrained("nano", device="cpu", dtype="float32", int8=config).model)
 
 
@@ -120,23 +121,27 @@ WEIGHT, SCALE = (f"backbone.layers.0.mixer.in_proj.{name}" for name in ("weight_
 
 def test_how_the_scans_rows_become_int8_is_chosen_when_a_folder_is_loaded(floats, tmp_path):
     folder = quantize_folder(floats, tmp_path / "int8", Int8Config(scan_epilogue=True))
-    assert load_model(folder).config.int8 == Int8Config()
-    assert load_model(folder, int8=Int8Config(scan_epilogue=True)).config.int8 == Int8Config(scan_epilogue=True)
+    assert load_model(folder).config.int8 == Int8Config().chosen()
+    wanted = Int8Config(scan_epilogue=True)
+    assert load_model(folder, int8=wanted).config.int8 == wanted.chosen()
 
 
 def test_a_folder_of_before_there_was_a_rotation_is_read_as_it_was_written(floats, tmp_path):
-    folder = quantize_folder(floats, tmp_path / "int8", Int8Config(rotated=()))
+    folder = quantize_folder(floats, tmp_path / "int8", Int8Config(rotated=(), lm_head=True))
     before = load_model(folder)
     words = json.loads((folder / "config.json").read_text())["int8"]
     assert words.pop("rotated") == []
-    after = load_model(configured(folder, int8=words), int8=Int8Config())
-    assert before.config.int8 == after.config.int8 == Int8Config(rotated=())
+    after = load_model(configured(folder, int8=words), int8=Int8Config(lm_head=True))
+    assert before.config.int8.rotated == () and load_model(folder, int8=Int8Config()).config == after.config
+    assert fingerprint(before) == fingerprint(after)  # sessions of either are read by the other
     ids_BL = torch.arange(3, 23)[None]
     with torch.inference_mode():
         hidden = [model(model.embed(ids_BL), Context())[0] for model in (before, after)]
     assert torch.equal(*hidden)
     with pytest.raises(ConfigError, match="unknown key 'rotate'; did you mean 'rotated'"):
         load_model(configured(folder, int8={**words, "rotate": []}))
+    with pytest.raises(CheckpointError, match="quantised as .*without other settings"):
+        load_model(configured(folder, int8=words), int8=Int8Config(lm_head=True, rotated=("down_proj",)))
 
 
 def test_what_is_int8_already_is_not_quantised_again(int8, floats, tmp_path):

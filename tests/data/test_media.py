@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from longllava.data import tally
+from longllava.data import frames, tally
 from longllava.data.images import open_picture
 from longllava.data.packing import Cursor, encode_sample, plan_window
 from longllava.data.recipes import Recipe, record_source
@@ -241,6 +241,28 @@ def refuse_torn(reference: str) -> None:
 
     if "torn" in reference:
         raise InputError("torn")
+
+
+def test_frames_that_another_process_has_made_meanwhile_are_taken(tmp_path: Path, cache: Path, monkeypatch) -> None:
+    video = film(tmp_path / "a.gif")
+    options = {"fps": 1.0, "max_frames": 4, "side": 16, "cache": cache}
+    others: list[list[str]] = []
+
+    def slow(*args, **kwargs):
+        monkeypatch.setattr(frames, "read_frames", read_frames)
+        others.append(frames.frames_of(str(video), **options))
+        (Path(others[0][0]).parent / ".writing-x").mkdir()  # and a third one is at it
+        return read_frames(*args, **kwargs)
+
+    monkeypatch.setattr(frames, "read_frames", slow)
+    monkeypatch.setattr(frames, "whole_folder", once(frames.whole_folder))
+    assert frames.frames_of(str(video), **options) == others[0] and len(others[0]) == 3
+
+
+def once(function):
+    """It, and an error the second time."""
+    left = [function]
+    return lambda *args: left.pop()(*args)
 
 
 def test_a_broken_video_is_left_out(tmp_path: Path) -> None:

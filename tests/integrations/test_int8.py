@@ -1,12 +1,15 @@
 """Int8 folders through transformers' doors."""
 
+import json
+
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import longllava.integrations.transformers  # noqa: F401
 from longllava.api import LongLLaVA
-from longllava.checkpoints import quantize_folder
+from longllava.checkpoints import load_model, quantize_folder
 from longllava.config import Int8Config
+from longllava.nn import Context
 from tests.tiny import tiny_model, tiny_pictures
 
 
@@ -30,3 +33,16 @@ def test_an_int8_folder_answers_and_is_saved_as_it_is(tmp_path):
     assert {key: tensor.dtype for key, tensor in made.state_dict().items()} == {
         key: tensor.dtype for key, tensor in expected.items()
     }
+
+
+def test_a_folder_that_says_nothing_of_rotation_is_saved_so(tmp_path):
+    tiny_model(3).save_pretrained(tmp_path / "floats")
+    folder = quantize_folder(tmp_path / "floats", tmp_path / "int8", Int8Config(rotated=()))
+    config = json.loads((folder / "config.json").read_text())
+    del config["int8"]["rotated"]
+    (folder / "config.json").write_text(json.dumps(config))
+    AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    x_BLD = torch.randn(1, 12, 32)
+    with torch.inference_mode():
+        before, after = (load_model(place)(x_BLD, Context())[0] for place in (folder, tmp_path / "again"))
+    assert torch.equal(before, after)

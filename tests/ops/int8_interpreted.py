@@ -160,7 +160,9 @@ def test_ops_choose_it_here_and_keep_torchs_rules() -> None:
     for quantized in (False, True):
         torch.library.opcheck(fused.call.rms_norm, (rows, scale.new_ones(48), 1e-6, other, quantized, "triton"),
                               test_utils=tests)  # fmt: skip
-        torch.library.opcheck(fused.call.swiglu, (rows, other, None, quantized, "triton"), test_utils=tests)
+        for rotated in {False, quantized}:
+            torch.library.opcheck(fused.call.swiglu, (rows, other, None, quantized, rotated, "triton"),
+                                  test_utils=tests)  # fmt: skip
 
 
 def far_apart(x: torch.Tensor) -> torch.Tensor:

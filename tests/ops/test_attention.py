@@ -105,7 +105,7 @@ def test_every_form_of_the_kernels(isa):
 
 
 @needs_kernels
-@pytest.mark.parametrize("case", CASES[-6:], ids=str)
+@pytest.mark.parametrize("case", CASES[-9:], ids=str)
 def test_number_of_threads_does_not_change_a_bit(case):
     before = torch.get_num_threads()
     try:

@@ -42,7 +42,7 @@ def test_what_becomes_int8_and_what_stays(n_experts):
     assert all(isinstance(layer, nn.Linear) for layer in (model.bridge.up, model.bridge.down))
     dtypes = {tensor.dtype for name, tensor in model.state_dict().items() if name.endswith(("NK", "XNK"))}
     assert dtypes == {torch.int8}
-    assert model.config.int8 == Int8Config()
+    assert model.config.int8 == Int8Config(rotated=("out_proj", "down_proj"))
 
 
 @pytest.mark.parametrize("n_experts", [1, 4])

@@ -93,6 +93,8 @@ CASES = (
     Case(
         name="split-question", batch=2, n_queries=20, n_keys=3100, n_heads=4, n_groups=2, head_dim=64, packing="middle"
     ),
+    # one query whose heads alone are more than a tile's least rows
+    Case(name="heads", n_queries=1, n_keys=10, n_heads=49, n_groups=1, head_dim=16),
     # so many keys that tiles and blocks are larger: 520 rows a group, keys that end within a block
     Case(name="long", n_queries=130, n_keys=8261, n_heads=4, n_groups=1, head_dim=20, dtype=torch.bfloat16),
     Case(name="long", n_queries=130, n_keys=8261, n_heads=4, n_groups=1, head_dim=8, packing="middle"),

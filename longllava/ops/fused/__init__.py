@@ -13,7 +13,7 @@ from longllava.ops.fused.call import (
     normed,
     swish_gated,
 )
-from longllava.ops.quantized import ROTATED, Quantized
+from longllava.ops.quantized import MIXED, Quantized
 
 __all__ = [
     "RMS_NORM_BACKENDS",
@@ -106,9 +106,9 @@ def swiglu(
         raise LongLLaVAError(
             f"swiglu: absmax is for quantized=True and must be {tuple(gate.shape[:-1])}, got {tuple(absmax.shape)}"
         )
-    if rotated and (not quantized or absmax is not None or not gate.shape[-1] or gate.shape[-1] % ROTATED):
+    if rotated and (not quantized or absmax is not None or not gate.shape[-1] or gate.shape[-1] % MIXED):
         raise LongLLaVAError(
-            f"swiglu: rotated is for quantized=True without absmax and rows of a multiple of {ROTATED}, got "
+            f"swiglu: rotated is for quantized=True without absmax and rows of a multiple of {MIXED}, got "
             f"{tuple(gate.shape)}"
         )
     args = (_rows(gate), _rows(up), None if absmax is None else absmax.reshape(-1), quantized, rotated)

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from longllava.errors import LongLLaVAError
-from longllava.ops.int8_linear.call import BACKENDS, QUANTIZE_BACKENDS, ROTATE_BACKENDS, multiply, quantized, turned
-from longllava.ops.quantized import ROTATED, Quantized, quantize
+from longllava.ops.int8_linear.call import (
+    BACKENDS,
+    QUANTIZE_BACKENDS,
+    ROTATE_BACKENDS,
+    multiply,
+    quantized,
+    rotated_rows,
+)
+from longllava.ops.quantized import MIXED, Quantized, quantize
 
 __all__ = [
     "BACKENDS",
@@ -47,16 +54,17 @@ def rotate_rows(x: Tensor, *, backend: str | None = None) -> Tensor:
     """x (..., K), K a multiple of 16, by an orthogonal matrix that is its own inverse (ops/quantized.py), in x's dtype.
 
     Large numbers that stand alone in a row are spread over sixteen: what int8 has to make room for is up to four times
-    smaller. x: fp32, bf16 or fp16 (fp64 in plain torch). Numbers above 2^124 may become infinite.
+    smaller. x: fp32, bf16 or fp16 (fp64 in plain torch). Sums are up to four times as large as the numbers: above a
+    quarter of what x's dtype holds (16,376 in fp16) they may become infinite.
     """
     _check_rotated("rotate_rows", x)
-    return turned(x.reshape(-1, x.shape[-1]), backend).view(x.shape)
+    return rotated_rows(x.reshape(-1, x.shape[-1]), backend).view(x.shape)
 
 
 def _check_rotated(op: str, x: Tensor) -> None:
-    if not x.is_floating_point() or x.ndim < 1 or not x.shape[-1] or x.shape[-1] % ROTATED:
+    if not x.is_floating_point() or x.ndim < 1 or not x.shape[-1] or x.shape[-1] % MIXED:
         raise LongLLaVAError(
-            f"{op}: rotated rows must be floats, a multiple of {ROTATED} each, got {tuple(x.shape)} in {x.dtype}"
+            f"{op}: rotated rows must be floats, a multiple of {MIXED} each, got {tuple(x.shape)} in {x.dtype}"
         )
 
 

@@ -70,23 +70,23 @@ def _quantized(x: Tensor, absmax: Tensor | None, rotated: bool, backend: str | N
     return values, scale
 
 
-def turned(x_TK: Tensor, backend: str | None) -> Tensor:
+def rotated_rows(x_TK: Tensor, backend: str | None) -> Tensor:
     """Rotated rows, with gradients."""
     wants_grad = torch.is_grad_enabled() and x_TK.requires_grad
     plain = type(x_TK) is Tensor and not wants_grad and not torch.compiler.is_compiling()
-    call: Any = _turned if plain else rotate_rows
+    call: Any = _rotated if plain else rotate_rows
     y_TK: Tensor = call(x_TK, backend)
     return y_TK
 
 
-def _turned(x: Tensor, backend: str | None) -> Tensor:
+def _rotated(x: Tensor, backend: str | None) -> Tensor:
     y: Tensor = choose("rotate_rows", ROTATE_BACKENDS, x, forced=backend).run(x)
     return y
 
 
 int8_linear = torch.library.custom_op("longllava::int8_linear", _multiply, mutates_args=())
 quantize_rows = torch.library.custom_op("longllava::quantize_rows", _quantized, mutates_args=())
-rotate_rows = torch.library.custom_op("longllava::rotate_rows", _turned, mutates_args=())
+rotate_rows = torch.library.custom_op("longllava::rotate_rows", _rotated, mutates_args=())
 
 
 @int8_linear.register_fake
@@ -118,4 +118,4 @@ def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 
 int8_linear.register_autograd(_differentiate, setup_context=_setup)
-rotate_rows.register_autograd(lambda ctx, grad_y: (turned(grad_y, None), None))  # its own inverse and transpose
+rotate_rows.register_autograd(lambda ctx, grad_y: (rotated_rows(grad_y, None), None))  # its own inverse and transpose
