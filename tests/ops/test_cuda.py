@@ -28,7 +28,7 @@ from longllava.ops.selective_scan import cases as scan_cases
 from longllava.ops.selective_scan import cuda as scan
 from longllava.ops.selective_scan import cuda_launch as launch
 from longllava.ops.selective_scan import reference as scan_reference
-from longllava.quant import fuse_scans_, quantize_
+from longllava.quant import Int8Config, fuse_scans_, quantize_
 from tests.ops.emulation import ROOT, emulated, forget
 from tests.ops.parity import assert_matches, error, poison_empty, split_equals_whole
 from tests.tiny import tiny_model
@@ -166,7 +166,7 @@ def test_int8_rows_where_the_kernels_y_is_wider(on_cpu) -> None:
 
 
 def test_an_int8_model_gets_its_scans_rows_from_the_kernels(on_cpu, monkeypatch) -> None:
-    model, x_BLD, calls = quantize_(tiny_model().model), torch.randn(2, 33, 32), []
+    model, x_BLD, calls = quantize_(tiny_model().model, Int8Config(rotated=())), torch.randn(2, 33, 32), []
     found = {}
     whole = launch.compute
     monkeypatch.setattr(scan, "compute", lambda *args: calls.append(len(args) > 13) or whole(*args))
