@@ -120,9 +120,7 @@ LONGLLAVA_EXPORT int longllava_quantize_rows(const Int8Arguments* args) {
     Int8Plan plan{};
     plan.args = a;
     const int threads = useful_threads(a.threads, 0.3 * a.rows * a.inputs);
-    void (*task)(void*, int64_t) = LONGLLAVA_PICK(int8_quantize_task);
-    if (a.rotated) task = LONGLLAVA_PICK(int8_rotate_task);
-    parallel_for(ceil_div(a.rows, INT8_SMALL_CHUNK), threads, task, &plan);
+    parallel_for(ceil_div(a.rows, INT8_SMALL_CHUNK), threads, LONGLLAVA_PICK(int8_quantize_task), &plan);
   });
 }
 

@@ -64,7 +64,6 @@ LONGLLAVA_DECLARE(void, int8_fours_worker, (void* plan, int64_t slot))
 LONGLLAVA_DECLARE(void, int8_pairs_pack, (void* plan))
 LONGLLAVA_DECLARE(void, int8_fours_pack, (void* plan))
 LONGLLAVA_DECLARE(void, int8_quantize_task, (void* plan, int64_t task))
-LONGLLAVA_DECLARE(void, int8_rotate_task, (void* plan, int64_t task))
 LONGLLAVA_DECLARE(void, int8_few_rows_task, (void* plan, int64_t task))
 #if defined(__x86_64__)
 namespace longllava {

@@ -15,13 +15,6 @@ void int8_fours_worker(void* plan, int64_t slot) { work<Fours>(*static_cast<Int8
 void int8_pairs_pack(void* plan) { pack_all<Pairs>(*static_cast<const Int8Plan*>(plan)); }
 void int8_fours_pack(void* plan) { pack_all<Fours>(*static_cast<const Int8Plan*>(plan)); }
 
-void int8_quantize_task(void* opaque, int64_t task) {
-  const Int8Arguments& a = static_cast<const Int8Plan*>(opaque)->args;
-  const int64_t begin = task * INT8_SMALL_CHUNK;
-  const int64_t end = begin + INT8_SMALL_CHUNK < a.rows ? begin + INT8_SMALL_CHUNK : a.rows;
-  for (int64_t row = begin; row < end; ++row) prepare_row(a, row, a.values + row * a.inputs, a.values_scale + row);
-}
-
 namespace {
 
 template <class T>
@@ -42,11 +35,15 @@ void rotate_rows(const Int8Arguments& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void int8_rotate_task(void* opaque, int64_t task) {
+void int8_quantize_task(void* opaque, int64_t task) {
   const Int8Arguments& a = static_cast<const Int8Plan*>(opaque)->args;
   const int64_t begin = task * INT8_SMALL_CHUNK;
   const int64_t end = begin + INT8_SMALL_CHUNK < a.rows ? begin + INT8_SMALL_CHUNK : a.rows;
-  a.x_dtype == DTYPE_FLOAT32 ? rotate_rows<float>(a, begin, end) : rotate_rows<uint16_t>(a, begin, end);
+  if (a.rotated) {
+    a.x_dtype == DTYPE_FLOAT32 ? rotate_rows<float>(a, begin, end) : rotate_rows<uint16_t>(a, begin, end);
+    return;
+  }
+  for (int64_t row = begin; row < end; ++row) prepare_row(a, row, a.values + row * a.inputs, a.values_scale + row);
 }
 
 }  // namespace LONGLLAVA_FORM

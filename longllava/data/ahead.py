@@ -42,7 +42,6 @@ class Looks:
         else:
             future.result()
 
-
     def forget(self, references: Iterable[str]) -> None:
         """Those of a sample that is done with: where one is broken the others are never asked for."""
         for reference in references:

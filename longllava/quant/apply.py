@@ -174,7 +174,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def check_names(model: Model, config: Int8Config) -> None:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for field in ("keep", "weight_only", "two_terms", "rotated"):
-        for pattern in getattr(config, field) or ():
+        for pattern in getattr(config, field) or ():  # what is chosen without a word need not be in every model
             if pattern not in ROTATED and not any(matches(name, (pattern,)) for name in names):
                 lasts = sorted({name.rpartition(".")[2] for name in names})
                 raise ConfigError(

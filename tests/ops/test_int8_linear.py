@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from longllava.errors import BackendError, LongLLaVAError
-from longllava.ops import native
 from longllava.ops.dispatch import Backend
 from longllava.ops.int8_linear import (
     BACKENDS,
@@ -27,6 +26,7 @@ from longllava.ops.int8_linear import (
     reference,
     triton,
 )
+from tests.kernels import needs_kernels, run_in_form
 from tests.ops.parity import error, poison_empty
 from tests.ops.test_triton import needs_interpreter
 
@@ -89,10 +89,9 @@ def test_matches_the_reference(case: cases.Case, way: str, monkeypatch: pytest.M
     assert got.numel() == 0 or error(got, truth) <= slack
 
 
+@needs_kernels
 @pytest.mark.parametrize("form", ["portable", "avx2", "avx512"])
 def test_every_form_of_the_kernels_gives_the_same(form: str) -> None:
-    if native.why_not() is not None:
-        pytest.skip(str(native.why_not()))
     code = (
         "import torch; from longllava.ops.int8_linear import cases, cpu, reference\n"
         "for case in cases.CASES:\n"
@@ -105,11 +104,7 @@ def test_every_form_of_the_kernels_gives_the_same(form: str) -> None:
         "        pairs = zip(cpu.quantize_rows(args[0]), reference.quantize_rows(args[0]))\n"
         "        assert all(torch.equal(a, b) for a, b in pairs), case\n"
     )
-    environment = os.environ | {"LONGLLAVA_ISA": form}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if "this processor runs" in done.stderr:
-        pytest.skip(f"this processor does not run {form}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_form(form, code)
 
 
 @pytest.mark.parametrize("backend", QUANTIZERS_HERE)

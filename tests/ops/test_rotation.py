@@ -3,11 +3,6 @@ int8_interpreted.py."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
@@ -18,9 +13,8 @@ from longllava.ops import native
 from longllava.ops.fused import swiglu
 from longllava.ops.int8_linear import int8_linear, quantize_rows, quantize_weight, rotate_rows
 from longllava.ops.quantized import Quantized, quantize, rotate
-from tests.kernels import needs_kernels
+from tests.kernels import needs_kernels, run_in_form
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HERE = ["reference"] + ["cpu"] * (native.why_not() is None)
 
@@ -98,11 +92,7 @@ def test_every_form_of_the_kernels_makes_the_same_bits(form: str) -> None:
         "        assert all(torch.equal(a, b) for a, b in pairs), (width, dtype)\n"
         "        assert torch.equal(rotate_rows(x, backend='cpu'), rotate(x).to(dtype)), (width, dtype)\n"
     )
-    environment = os.environ | {"LONGLLAVA_ISA": form}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if "this processor runs" in done.stderr:
-        pytest.skip(f"this processor does not run {form}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_form(form, code)
 
 
 @given(rows=st.integers(0, 40), pieces=st.integers(1, 20), outputs=st.integers(1, 9))
@@ -118,7 +108,7 @@ def test_the_product_is_that_of_rows_as_they_are(rows: int, pieces: int, outputs
 
 
 def test_numbers_that_stand_alone_cost_less() -> None:
-    """One in fifty is ten times the others, as out_proj's and down_proj's inputs are: 8 dB."""
+    """One in fifty is ten times the others, as out_proj's and down_proj's inputs are: 7 dB."""
     x = torch.randn(64, 512) * torch.where(torch.rand(64, 512) < 0.02, 10, 1)
     weight = torch.randn(96, 512)
     truth, noise = x.double() @ weight.double().T, []
