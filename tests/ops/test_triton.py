@@ -135,6 +135,7 @@ def test_a_triton_that_cannot_run_a_kernel_is_a_reason(monkeypatch: pytest.Monke
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(triton_trial, "run", fail)
     reason = str(triton_support._missing.__wrapped__())
     assert reason.startswith("triton is installed and fails: RuntimeError: Failed to find C compiler; ")
