@@ -13,9 +13,10 @@ from unittest.mock import patch
 
 import torch
 
-from longllava.ops import attention, causal_conv1d, selective_scan
+from longllava.ops import attention, causal_conv1d, conv3x3, selective_scan
 from longllava.ops.attention import cases as attention_cases
 from longllava.ops.causal_conv1d import cases as conv_cases
+from longllava.ops.conv3x3 import cases as conv3x3_cases
 from longllava.ops.dispatch import Backend
 from longllava.ops.selective_scan import cases as scan_cases
 
@@ -270,5 +271,10 @@ OPS = (
         attention_arguments, attention_operations, "GFLOP/s",
         lambda case: [(FORWARD, BACKWARD)[backward] for backward in case.directions], attention_limit,
         None, attention_peers,
+    ),
+    Op(
+        "conv3x3", conv3x3.BACKENDS, conv3x3_cases.BENCHMARKS, (),
+        inputs, lambda case, direction: 2 * case.products() / 1e9, "GFLOP/s", lambda case: (FORWARD,),
+        lambda *args: None, None, no_peers,
     ),
 )  # fmt: skip

@@ -92,7 +92,7 @@ def line(row: dict[str, Any]) -> str:
         return f"{head} wrong: {row['wrong']:.1e}"
     shown = f"{head} {row['ms']:10.4f} ms {row['rate']:10.3f} {row['unit']:19}"
     if "faster" in row:
-        shown += f" {row['faster']:7.2f} x {'loop' if row['than'] == 'reference' else row['than']}"
+        shown += f" {row['faster']:7.2f} x {row['than']}"
     if "of_limit" in row:
         shown += f", {row['of_limit']:.0%} of the limit ({row['limited_by']})"
     return shown

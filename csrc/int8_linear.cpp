@@ -2,25 +2,11 @@
 #define LONGLLAVA_FORM entry
 #include "int8_linear.h"
 #include "entry.h"
-
-#include <cstdlib>
-#include <memory>
+#include "memory.h"
 
 using namespace longllava;
 
 namespace {
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-typedef std::unique_ptr<char, Free> Memory;
-
-// Not cleared; on a cache line.
-Memory memory(int64_t bytes) {
-  void* got = nullptr;
-  if (posix_memalign(&got, 64, std::max<int64_t>(bytes, 64)) != 0) throw std::bad_alloc();
-  return Memory(static_cast<char*>(got));
-}
 
 // Nanoseconds of so many products on one core, roughly: enough to choose threads by.
 double product_time(const Int8Arguments& a) { return double(a.rows) * a.inputs * a.outputs / 200.0; }

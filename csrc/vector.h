@@ -34,7 +34,7 @@ typedef int32_t ivec __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t uvec __attribute__((vector_size(WIDTH * 4)));
 typedef uint16_t hvec __attribute__((vector_size(WIDTH * 2)));
 
-LONGLLAVA_INLINE vec splat(float x) { return vec{} + x; }
+LONGLLAVA_INLINE vec splat(float x) { return x - vec{}; }  // x + 0 would be an operation: -0 + 0 is 0
 
 template <class To, class From>
 LONGLLAVA_INLINE To bits(From x) {

@@ -67,6 +67,7 @@ CALLS: dict[str, Callable[[Make], tuple]] = {
     "add_layer_norm": lambda make: (make(33, 64), make(33, 64), make(64), make(64), 1e-5, False),
     "activation": lambda make: (make(33, 64), "quick_gelu"),
     "linear_activated": activated_call,
+    "conv3x3": lambda make: (make(2, 32, 8, 8), make(32, 32, 3, 3), make(32), make(2, 32, 8, 8), True),
 }
 # A prompt's, in bf16, as narrow as the kernels take it: the reference runs it too.
 PROMPT_CALLS: dict[str, Callable[[Make], tuple]] = {

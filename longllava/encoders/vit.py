@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from longllava.config import EncoderConfig
 from longllava.errors import InputError
 from longllava.nn.linear import Conv2d, Linear, better_in_fp32
+from longllava.ops.conv3x3 import conv3x3
 from longllava.ops.vision import activate_, add_layer_norm
 
 # Pictures of a whole batch on a GPU: 36,928 rows of 336 x 336 ones, nine waves of an H100's tiles in CLIP's widest
@@ -231,30 +232,33 @@ class Stem(nn.Module):
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution, batch norm, ReLU. An even kernel of twice the stride, padded by half of it, divides exactly."""
+    """Convolution, batch norm, a residual, ReLU. An even kernel of twice the stride, padded by half of it, divides
+    exactly."""
 
-    def __init__(self, n_in: int, n_out: int, kernel: int = 3, stride: int = 1, relu: bool = True):
+    def __init__(self, n_in: int, n_out: int, kernel: int = 3, stride: int = 1):
         padding = stride // 2 if stride > 1 else kernel // 2
-        conv = Conv2d(n_in, n_out, kernel, stride, padding, bias=False)
-        super().__init__(conv, nn.BatchNorm2d(n_out), *([nn.ReLU(inplace=True)] if relu else []))
+        super().__init__(Conv2d(n_in, n_out, kernel, stride, padding, bias=False), nn.BatchNorm2d(n_out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training or torch.is_grad_enabled() or x.dtype != torch.float32:
-            return super().forward(x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         conv, norm = cast(Conv2d, self[0]), cast(nn.BatchNorm2d, self[1])
+        if self.training or torch.is_grad_enabled() or x.dtype != torch.float32:
+            y = norm(conv(x))
+            return (y if residual is None else y.add_(residual)).relu_()
         mean_C, variance_C = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
         # a norm of known mean and variance is part of the convolution: a pass less, one in fifteen of nano's encoder
         scale_C = norm.weight * (variance_C + norm.eps).rsqrt()
-        weight = conv.weight * scale_C[:, None, None, None]
-        y = F.conv2d(x, weight, norm.bias - mean_C * scale_C, conv.stride, conv.padding)
-        return y.relu_() if len(self) == 3 else y
+        weight, bias_C = conv.weight * scale_C[:, None, None, None], norm.bias - mean_C * scale_C
+        if conv.kernel_size == (3, 3) and conv.stride == (1, 1):
+            return conv3x3(x, weight, bias_C, residual, relu=True)
+        assert residual is None
+        return F.conv2d(x, weight, bias_C, conv.stride, conv.padding).relu_()
 
 
 class ResidualConv(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.first = ConvNorm(width, width)
-        self.second = ConvNorm(width, width, relu=False)
+        self.second = ConvNorm(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x)).add_(x).relu_()
+        return self.second(self.first(x), x)

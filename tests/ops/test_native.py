@@ -25,6 +25,7 @@ from longllava.ops import causal_conv1d, native, selective_scan
 from longllava.ops.causal_conv1d import cases as conv_cases, cpu as conv_cpu, reference as conv_reference
 from longllava.ops.selective_scan import cases as scan_cases, cpu as scan_cpu, reference as scan_reference
 from tests.ops.parity import assert_matches
+from tests.ops.test_conv3x3 import compare as compare_convolutions
 from tests.ops.test_fused import compare
 assert native.isa() == sys.argv[1], native.isa()
 chosen = ("plain", "two-tiles", "many-states", "bf16-wild", "wild", "two-taps-two-tiles")
@@ -34,6 +35,7 @@ for cases, cpu, reference in ((scan_cases, scan_cpu, scan_reference), (conv_case
             assert_matches(cpu.run, reference.run, cases.NAMES, case.inputs(), slack=2e-6)
 for dtype in (torch.float32, torch.bfloat16):
     compare(dtype)
+compare_convolutions(height=9, width=6, inputs=48, outputs=80)
 """
 
 
