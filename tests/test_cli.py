@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from longllava.cli import app, main
+from longllava.cli import app, main, run
 from longllava.cli.pictures import expand
 from longllava.errors import InputError
 
@@ -210,12 +210,33 @@ def test_ctrl_c_is_code_130() -> None:
     assert (process.returncode, out, err) == (130, "", "")
 
 
-def test_chat_keeps_history_and_survives_a_wrong_path(calls: list[tuple], tmp_path: Path) -> None:
+def test_streams_that_are_closed_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    said: list[str] = []
+
+    def talk() -> None:
+        print("an answer", file=sys.stdout, flush=True)
+        said.append(f"{sys.stdin.read()} {sys.stdout.encoding} {sys.stderr.isatty()}")
+
+    run(talk)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.close()
+    assert said == [" utf-8 False"]
+
+
+def test_chat_keeps_history_and_survives_a_wrong_path(
+    calls: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "cat.png").touch()
     lines = [
         "/image missing.png",
-        f"/image {tmp_path}/cat.png",
+        "/image ~nobody-of-this-name/cat.png",
+        "/image " + 300 * "a",
+        "/image ~/cat.png",
         "What?",
+        "/video ~/film.gif",
         "Sure?",
         "/nonsense",
         "/history",
@@ -231,7 +252,7 @@ def test_chat_keeps_history_and_survives_a_wrong_path(calls: list[tuple], tmp_pa
     assert calls[1:] == [
         ("session", READING),
         ("ask", "What?", [cat], None),
-        ("ask", "Sure?", None, None),
+        ("ask", "Sure?", None, f"{tmp_path}/film.gif"),
         ("session", READING),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -82,7 +83,7 @@ def generate(
         "seed": seed,
         "stop": stop,
     }
-    media: dict[str, Any] = {"images": pictures or None, "video": video}
+    media: dict[str, Any] = {"images": pictures or None, "video": video and os.path.expanduser(video)}
     reading: Reading = {"fps": fps, "max_frames": max_frames, "tiles": tiles, "allow_hosts": allow_host}
     talker = load(model, device, int8)
     if as_json or not stream:
@@ -168,7 +169,7 @@ class Chat:
 
     def show(self, pictures: list[str], video: str | None = None) -> None:
         self.pictures += pictures
-        self.video = video or self.video
+        self.video = os.path.expanduser(video) if video else self.video
 
     def turn(self, line: str) -> None:
         """One line of the user's: a question or a command."""

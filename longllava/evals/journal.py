@@ -33,12 +33,19 @@ class Journal:
             self.records = lines[1:]
             self.rewrite([header, *(json.dumps(line, ensure_ascii=False) for line in lines[1:])])
         else:
-            if lines:
-                kept = self.path.with_name(f"{self.path.stem}.previous{self.path.suffix}")
+            if lines[1:]:
+                kept = self.free_name()
                 os.replace(self.path, kept)
                 changed = difference(old or {}, settings)
                 self.news = f"starting anew: {changed}; the finished part is kept in {kept}"
             self.rewrite([header])
+
+    def free_name(self) -> Path:
+        """For an older file: the one before it may be the one that is wanted again."""
+        number = 1
+        while (name := self.path.with_suffix(f".previous{number if number > 1 else ''}{self.path.suffix}")).exists():
+            number += 1
+        return name
 
     def rewrite(self, lines: list[str]) -> None:
         write_text(self.path, "".join(line + "\n" for line in lines))

@@ -180,6 +180,10 @@ def test_another_setting_starts_anew_and_says_so(tmp_path: Path, change: dict, m
     assert again.news.startswith("starting anew: ")
     assert word in again.news
     assert (tmp_path / "cells.previous.jsonl").read_bytes() == before
+    vniah.run(Seer(), replace(SMALL, **change), again)
+    assert "kept in" in journal(tmp_path, weights="a").news  # the first settings again: neither is lost
+    assert len((tmp_path / "cells.previous2.jsonl").read_text().splitlines()) == len(again.records) + 1
+    assert (tmp_path / "cells.previous.jsonl").read_bytes() == before
 
 
 def test_a_journal_that_is_none_is_named(tmp_path: Path) -> None:
