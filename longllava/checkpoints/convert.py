@@ -175,4 +175,4 @@ def write_layout(
         if config.int8 is not None:
             write_manifest(staged, source.n_bytes())
 
-    return write_folder(target, named, rest, shard_bytes)
+    return write_folder(target, named, rest, shard_bytes, BESIDE)

@@ -141,8 +141,12 @@ def test_nothing_to_convert(tmp_path):
 def test_layouts_into_one_another_without_a_model(tmp_path, scheme):
     published.longllava(tmp_path / "a")
     (tmp_path / "a/tokenizer.json").write_text("{}")
+    (tmp_path / "a/b").mkdir()
+    for name in ("generation_config.json", "tokenizer.json", "notes.txt"):  # of a model that was there before
+        (tmp_path / "a/b" / name).write_text("old")
     convert_layout(tmp_path / "a", tmp_path / "a/b", scheme, shard_bytes=30_000)
     assert (tmp_path / "a/b/tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "a/b/generation_config.json").exists() and (tmp_path / "a/b/notes.txt").exists()
     assert len(list((tmp_path / "a/b").glob("*.safetensors"))) > 3
     if scheme == "longllava":
         (tmp_path / "a/b/tower").symlink_to(tmp_path / "a/tower")
