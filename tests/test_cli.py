@@ -44,6 +44,8 @@ class FakeModel:
         assert keep
         self.calls.append(("ask", question, images, video))
         FakeModel.asked = settings
+        if question == "Wait?":
+            raise KeyboardInterrupt
         return iter(["a ", "red ", "panda"])
 
     def generate(self, prompt, *, stream=False, **settings):
@@ -235,6 +237,7 @@ def test_chat_keeps_history_and_survives_a_wrong_path(
         "/image ~nobody-of-this-name/cat.png",
         "/image " + 300 * "a",
         "/image ~/cat.png",
+        "Wait?",  # stopped by Ctrl-C: the picture waits on
         "What?",
         "/video ~/film.gif",
         "Sure?",
@@ -251,6 +254,7 @@ def test_chat_keeps_history_and_survives_a_wrong_path(
     cat = f"{tmp_path}/cat.png"
     assert calls[1:] == [
         ("session", READING),
+        ("ask", "Wait?", [cat], None),
         ("ask", "What?", [cat], None),
         ("ask", "Sure?", None, f"{tmp_path}/film.gif"),
         ("session", READING),

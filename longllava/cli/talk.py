@@ -194,14 +194,19 @@ class Chat:
             raise InputError(f"no command {command}; /help lists them")
 
     def ask(self, question: str) -> None:
-        """A streamed answer. The turn is kept when the answer is whole. What was shown is dropped on error:
-        one broken picture would spoil every later question."""
+        """A streamed answer. The turn is kept when the answer is whole. What was shown is dropped on error: one broken
+        picture would spoil every later question. Of an answer that is stopped it waits for the next question."""
+        shown = self.pictures, self.video
         media: dict[str, Any] = {"images": self.pictures or None, "video": self.video}
         self.pictures, self.video = [], None
         answer = ""
-        for piece in self.session.ask(question, **media, **self.settings, stream=True, keep=True):
-            answer += piece
-            self.console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        try:
+            for piece in self.session.ask(question, **media, **self.settings, stream=True, keep=True):
+                answer += piece
+                self.console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            self.pictures, self.video = shown
+            raise
         self.console.print()
-        shown = len(media["images"] or ()) + (media["video"] is not None)
-        self.turns.append((f"({shown} shown) {question}" if shown else question, answer))
+        n_shown = len(media["images"] or ()) + (media["video"] is not None)
+        self.turns.append((f"({n_shown} shown) {question}" if n_shown else question, answer))
