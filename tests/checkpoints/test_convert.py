@@ -163,6 +163,11 @@ def test_the_language_model_of_longllava_in_the_names_of_transformers(tmp_path):
     assert torch.equal(found.lm_head.weight, expected["language_model.lm_head.weight"])
     assert torch.equal(found.model.layers[3].feed_forward.experts.down_proj[2],
                        expected["language_model.model.layers.3.feed_forward.experts.2.down_proj.weight"])  # fmt: skip
+    (tmp_path / "adapter").mkdir()
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / "adapter" / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="adapter: it holds an adapter, not a model; longllava merge"):
+        convert_layout(tmp_path / "adapter", tmp_path / "c", "native")
     with pytest.raises(CheckpointError, match="one folder"):
         convert_layout(tmp_path / "b", tmp_path / "b", "jamba")
 
