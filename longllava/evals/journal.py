@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longllava.errors import DataError
-from longllava.files import write_text
+from longllava.files import write_atomic, write_text
 
 
 class Journal:
@@ -34,8 +34,8 @@ class Journal:
             self.rewrite([header, *(json.dumps(line, ensure_ascii=False) for line in lines[1:])])
         else:
             if lines[1:]:
-                kept = self.free_name()
-                os.replace(self.path, kept)
+                old_bytes = self.path.read_bytes()  # copied, not moved: the new file may find the disk full
+                kept = write_atomic(self.free_name(), lambda file: file.write(old_bytes))
                 changed = difference(old or {}, settings)
                 self.news = f"starting anew: {changed}; the finished part is kept in {kept}"
             self.rewrite([header])
