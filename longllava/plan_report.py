@@ -16,7 +16,7 @@ from longllava.checkpoints.published import read_config
 from longllava.config import Int8Config, ModelConfig
 from longllava.errors import CheckpointError, InputError
 from longllava.generation import prefill
-from longllava.inputs.chat import Message, string_pieces
+from longllava.inputs.chat import Message, media_pieces
 from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.model import Model
@@ -100,7 +100,7 @@ class Plan:
         processor = Processor(self.config, self.tokenizer)
 
         def n_tokens(n_images: int) -> int:
-            message = Message("user", tuple(string_pieces("", n_images, 0, prompt)))
+            message = Message("user", tuple(media_pieces(n_images, 0, prompt)))
             return len(processor.encode_messages([message], self.request.tokens_per_image, True).ids)
 
         if self.config.encoder is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from longllava.cli import app, main
+from longllava.cli import app, main, run
 from longllava.cli.pictures import expand
 from longllava.errors import InputError
 
@@ -44,6 +44,8 @@ class FakeModel:
         assert keep
         self.calls.append(("ask", question, images, video))
         FakeModel.asked = settings
+        if question == "Wait?":
+            raise KeyboardInterrupt
         return iter(["a ", "red ", "panda"])
 
     def generate(self, prompt, *, stream=False, **settings):
@@ -210,12 +212,34 @@ def test_ctrl_c_is_code_130() -> None:
     assert (process.returncode, out, err) == (130, "", "")
 
 
-def test_chat_keeps_history_and_survives_a_wrong_path(calls: list[tuple], tmp_path: Path) -> None:
+def test_streams_that_are_closed_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    said: list[str] = []
+
+    def talk() -> None:
+        print("an answer", file=sys.stdout, flush=True)
+        said.append(f"{sys.stdin.read()} {sys.stdout.encoding} {sys.stderr.isatty()}")
+
+    run(talk)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.close()
+    assert said == [" utf-8 False"]
+
+
+def test_chat_keeps_history_and_survives_a_wrong_path(
+    calls: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "cat.png").touch()
     lines = [
         "/image missing.png",
-        f"/image {tmp_path}/cat.png",
+        "/image ~nobody-of-this-name/cat.png",
+        "/image " + 300 * "a",
+        "/image ~/cat.png",
+        "Wait?",  # stopped by Ctrl-C: the picture waits on
         "What?",
+        "/video ~/film.gif",
         "Sure?",
         "/nonsense",
         "/history",
@@ -230,8 +254,9 @@ def test_chat_keeps_history_and_survives_a_wrong_path(calls: list[tuple], tmp_pa
     cat = f"{tmp_path}/cat.png"
     assert calls[1:] == [
         ("session", READING),
+        ("ask", "Wait?", [cat], None),
         ("ask", "What?", [cat], None),
-        ("ask", "Sure?", None, None),
+        ("ask", "Sure?", None, f"{tmp_path}/film.gif"),
         ("session", READING),
     ]
 

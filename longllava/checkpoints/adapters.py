@@ -211,7 +211,8 @@ def merge(base: str | Path, folder: str | Path, target: str | Path, *, dtype: to
 
     adapter = read_adapter(folder)
     source = find_folder(base)
-    if source.resolve() == Path(target).resolve() or Path(folder).resolve() == Path(target).resolve():
+    target = Path(target).expanduser()
+    if source.resolve() == target.resolve() or Path(folder).resolve() == target.resolve():
         raise CheckpointError(f"{target}: would be written over what it is made of; name another folder")
     model = load_model(source, dtype=dtype)
     merge_(model, adapter, folder, source)

@@ -14,6 +14,7 @@ from pathlib import Path
 from shutil import copyfile
 from typing import TYPE_CHECKING
 
+from longllava.checkpoints.adapters import is_adapter
 from longllava.checkpoints.folders import CONFIG, INDEX, PICKLES, WEIGHTS, find_folder, listed
 from longllava.checkpoints.int8 import write_manifest
 from longllava.checkpoints.load import Places, find_places, read, stored_dtype
@@ -120,6 +121,8 @@ class Source:
 def open_source(source: str | Path, text_only: bool = False) -> Source:
     """Raises: CheckpointError when its weights do not fit its config."""
     folder = find_folder(source)
+    if is_adapter(folder):
+        raise CheckpointError(f"{folder}: it holds an adapter, not a model; longllava merge makes one of both")
     config = read_config(folder)
     model = on_meta(replace(config, encoder=None, bridge=None) if text_only else config)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
@@ -175,4 +178,4 @@ def write_layout(
         if config.int8 is not None:
             write_manifest(staged, source.n_bytes())
 
-    return write_folder(target, named, rest, shard_bytes)
+    return write_folder(target, named, rest, shard_bytes, BESIDE)

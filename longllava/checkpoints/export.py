@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longllava.checkpoints.convert import maker, open_source
+from longllava.checkpoints.convert import BESIDE, maker, open_source
 from longllava.checkpoints.folders import CONFIG
 from longllava.checkpoints.save import config_fields, renamed
 from longllava.checkpoints.write import SHARD_BYTES, Output, write_folder
@@ -72,7 +72,7 @@ def export(
             write_json(staged / "preprocessor_config.json", preprocessor_fields(config.encoder))
             write_json(staged / "processor_config.json", processor_fields(config.encoder, config.prompt))
 
-    return write_folder(target, named, rest, shard_bytes)
+    return write_folder(target, named, rest, shard_bytes, BESIDE)
 
 
 def unpooled(config: ModelConfig) -> ModelConfig:

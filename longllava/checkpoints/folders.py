@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,6 +29,9 @@ def find_folder(name: str | Path) -> Path:
     Raises: CheckpointError saying what there is.
     """
     if str(name) in shipped_models():
+        if os.path.isfile(os.path.join(name, CONFIG)):
+            warnings.warn(f"{name}: the shipped model is taken; for the folder of that name here write"
+                          f" {os.path.join('.', name)}", stacklevel=2)  # fmt: skip
         return ASSETS / str(name)
     path = Path(os.path.expanduser(name))  # Path's own raises for users that are not known
     if os.path.isdir(path):  # and where a name is too long

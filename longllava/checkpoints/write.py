@@ -10,11 +10,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from longllava.checkpoints.adapters import is_adapter
 from longllava.checkpoints.folders import INDEX, UNFINISHED, WEIGHTS
 from longllava.checkpoints.stored import DTYPES
 from longllava.errors import CheckpointError
@@ -49,15 +50,19 @@ def write_folder(
     outputs: Mapping[str, Output],
     write_rest: Callable[[Path], None],
     shard_bytes: int = SHARD_BYTES,
+    replaced: Sequence[str] = (),
 ) -> Path:
     """Write the weights into `folder` (made if need be), and whatever `write_rest(staged folder)` writes.
 
     Files are complete under temporary names before the first is renamed; weights of an earlier save are removed. While
     old ones and new ones stand side by side, a folder UNFINISHED* says so, and find_folder refuses the mixture.
+    replaced: names of files that an earlier model may have left, and that go where the new one has none.
     """
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))  # as find_folder reads it
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: a file of that name exists; give a folder")
+    if is_adapter(folder):
+        raise CheckpointError(f"{folder}: it holds an adapter, which would be read instead of the model; give another")
     folder.mkdir(parents=True, exist_ok=True)
     shards = split(outputs, shard_bytes)
     with tempfile.TemporaryDirectory(prefix=STAGED, dir=folder) as temporary:
@@ -70,16 +75,18 @@ def write_folder(
             total = sum(output.n_bytes() for output in outputs.values())
             write_json(staged / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_rest(staged)
-        exchange(folder, staged, names)
+        exchange(folder, staged, names, replaced)
     sync(folder)
     return folder
 
 
-def exchange(folder: Path, staged: Path, names: list[str]) -> None:
+def exchange(folder: Path, staged: Path, names: list[str], replaced: Sequence[str]) -> None:
     """Put the staged files into their places. Left undone, it is done by moving what remains, or by saving again."""
     moving = folder / (UNFINISHED + staged.name.removeprefix(STAGED))
     os.rename(staged, moving)
     sync(folder)
+    for name in replaced:
+        (folder / name).unlink(missing_ok=True)
     for path in sorted(moving.iterdir(), key=lambda path: path.suffix == ".json"):
         os.replace(path, folder / path.name)
     remove_stale(folder, names)

@@ -6,6 +6,7 @@ Torch loads only when a command runs.
 from __future__ import annotations
 
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -66,6 +67,9 @@ def options(
 
 def run(command: Callable[[], Any], name: str = "longllava") -> None:
     """Call it. What the caller can mend is one sentence on stderr and exit code 1; Ctrl-C is 130."""
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # the caller has closed it
+            setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may have no letter for an answer or a file's name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

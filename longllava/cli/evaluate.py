@@ -70,6 +70,7 @@ def vniah(
     title = vniah_report.title_of(cells, ", ".join([*parts[:1], f"{n_tokens} tokens an image", *parts[2:]]))
     picture = vniah_report.write_report(cells, folder, title)
     vniah_report.print_summary(cells)
+    memory.bytes()  # nothing may have been left to ask
     print(f"{time.perf_counter() - started:.0f} s in all, peak memory {memory.highest / 1e6:,.0f} MB")
     print(f"{folder}/all_accuracies.json  cells.csv\n{picture}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,11 +30,14 @@ def expand_local(name: str) -> list[str]:
 
     if not name:  # to Path it would be the folder one stands in
         raise InputError("--image: the name is empty; give a file, a folder or a pattern")
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name))  # Path's own raises for users that are not known
+    if os.path.isfile(path):  # and where a name is too long
         return [str(path)]
-    if path.is_dir():
-        inside = [str(p) for p in path.iterdir() if p.suffix.lower() in PICTURES and p.is_file()]
+    if os.path.isdir(path):
+        try:
+            inside = [str(p) for p in path.iterdir() if p.suffix.lower() in PICTURES and p.is_file()]
+        except OSError as error:
+            raise InputError(f"--image {name}: cannot be read: {error.strerror or error}") from None
         if not inside:
             raise InputError(f"--image {name}: the folder holds no pictures ({' '.join(PICTURES)})")
         return sorted(inside, key=natural)

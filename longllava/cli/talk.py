@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -82,7 +83,7 @@ def generate(
         "seed": seed,
         "stop": stop,
     }
-    media: dict[str, Any] = {"images": pictures or None, "video": video}
+    media: dict[str, Any] = {"images": pictures or None, "video": video and os.path.expanduser(video)}
     reading: Reading = {"fps": fps, "max_frames": max_frames, "tiles": tiles, "allow_hosts": allow_host}
     talker = load(model, device, int8)
     if as_json or not stream:
@@ -168,7 +169,7 @@ class Chat:
 
     def show(self, pictures: list[str], video: str | None = None) -> None:
         self.pictures += pictures
-        self.video = video or self.video
+        self.video = os.path.expanduser(video) if video else self.video
 
     def turn(self, line: str) -> None:
         """One line of the user's: a question or a command."""
@@ -193,14 +194,19 @@ class Chat:
             raise InputError(f"no command {command}; /help lists them")
 
     def ask(self, question: str) -> None:
-        """A streamed answer. The turn is kept when the answer is whole. What was shown is dropped on error:
-        one broken picture would spoil every later question."""
+        """A streamed answer. The turn is kept when the answer is whole. What was shown is dropped on error: one broken
+        picture would spoil every later question. Of an answer that is stopped it waits for the next question."""
+        shown = self.pictures, self.video
         media: dict[str, Any] = {"images": self.pictures or None, "video": self.video}
         self.pictures, self.video = [], None
         answer = ""
-        for piece in self.session.ask(question, **media, **self.settings, stream=True, keep=True):
-            answer += piece
-            self.console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        try:
+            for piece in self.session.ask(question, **media, **self.settings, stream=True, keep=True):
+                answer += piece
+                self.console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            self.pictures, self.video = shown
+            raise
         self.console.print()
-        shown = len(media["images"] or ()) + (media["video"] is not None)
-        self.turns.append((f"({shown} shown) {question}" if shown else question, answer))
+        n_shown = len(media["images"] or ()) + (media["video"] is not None)
+        self.turns.append((f"({n_shown} shown) {question}" if n_shown else question, answer))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longllava.errors import DataError
-from longllava.files import write_text
+from longllava.files import write_atomic, write_text
 
 
 class Journal:
@@ -33,12 +33,19 @@ class Journal:
             self.records = lines[1:]
             self.rewrite([header, *(json.dumps(line, ensure_ascii=False) for line in lines[1:])])
         else:
-            if lines:
-                kept = self.path.with_name(f"{self.path.stem}.previous{self.path.suffix}")
-                os.replace(self.path, kept)
+            if lines[1:]:
+                old_bytes = self.path.read_bytes()  # copied, not moved: the new file may find the disk full
+                kept = write_atomic(self.free_name(), lambda file: file.write(old_bytes))
                 changed = difference(old or {}, settings)
                 self.news = f"starting anew: {changed}; the finished part is kept in {kept}"
             self.rewrite([header])
+
+    def free_name(self) -> Path:
+        """For an older file: the one before it may be the one that is wanted again."""
+        number = 1
+        while (name := self.path.with_suffix(f".previous{number if number > 1 else ''}{self.path.suffix}")).exists():
+            number += 1
+        return name
 
     def rewrite(self, lines: list[str]) -> None:
         write_text(self.path, "".join(line + "\n" for line in lines))

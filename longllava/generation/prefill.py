@@ -227,7 +227,7 @@ def checked_features(features_MC: Tensor, index: int, shape: tuple[int, int]) ->
 
 def progress_bar(total: int) -> Any:
     """A bar on a terminal's stderr, shown only when reading takes more than two seconds; else None."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():  # None: closed, or a program without a console
         return None
     from tqdm import tqdm
 

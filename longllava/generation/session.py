@@ -129,7 +129,7 @@ class Session:
     def fork(self) -> Session:
         """A session that goes on from here on its own; what was read is shared, not copied."""
         other = Session(self.reader)
-        other.state = fork_state(self.state, 0)
+        other.state = fork_state(self.compact(), 0)
         other.n_tokens, other.n_images, other.waiting = self.n_tokens, self.n_images, list(self.waiting)
         return other
 
@@ -208,8 +208,11 @@ class Session:
         return Score(tuple(scores_L.tolist()), bool((log_LV.argmax(-1) == ids_1L[0]).all()))
 
     def respond(self, pieces: Sequence[Piece], sources: Sequence[Any], sampling: Sampling) -> Iterator[str]:
-        """The answer to `pieces`, which end where it begins. Faults of the prompt are raised at once."""
-        return self.answer(self.encode(pieces), sources, sampling)
+        """The answer to `pieces`, which end where it begins. Faults of the prompt are raised at once.
+
+        Made by a fork: a stream that is begun late must not read what was appended meanwhile.
+        """
+        return self.fork().answer(self.encode(pieces), sources, sampling)
 
     def answer(self, encoded: Encoded, sources: Sequence[Any], sampling: Sampling) -> Iterator[str]:
         # a static decoder has room of its own

@@ -179,7 +179,9 @@ def messages_of_dicts(
                 pieces.append(Mark(len(sources)))
                 sources.append(open_image(given.pop(0) if source is None else source))
             elif kind == "video" and message["role"] == "user":
-                frames = open_video(source_of(part, kind))
+                if (source := source_of(part, kind)) is None:
+                    raise InputError(f"{where}: a video part has neither 'video' nor 'path'")
+                frames = open_video(source)
                 pieces += media_pieces(0, len(frames), prompt, first=len(sources))
                 sources += frames
             else:

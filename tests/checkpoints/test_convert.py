@@ -141,8 +141,12 @@ def test_nothing_to_convert(tmp_path):
 def test_layouts_into_one_another_without_a_model(tmp_path, scheme):
     published.longllava(tmp_path / "a")
     (tmp_path / "a/tokenizer.json").write_text("{}")
+    (tmp_path / "a/b").mkdir()
+    for name in ("generation_config.json", "tokenizer.json", "notes.txt"):  # of a model that was there before
+        (tmp_path / "a/b" / name).write_text("old")
     convert_layout(tmp_path / "a", tmp_path / "a/b", scheme, shard_bytes=30_000)
     assert (tmp_path / "a/b/tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "a/b/generation_config.json").exists() and (tmp_path / "a/b/notes.txt").exists()
     assert len(list((tmp_path / "a/b").glob("*.safetensors"))) > 3
     if scheme == "longllava":
         (tmp_path / "a/b/tower").symlink_to(tmp_path / "a/tower")
@@ -159,6 +163,11 @@ def test_the_language_model_of_longllava_in_the_names_of_transformers(tmp_path):
     assert torch.equal(found.lm_head.weight, expected["language_model.lm_head.weight"])
     assert torch.equal(found.model.layers[3].feed_forward.experts.down_proj[2],
                        expected["language_model.model.layers.3.feed_forward.experts.2.down_proj.weight"])  # fmt: skip
+    (tmp_path / "adapter").mkdir()
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / "adapter" / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="adapter: it holds an adapter, not a model; longllava merge"):
+        convert_layout(tmp_path / "adapter", tmp_path / "c", "native")
     with pytest.raises(CheckpointError, match="one folder"):
         convert_layout(tmp_path / "b", tmp_path / "b", "jamba")
 

@@ -3,12 +3,13 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from longllava.checkpoints import load_model, save_model
+from longllava.checkpoints import find_folder, load_model, save_model
 from longllava.config import EncoderConfig
 from longllava.errors import CheckpointError
 from longllava.model import Model
@@ -175,6 +176,20 @@ def test_a_save_cut_between_two_files_is_told_and_can_be_finished(tmp_path, monk
             left.rmdir()
         assert same(load_model(folder), new.model)
         assert not list(folder.glob(".*"))
+
+
+def test_what_would_not_be_read_again_is_not_written(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="it holds an adapter, which would be read instead"):
+        save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert save("~/tiny") == find_folder("~/tiny")
+    monkeypatch.chdir(tmp_path)
+    save("nano")
+    with pytest.warns(UserWarning, match=r"nano: the shipped model is taken; for the folder .* write \./nano"):
+        assert find_folder("nano") != Path("nano")
+    assert find_folder("./nano") == Path("nano")
 
 
 def test_saving_into_a_file_is_refused(tmp_path):

@@ -172,13 +172,25 @@ def test_more_sizes_and_depths_keep_what_is_finished(tmp_path: Path) -> None:
         ({}, "b", "weights was 'a', is 'b'"),
     ],
 )
-def test_another_setting_starts_anew_and_says_so(tmp_path: Path, change: dict, model: str, word: str) -> None:
+def test_another_setting_starts_anew_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict, model: str, word: str
+) -> None:
     vniah.run(Seer(), SMALL, journal(tmp_path, weights="a"))
     before = (tmp_path / "cells.jsonl").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "rewrite", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            journal(tmp_path, replace(SMALL, **change), weights=model)
+    assert (tmp_path / "cells.jsonl").read_bytes() == before
+    (tmp_path / "cells.previous.jsonl").unlink()
     again = journal(tmp_path, replace(SMALL, **change), weights=model)
     assert again.records == []
     assert again.news.startswith("starting anew: ")
     assert word in again.news
+    assert (tmp_path / "cells.previous.jsonl").read_bytes() == before
+    vniah.run(Seer(), replace(SMALL, **change), again)
+    assert "kept in" in journal(tmp_path, weights="a").news  # the first settings again: neither is lost
+    assert len((tmp_path / "cells.previous2.jsonl").read_text().splitlines()) == len(again.records) + 1
     assert (tmp_path / "cells.previous.jsonl").read_bytes() == before
 
 

@@ -49,6 +49,11 @@ def test_the_cache_has_exactly_the_room_it_needs():
             assert layer.buffer.keys_BSGK.shape[1] == layer.n_tokens() == album.n_tokens
 
 
+def test_a_program_without_a_console_reads_pictures(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert MODEL.session(images=tiny_pictures(1)).n_images == 1
+
+
 def test_a_bad_picture_is_named_and_no_thread_stays():
     with pytest.raises(InputError, match=r"^image 71 of 100: gone\.png: no such file$"):
         MODEL.generate("a", [*tiny_pictures(1) * 70, "gone.png", *tiny_pictures(1) * 29])

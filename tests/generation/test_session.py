@@ -123,6 +123,16 @@ def test_asking_leaves_the_session_as_it_was():
     assert (waiting, n_tokens) == (album.waiting, album.n_tokens)
 
 
+@pytest.mark.parametrize("start", [{}, {"images": PICTURES}], ids=["empty", "pictures"])
+def test_a_stream_that_is_begun_late_answers_what_was_asked(start):
+    album = MODEL.session(**start)
+    expected = album.ask("what is this?", **SHORT)
+    late = album.ask("what is this?", stream=True, **SHORT)
+    album.append(images=PICTURES[3:], text="a red heart")
+    assert album.ask("what is this?", **SHORT) != expected  # or what was appended would not show
+    assert "".join(late) == expected
+
+
 @settings(max_examples=20)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6))
 def test_appending_is_reading_at_once(sizes):

@@ -162,6 +162,10 @@ def test_a_conversation_may_end_with_its_answer():
         ([{"role": "user", "content": 3}], "a string or a list of parts, got int"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "message 1: part"),
         ([{"role": "user", "content": [{"type": "image"}]}], "neither 'image' nor 'path'"),
+        (
+            [{"role": "user", "content": [{"type": "video", "file": "a.gif"}, {"type": "text", "text": "a"}]}],
+            "message 1: a video part has neither 'video' nor 'path'",
+        ),
         ([{"role": "user", "content": [{"type": "image", "base64": "a b"}]}], "base64: got 'a b', which is not"),
         ([{"role": "user", "content": " "}], "the last message is empty"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "message 2: role 'user'"),

@@ -59,14 +59,15 @@ def test_sampling(model, processor):
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_beam_search_follows_its_rows(model, processor, use_cache):
     """With four beams the rows of the cache change places at every step; the likeliest found is no less likely."""
-    inputs = prepared(processor, [TALKS[0], [user("is a heart what?")]])
+    inputs = prepared(processor, TALKS)  # of no, one and three pictures
     how = {"max_new_tokens": N_NEW, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
     with torch.no_grad():
         beams = model.generate(**inputs, num_beams=4, use_cache=use_cache, **how)
         # what the beams say of their own likelihood, against a plain forward over the sequences they found
         ids, start = beams.sequences, inputs["input_ids"].shape[1]
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, start:])], dim=1)
-        logp = torch.log_softmax(model(input_ids=ids, attention_mask=mask).logits[:, start - 1 : -1], -1)
+        whole = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, use_cache=False)
+        logp = torch.log_softmax(whole.logits[:, start - 1 : -1], -1)
     picked = logp.gather(-1, ids[:, start:, None])[..., 0]
     ends = [(row == 2).nonzero()[0, 0].item() + 1 if (row == 2).any() else len(row) for row in ids[:, start:]]
     expected = torch.stack([picked[row, :end].sum() / end for row, end in enumerate(ends)])

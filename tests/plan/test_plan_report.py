@@ -13,6 +13,7 @@ from longllava.inputs.chat import Message, string_pieces
 from longllava.inputs.processor import Processor
 from longllava.plan.split import fits
 from longllava.plan_report import MOST, Plan, Request
+from tests.tiny import tiny_model
 
 GB = 10**9
 CARD = {"cuda:0": 80 * GB}
@@ -71,7 +72,10 @@ def test_the_53b_model_takes_two_cards_or_int8():
     assert plan("longllava-53b-a13b", {"cuda:0": 3 * GB}).as_dict()["devices_needed"] is None
 
 
-def test_a_model_of_text():
+def test_a_model_of_text(tmp_path):
+    tiny = tiny_model(encoder=None, bridge=None)
+    folder = plan(str(tiny.save_pretrained(tmp_path)), images=0, text_tokens=0)  # one with a tokenizer
+    assert folder.n_tokens(0) == len(tiny.session().encode(tiny.pieces("a", None, None, tiny.session())[0]).ids) - 1
     found = plan("jamba-reasoning-3b", images=0, dtype=torch.float32).as_dict()
     assert found["tokens"]["per_image"] == found["tokens"]["tags_per_image"] == 0 == found["operations"]["encoder"]
     assert found["most_images"] is None and found["bytes"]["weights"] == 4 * 3_029_337_472

@@ -206,7 +206,8 @@ def test_adapters_that_do_not_fit_change_nothing(runs, monkeypatch, tmp_path: Pa
             merge(runs / "base/model", other, tmp_path / "out")
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
     assert not (tmp_path / "out").exists()
-    for target in (folder, runs / "base/model"):
+    monkeypatch.setenv("HOME", str(runs))
+    for target in (folder, runs / "base/model", "~/base/model"):
         with pytest.raises(CheckpointError, match="would be written over what it is made of"):
             merge(runs / "base/model", folder, target)
 

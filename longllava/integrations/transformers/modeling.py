@@ -193,25 +193,32 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         text_BLD = self.backbone.embed_tokens(ids_BL)
         if pixels_N3PP is None or len(pixels_N3PP) == 0:
             return text_BLD
+        slots_BL, _ = self.slots(ids_BL, mask_BS, past, len(pixels_N3PP), n_tokens)
+        tokens_NMD = self.image_tokens(pixels_N3PP, n_tokens)
+        place_T2 = slots_BL.nonzero()
+        ones_T = torch.ones_like(place_T2[:, 0])
+        # every token of a picture is placed as a picture of one token
+        spans_T4 = torch.stack([place_T2[:, 0], place_T2[:, 1], ones_T, ones_T.cumsum(0) - 1], dim=1)
+        return self.fusion.embed(text_BLD, spans_T4, tokens_NMD.flatten(0, 1)[:, None])
+
+    def slots(
+        self, ids_BL: Tensor, mask_BS: Tensor | None, past: int, n_images: int, n_tokens: int | None
+    ) -> tuple[Tensor, list[int]]:
+        """Where pictures' tokens stand (B, L), and how many pictures each row has."""
         if self.bridge is None or self.config.pad_token_id is None:
             raise InputError("pixel_values: " + ("this model reads text only" if self.bridge is None else
                              "config.pad_token_id says where pictures stand, and is not set"))  # fmt: skip
         slots_BL = ids_BL == self.config.pad_token_id
         if mask_BS is not None:
             slots_BL = slots_BL & (mask_BS[:, past : past + ids_BL.shape[1]] != 0)
-        tokens_NMD = self.image_tokens(pixels_N3PP, n_tokens)
-        n_images, n_each = tokens_NMD.shape[:2]
+        n_each = n_tokens or self.config.bridge["tokens_per_image"]
         n_slots_B = slots_BL.sum(1)
         if int(n_slots_B.sum()) != n_images * n_each or bool((n_slots_B % n_each).any()):
             raise InputError(
                 f"pixel_values: {n_images} pictures are {n_images} x {n_each} tokens, but the rows of input_ids have"
                 f" room for {n_slots_B.tolist()}; give input_ids, attention_mask and pixel_values of one processor call"
             )
-        place_T2 = slots_BL.nonzero()
-        ones_T = torch.ones_like(place_T2[:, 0])
-        # every token of a picture is placed as a picture of one token
-        spans_T4 = torch.stack([place_T2[:, 0], place_T2[:, 1], ones_T, ones_T.cumsum(0) - 1], dim=1)
-        return self.fusion.embed(text_BLD, spans_T4, tokens_NMD.flatten(0, 1)[:, None])
+        return slots_BL, (n_slots_B // n_each).tolist()
 
     def image_tokens(self, pixels_N3PP: Tensor, n_tokens: int | None) -> Tensor:
         """(N, M, D), a batch of pictures at a time."""
@@ -242,6 +249,19 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Room for the prompt and all that is to come, at once."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = LongLLaVACache(generation_config.max_length)
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Rows that are repeated, for beams and several answers, each bring all of their pictures."""
+        pixels_N3PP = kwargs.pop("pixel_values", None)
+        if pixels_N3PP is not None and len(pixels_N3PP) and expand_size > 1:
+            mask_BS, n_tokens = kwargs.get("attention_mask"), kwargs.get("tokens_per_image")
+            _, n_images_B = self.slots(input_ids, mask_BS, 0, len(pixels_N3PP), n_tokens)
+            pixels_N3PP = torch.cat([own for own in pixels_N3PP.split(n_images_B) for _ in range(expand_size)])
+        rows = (expand_size, is_encoder_decoder, input_ids)
+        ids, kwargs = super()._expand_inputs_for_generation(*rows, **kwargs)  # type: ignore[misc]
+        return ids, {**kwargs, "pixel_values": pixels_N3PP}
 
     def prepare_inputs_for_generation(self, *arguments: Any, pixel_values: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Pictures are read with the prompt, once."""
