@@ -149,19 +149,32 @@ class Session:
         check_keywords(self.ask, settings, Settings)
         sampling = Sampling(**settings)
         pieces, sources = self.question_pieces(question, images, video)
-        answer = self.respond([*self.waiting, *pieces, self.reader.processor.assistant_open()], sources, sampling)
         if keep:
-            answer = self.keeping(answer, pieces, sources)
+            answer = self.keeping(self.fork(), pieces, sources, sampling)
+            self.encode([*self.waiting, *pieces])  # faults of the prompt are raised at once
+        else:
+            answer = self.respond([*self.waiting, *pieces, self.reader.processor.assistant_open()], sources, sampling)
         return answer if stream else "".join(answer)
 
-    def keeping(self, answer: Iterator[str], pieces: Sequence[Piece], sources: Sequence[Any]) -> Iterator[str]:
-        """Pass an answer on; when it is whole, read the turn into the session."""
+    def keeping(
+        self, turn: Session, pieces: Sequence[Piece], sources: Sequence[Any], sampling: Sampling
+    ) -> Iterator[str]:
+        """The answer of `turn`, a fork made when the question was asked, which reads the pictures. When the answer is
+        whole, this session goes on from there, or reads the turn again if it has read something else meanwhile."""
+        start = turn.n_tokens, list(turn.waiting)
+        processor = self.reader.processor
+        turn.take(pieces, sources)
         text = ""
-        for piece in answer:
+        for piece in turn.respond([*turn.waiting, processor.assistant_open()], (), sampling):
             text += piece
             yield piece
-        processor = self.reader.processor
-        self.take([*pieces, *processor.turn(Message("assistant", (Answer(text),))), processor.user_open()], sources)
+        answered = [*processor.turn(Message("assistant", (Answer(text),))), processor.user_open()]
+        if start == (self.n_tokens, self.waiting):
+            turn.take(answered, ())
+            self.state, self.waiting = turn.state, turn.waiting
+            self.n_tokens, self.n_images = turn.n_tokens, turn.n_images
+        else:
+            self.take([*pieces, *answered], sources)
 
     def ask_many(self, questions: Sequence[str], *, batch_size: int = 32, **settings: Unpack[Settings]) -> list[str]:
         """Answer many questions on what was read, in batches; each as `ask` would (with the same seed)."""
@@ -276,7 +289,7 @@ class Session:
     def compact(self) -> State:
         """The state with not too many segments of keys and values (one came with each append)."""
         self.state = [
-            copied(layer) if isinstance(layer, AttentionState) and len(layer.prefix) > MAX_SEGMENTS else layer
+            layer.merged() if isinstance(layer, AttentionState) and len(layer.prefix) > MAX_SEGMENTS else layer
             for layer in self.state
         ]
         return self.state
@@ -284,10 +297,3 @@ class Session:
     def save(self, path: str | Path) -> Path:
         """Write the session as one safetensors file, whole or not at all; LongLLaVA.load_session reads it."""
         return saving.save(self, path)
-
-
-def copied(layer: AttentionState) -> AttentionState:
-    new = AttentionState((), layer.buffer.like(len(layer.buffer.keys_BSGK), layer.n_tokens()), 0)
-    for segment in layer.segments():
-        new = new.extended(segment)
-    return new

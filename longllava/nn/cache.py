@@ -148,6 +148,13 @@ class AttentionState:
         """All segments in order; the last one is the buffer's."""
         return (*self.prefix, self.buffer.segment(self.length))
 
+    def merged(self) -> AttentionState:
+        """The same keys and values in one copy of them all."""
+        new = AttentionState((), self.buffer.like(len(self.buffer.keys_BSGK), self.n_tokens()), 0)
+        for segment in self.segments():
+            new = new.extended(segment)
+        return new
+
     def fork(self, capacity: int = GROWTH, batch: int | None = None) -> AttentionState:
         """A state that reads the same tokens and writes to a buffer of its own.
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from longllava.errors import InputError, LongLLaVAError
 from longllava.generation import Sampling, Session
 from longllava.generation.prefill import Reader
-from longllava.inputs.chat import Answer
+from longllava.inputs.chat import Answer, Message
 from longllava.nn import Context, MambaState
 from tests.tiny import tiny_model, tiny_pictures
 
@@ -183,10 +183,13 @@ def test_forks_go_their_own_ways():
     assert_same_state(album.state, MODEL.session(images=[*PICTURES[:3], PICTURES[0]]).state)
 
 
-def test_kept_turns_are_the_conversation():
+def test_kept_turns_are_the_conversation(monkeypatch):
     album = MODEL.session(images=PICTURES[:2])
     first = album.ask("what is this?", keep=True, **SHORT)
+    n_read, read = [], album.reader.read
+    monkeypatch.setattr(album.reader, "read", lambda *args: n_read.append(len(args[1])) or read(*args))
     second = album.ask("a red heart?", keep=True, images=PICTURES[2:3], **SHORT)
+    assert sum(n_read) == 1 and album.n_images == 3
     third = "".join(album.ask("the?", stream=True, **SHORT))
     images = [{"type": "image", "image": picture} for picture in PICTURES[:3]]
     talk = [
@@ -197,6 +200,21 @@ def test_kept_turns_are_the_conversation():
     assert second == MODEL.generate(talk, **SHORT)
     talk += [{"role": "assistant", "content": second}, {"role": "user", "content": "the?"}]
     assert third == MODEL.generate(talk, **SHORT)
+
+
+def test_a_kept_turn_follows_what_was_appended_while_it_was_answered():
+    album, other = (MODEL.session(images=PICTURES[:2]) for _ in range(2))
+    stream = album.ask("what is this?", images=PICTURES[2:4], stream=True, keep=True, **SHORT)
+    text = next(stream)
+    for session in (album, other):
+        session.append(images=PICTURES[4:5], text="a red ")
+    text += "".join(stream)
+    assert text == MODEL.session(images=PICTURES[:2]).ask("what is this?", images=PICTURES[2:4], **SHORT)
+    pieces, sources = MODEL.session(images=PICTURES[:2]).question_pieces("what is this?", PICTURES[2:4], None)
+    answered = [*MODEL.processor.turn(Message("assistant", (Answer(text),))), MODEL.processor.user_open()]
+    other.take([*pieces, *answered], sources)
+    assert (album.n_tokens, album.n_images, album.waiting) == (other.n_tokens, 5, other.waiting)
+    assert_same_state(album.state, other.state)
 
 
 @pytest.mark.parametrize("start", [{}, {"images": PICTURES}], ids=["empty", "pictures"])
