@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from longllava.errors import TrainingError
 from longllava.model import Model
 from longllava.train.config import TrainConfig
-from longllava.train.engines import Parameters, gathered, scaled, shared
+from longllava.train.engines import Parameters, gathered, scaled, shared, shared_state
 from longllava.train.forward import Forward
 from longllava.train.lora import learned_names
 from longllava.train.optimizer import build_optimizer, set_learning_rate
@@ -202,8 +202,8 @@ class Zero:
     def gather(self, values: list[Any]) -> list[Any]:
         return gathered(values, self.world)
 
-    def share(self, make: Callable[[], Any]) -> Any:
-        return shared(make, self.rank, self.world)
+    def share(self, read: Callable[[], TrainingState | None]) -> TrainingState | None:
+        return shared_state(read, self.rank, self.world)
 
     def wait(self) -> None:
         torch.distributed.barrier()
