@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from longllava.data.packing import Misfit
 from longllava.errors import ConfigError, TrainingError
 from longllava.train import loop
 from longllava.train.config import load_stage
@@ -103,6 +104,18 @@ def test_a_folder_of_another_stage_is_refused(runs, monkeypatch, changes: dict, 
 def test_a_misspelt_evaluation_is_told_before_training(runs) -> None:
     with pytest.raises(ConfigError, match="no task 'captoin'; have recall, facts, words, caption"):
         run_stage(load_stage(write_stage(runs, evaluate=["captoin"])))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "cuda" if not torch.cuda.is_available() else "mps"}, "but this run is on c.*; set device: auto"),
+        ({"phases": [{"steps": 1, "row_length": 64, "tokens_per_image": 7}]}, "phases.0.tokens_per_image: got 7"),
+    ],
+)
+def test_what_would_silently_train_otherwise_is_refused(runs, changes: dict, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        run_stage(load_stage(write_stage(runs, **changes)))
 
 
 def test_an_evaluation_follows_the_last_step(runs, capsys) -> None:
@@ -241,6 +254,13 @@ def test_a_run_goes_on_only_as_the_same_run(runs, monkeypatch) -> None:
     torch.set_num_threads(1)
     run_stage(load_stage(path, ["phases.1.steps=1", "log_every=5"]))  # what has not begun may change
     assert len(n_calls) == 5 + 15 - 3  # from the checkpoint of step 3
+
+
+def test_what_was_left_out_before_a_stop_stays_listed(tmp_path) -> None:
+    first, second = Misfit("a", "source", "broken"), Misfit("b", "source", "too\nlong")
+    for misfits in ([first], [first], [second]):
+        loop.list_left_out(tmp_path / "left-out.tsv", misfits)
+    assert (tmp_path / "left-out.tsv").read_text() == "source\ta\tbroken\nsource\tb\ttoo long\n"
 
 
 def test_a_finished_run_goes_on_with_a_phase_added(runs) -> None:
