@@ -124,6 +124,21 @@ def test_an_evaluation_follows_the_last_step(runs, capsys) -> None:
     tasks = result["models"][0]["tasks"]
     assert list(tasks) == ["caption", "needle@4"] and tasks["caption"]["questions"] == 6
     assert "needle@4" in capsys.readouterr().out
+    (runs / "stage2" / "evaluation.json").unlink()  # as if it had been stopped before the end of it
+    run_stage(load_stage(runs / "stage2.yaml"))
+    again = json.loads((runs / "stage2" / "evaluation.json").read_text())["models"][0]["tasks"]
+    for task, figures in tasks.items():
+        assert again[task] | {"seconds": 0} == figures | {"seconds": 0}
+
+
+def test_processes_beside_the_first_write_nothing(runs, monkeypatch) -> None:
+    path = write_stage(runs)
+    before = sorted(runs.iterdir())
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(loop, "train", lambda *arguments: {})
+    run_stage(load_stage(path))
+    assert sorted(runs.iterdir()) == before
+
 
 
 # --- a step that cannot be taken, and a part that must not change
