@@ -100,7 +100,7 @@ def train(
         if step:
             log.say(f"{config.stage}: goes on after step {step}")
         for start, plan in feed.windows():
-            pictures.prepare(plan.references(), log.say)
+            pictures.prepare(plan.references(engine.rank, engine.world), log.say)
             meter.resume()
             for rows in plan.steps[step - start :]:
                 number, inside = config.phase_at(step)
