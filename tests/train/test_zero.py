@@ -45,7 +45,8 @@ def plan(runs: Path, **changes: Any) -> dict[str, Any]:
     save(dataclasses.replace(config, backbone=backbone), runs / "experts.json")
     return {"model": str(runs / "experts.json"), "recipe": "nano/stage3",
             "start_from": {"encoder": "foundation-vision"},
-            "frozen": ["backbone.embed_tokens"], "aids": {"router_weight": 0.01, "grounding_weight": 0.1},
+            "frozen": ["backbone.final_norm"],
+            "aids": {"router_weight": 0.01, "grounding_weight": 0.1, "alignment_weight": 0.1},
             "gradient_checkpointing": True, "phases": [FIRST, SECOND]} | changes  # fmt: skip
 
 
