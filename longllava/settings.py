@@ -89,6 +89,8 @@ def set_override(data: dict, override: str) -> None:
         raise ConfigError(f"override {override!r}: write key=value, for example backbone.width=256")
     *parents, last = key.strip().split(".")
     for parent in parents:
+        if not isinstance(data.get(parent) or {}, dict):
+            raise ConfigError(f"override {override!r}: {parent} is no mapping; give it whole, {parent}=...")
         data[parent] = dict(data.get(parent) or {})
         data = data[parent]
     data[last] = yaml.load(value, Loader=unique_loader())
@@ -157,6 +159,12 @@ def positive(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) <= 0:
             raise ConfigError(f"{name}: got {getattr(config, name)}, must be above 0")
+
+
+def not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if (getattr(config, name) or 0) < 0:
+            raise ConfigError(f"{name}: got {getattr(config, name)}, must be 0 or above")
 
 
 def divides(config: Any, small: str, large: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import functools
 import re
+import threading
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -17,6 +18,7 @@ from longllava.errors import InputError
 
 TAR = re.compile(r"tar:(\d+)\+(\d+):(.+)", re.DOTALL)
 TABLE = re.compile(r"table:(\d+)/(\d+)/([^:/]+):(.+)", re.DOTALL)
+READING = threading.Lock()  # of parquet files
 ARROW_IMPORT = "reading parquet and arrow files needs pyarrow: pip install 'longllava[train]'"
 
 
@@ -93,10 +95,11 @@ class Cells:
         if self.table is not None:
             return self.table[row].as_py()
         number = bisect.bisect_right(self.starts, row) - 1
-        if self.group[0] != number:
-            values = parquet_file(self.path).read_row_group(number, columns=[self.column])[self.column]
+        kept, values = self.group  # both at once: another thread may put another group there meanwhile
+        if kept != number:
+            values = row_group(self.path, number, [self.column])[self.column]
             self.group = (number, values)
-        return self.group[1][row - self.starts[number]].as_py()
+        return values[row - self.starts[number]].as_py()
 
 
 @functools.lru_cache(maxsize=16)
@@ -115,6 +118,13 @@ def parquet_file(path: str) -> Any:
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: no parquet file: {' '.join(str(error).split())}") from None
+
+
+def row_group(path: str, number: int, columns: list[str]) -> Any:
+    """One thread at a time: steps are planned while the pictures of others are read, and two threads in one ParquetFile
+    crash ("double free or corruption", pyarrow 26) or wait for ever."""
+    with READING:
+        return parquet_file(path).read_row_group(number, columns=columns)
 
 
 @functools.lru_cache(maxsize=16)

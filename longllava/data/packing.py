@@ -75,9 +75,9 @@ class Plan:
     end: Cursor
     misfits: list[Misfit] = field(default_factory=list)
 
-    def references(self) -> list[str]:
-        """Every image of the plan once, in order of first use."""
-        items = (item for rows in self.steps for row in rows for item in row)
+    def references(self, rank: int = 0, world: int = 1) -> list[str]:
+        """Every image of one process's rows once, in order of first use."""
+        items = (item for rows in self.steps for row in rows[rank::world] for item in row)
         return list(dict.fromkeys(reference for item in items for reference in item.images))
 
 

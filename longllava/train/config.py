@@ -10,7 +10,7 @@ from typing import Any
 
 from longllava.errors import ConfigError
 from longllava.settings import build as build_config
-from longllava.settings import divides, one_of, positive, read_mapping, set_override
+from longllava.settings import divides, not_negative, one_of, positive, read_mapping, set_override
 from longllava.train.lora import LoraConfig
 
 PARTS = ("encoder", "bridge", "backbone")
@@ -43,6 +43,7 @@ class PhaseConfig:
 
     def __post_init__(self) -> None:
         positive(self, "steps", "row_length", "rows", "learning_rate")
+        not_negative(self, "rows_at_once", "final_learning_rate", "warmup")
         one_of(self, "decay", ("linear", "cosine"))
         if self.rows_at_once:
             divides(self, "rows_at_once", "rows")
@@ -59,6 +60,13 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.05
     clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive(self, "eps", "clip")  # clipped to 0, a gradient is none
+        not_negative(self, "weight_decay")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, must be from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +157,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive(self, "window", "save_every", "log_every", "eval_questions")
+        not_negative(self, "threads")
         one_of(self, "dtype", ("auto", "bfloat16", "float32"))
         one_of(self, "frozen_dtype", ("float32", "int8"))
         if self.frozen_dtype == "int8" and "backbone" in self.train_only:
@@ -257,8 +266,8 @@ def override_item(data: dict, override: str) -> None:
         set_override(data, override)
         return
     items = data.get(parts[0])
-    if not isinstance(items, list) or int(parts[1]) >= len(items):
-        raise ConfigError(f"override {override!r}: {parts[0]} has no item {parts[1]}")
+    if not isinstance(items, list) or int(parts[1]) >= len(items) or not isinstance(items[int(parts[1])], dict):
+        raise ConfigError(f"override {override!r}: {parts[0]} has no item {parts[1]} with keys")
     items[int(parts[1])] = dict(items[int(parts[1])])
     set_override(items[int(parts[1])], ".".join(parts[2:]) + override[len(".".join(parts)) :])
 

@@ -6,6 +6,7 @@ The loop knows an engine's few verbs only. Every one of them is called by all pr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -52,6 +53,8 @@ class Plain:
         self.parameters = [parameter for _, parameter in parameters]
         self.plain_optimizer = build_optimizer(parameters, self.config.optimizer)
         if state is not None:
+            for tensors in (state.tensors, state.optimizer):
+                tensors |= sent(tensors, self.device, self.rank, self.world)
             apply(state, self.model, self.parts, self.plain_optimizer)
         self.forward, self.optimizer = self.accelerator.prepare(forward, self.plain_optimizer)
 
@@ -94,9 +97,9 @@ class Plain:
         """Lists of all processes, one after the other."""
         return gathered(values, self.world)
 
-    def share(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on the first process, on all."""
-        return shared(make, self.rank, self.world)
+    def share(self, read: Callable[[], TrainingState | None]) -> TrainingState | None:
+        """The state that `read` returns on the first process, on all; its tensors stay on the first."""
+        return shared_state(read, self.rank, self.world)
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -128,6 +131,31 @@ def shared(make: Callable[[], Any], rank: int, world: int) -> Any:
     if found[1] is not None:
         raise found[1]
     return found[0]
+
+
+def shared_state(read: Callable[[], TrainingState | None], rank: int, world: int) -> TrainingState | None:
+    """Without its tensors: pickled, those of 9 billion parameters are 108 GB, and NCCL would have them on each GPU."""
+    whole: list[TrainingState | None] = []
+
+    def without_tensors() -> TrainingState | None:
+        whole.append(read())
+        return whole[0] and dataclasses.replace(whole[0], tensors={}, optimizer={})
+
+    found = shared(without_tensors, rank, world)
+    return whole[0] if whole else found
+
+
+def sent(tensors: dict[str, Tensor], device: torch.device, rank: int, world: int) -> dict[str, Tensor]:
+    """The first process's tensors on all, in host memory, one at a time through the device."""
+    if world == 1:
+        return tensors
+    result = {}
+    sizes = shared(lambda: {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, rank, world)
+    for name, (shape, dtype) in sizes.items():
+        tensor = tensors[name].to(device) if rank == 0 else torch.empty(shape, dtype=dtype, device=device)
+        torch.distributed.broadcast(tensor, 0)
+        result[name] = tensor.cpu()
+    return result
 
 
 def open_engine(config: TrainConfig, dtype: torch.dtype) -> Any:

@@ -42,7 +42,7 @@ class Forward(nn.Module):
             images_NMD = model.image_tokens(pictures, tokens_per_image)
         if alignment_only:
             assert images_NMD is not None, "a phase of alignment is fed with pictures"
-            aligned = None if blank else self.alignment(images_NMD, batch)
+            aligned = self.alignment(images_NMD, batch)
             loss = images_NMD.sum() * 0 if aligned is None else aligned * batch.n_labels
             return self.touched(loss), {"loss": loss.detach()}
         x_BLD = model.embed(batch.ids_BL, batch.spans, None if blank else images_NMD)
@@ -52,7 +52,7 @@ class Forward(nn.Module):
         context = Context(batch.seq_idx_BL, batch.positions_BL, grounding_G4=batch.grounding if aided else None)
         hidden_BLD, _ = model.backbone(x_BLD, context)
         reported = context.close()
-        if self.aids.alignment_weight > 0 and images_NMD is not None and not blank:
+        if self.aids.alignment_weight > 0 and images_NMD is not None:
             aligned = self.alignment(images_NMD, batch)
             if aligned is not None:
                 reported["alignment"] = aligned
@@ -82,7 +82,8 @@ class Forward(nn.Module):
         embed = self.model.backbone.embed_tokens
         # by a call, not by its weight: ZeRO-3 has a module's weights together only while it is called
         words_VD = embed(torch.arange(embed.num_embeddings, device=batch.ids_BL.device))
-        return alignment_loss(images_NMD, batch.spans, batch.labels_BL, batch.seq_idx_BL, words_VD)
+        aligned = alignment_loss(images_NMD, batch.spans, batch.labels_BL, batch.seq_idx_BL, words_VD)
+        return 0 * words_VD.sum() if aligned is None and self.evenly else aligned
 
     def no_picture(self, device: torch.device) -> Tensor:
         encoder, config = self.model.encoder, self.model.config.encoder

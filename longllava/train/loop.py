@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longllava.data.packing import Batch
+from longllava.data.packing import Batch, Misfit
 from longllava.data.recipes import Recipe
-from longllava.errors import TrainingError
+from longllava.errors import InputError, TrainingError
 from longllava.files import write_text
 from longllava.inputs.processor import Processor
 from longllava.model import Model
@@ -65,6 +66,13 @@ def train(
     for number, phase in enumerate(config.phases):
         if phase.rows % engine.world:
             raise TrainingError(f"phases.{number}.rows: {phase.rows} rows do not divide among {engine.world} processes")
+        if phase.tokens_per_image is not None and model.bridge is not None:
+            try:  # else every sample with a picture would be left out, one by one
+                processor.tokens_per_image(phase.tokens_per_image)
+            except InputError as error:
+                raise TrainingError(f"phases.{number}.{error}") from None
+    if config.device not in ("auto", engine.device.type):
+        raise TrainingError(f"device: got {config.device!r}, but this run is on {engine.device.type}; set device: auto")
 
     parameters = select_parts(model, config.train_only, config.frozen)
     model.backbone.gradient_checkpointing = config.gradient_checkpointing
@@ -92,7 +100,7 @@ def train(
         if step:
             log.say(f"{config.stage}: goes on after step {step}")
         for start, plan in feed.windows():
-            pictures.prepare(plan.references(), log.say)
+            pictures.prepare(plan.references(engine.rank, engine.world), log.say)
             meter.resume()
             for rows in plan.steps[step - start :]:
                 number, inside = config.phase_at(step)
@@ -129,6 +137,7 @@ def train(
                     state = engine.state(facts, step=step, first_step=feed.first_step, begin=feed.begin)
                     if chief:
                         save_state(checkpoints, state)
+                        list_left_out(folder / "left-out.tsv", feed.misfits)
                 if stop:
                     log.say(f"{config.stage}: saved after step {step}; start it again to go on")
                     engine.wait()  # a launcher ends the others when one has ended
@@ -136,14 +145,19 @@ def train(
     for name, expected in frozen_marks(model, engine.whole).items():
         if frozen[name] != expected:
             raise TrainingError(f"{name} changed although it was frozen; this is an error of the library")
-    if chief and feed.misfits:
-        lines = [f"{misfit.source}\t{misfit.id}\t{misfit.why}\n" for misfit in feed.misfits]
-        write_text(folder / "left-out.tsv", "".join(lines))
     tensors = engine.trained()
     if chief and config.average_phases:
         tensors = average_weights(folder / "averaged", tensors, config.average_phases)
     engine.wait()
     return tensors
+
+
+def list_left_out(path: Path, misfits: Sequence[Misfit]) -> None:
+    """Add to a file, which a run that goes on finds there, what is not in it."""
+    told = path.read_text("utf-8").splitlines() if path.is_file() else []
+    found = ["\t".join(" ".join(text.split()) for text in (one.source, one.id, one.why)) for one in misfits]
+    if lines := dict.fromkeys([*told, *found]):
+        write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

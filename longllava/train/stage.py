@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longllava.checkpoints import find_folder, save_model, shipped_models
+from longllava.checkpoints import find_folder, load_model, save_model, shipped_models
 from longllava.config import Int8Config, ModelConfig
 from longllava.data.recipes import Recipe
 from longllava.errors import ConfigError, TrainingError
@@ -30,6 +30,8 @@ from longllava.train.record import RECORD, environment, read_record, resume_fact
 if TYPE_CHECKING:
     from longllava.evals.curriculum_task import Task
     from longllava.model import Model
+
+EVALUATION = "evaluation.json"
 
 
 def main(path: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -69,6 +71,10 @@ def run_stage(config: TrainConfig) -> Path:
     final = folder / "model"
     if (final / RECORD).is_file():
         print(f"{config.stage} is finished; its model is in {final}. Delete {folder} to train it again.")
+        if tasks and is_chief() and not (folder / EVALUATION).is_file():  # it was stopped while it was measured
+            model = load_model(final)
+            tokenizer = Tokenizer.from_folder(final, model.config.prompt)
+            evaluate(config, tasks, model, Processor(model.config, tokenizer), folder)
         return final
     with run_lock(folder, is_chief()):
         return run_locked(config, tasks, model_config, folder)
@@ -89,13 +95,12 @@ def run_locked(config: TrainConfig, tasks: Sequence[Task], model_config: ModelCo
         # inputs stay floats, for their gradients: rotating them would gain nothing
         quantize_(model, Int8Config(parts=("backbone",), rotated=(), dynamic_from=NEVER))
     recipe = Recipe.load(config.recipe if Path(config.recipe).is_file() else shipped("data_recipes", config.recipe))
-    recipe.write_rejected(folder / "quarantine.txt")
     facts = resume_facts(config)
-    write_json(
-        folder / "config.json",
-        {"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config)},
-    )
-    write_json(folder / "environment.json", environment())
+    if is_chief():  # the others may not be able to write there
+        settings = {"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config)}
+        recipe.write_rejected(folder / "quarantine.txt")
+        write_json(folder / "config.json", settings)
+        write_json(folder / "environment.json", environment())
     started = time.monotonic()
     trained = train(config, model, processor, recipe, folder, facts)
     if not is_chief():
@@ -142,7 +147,7 @@ def evaluate(config: TrainConfig, tasks: Sequence[Task], model: Model, processor
     seconds = round(time.monotonic() - started, 1)
     column = Column(config.stage, None, str(folder / "model"), {one.task: one for one in outcomes}, seconds)
     print_report([column])
-    write_json(folder / "evaluation.json", as_json([column], seed=0, questions_per_task=config.eval_questions))
+    write_json(folder / EVALUATION, as_json([column], seed=0, questions_per_task=config.eval_questions))
 
 
 def model_config_of(config: TrainConfig) -> ModelConfig:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from longllava.errors import TrainingError
 from longllava.model import Model
 from longllava.train.config import TrainConfig
-from longllava.train.engines import Parameters, gathered, scaled, shared
+from longllava.train.engines import Parameters, gathered, scaled, shared, shared_state
 from longllava.train.forward import Forward
 from longllava.train.lora import learned_names
 from longllava.train.optimizer import build_optimizer, set_learning_rate
@@ -88,6 +88,8 @@ class Zero:
             buffer.data = buffer.data.to(self.device)
             torch.distributed.broadcast(buffer.data, 0)
         optimizer = build_optimizer(parameters, self.config.optimizer)
+        if self.stage == 3:
+            self.share_weights_(forward)
         self.engine, self.optimizer, *_ = self.deepspeed.initialize(
             model=forward, optimizer=optimizer, config=self.settings()
         )
@@ -101,6 +103,14 @@ class Zero:
                     self.put(parameter, slot, slots.get(f"{slot}/{name}"))
         if state is not None:
             self.set_count(shared(lambda: float(next(iter(counts(slots)), 0.0)), self.rank, self.world))
+
+    def share_weights_(self, forward: Forward) -> None:
+        """Weight by weight, from host memory. DeepSpeed's `initialize` would first put all of them on each GPU: 106 GB
+        of 53 billion in bf16."""
+        for parameter in forward.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.dtype)
+        self.deepspeed.zero.Init(module=forward, config_dict_or_path=self.settings(), dtype=self.dtype)
 
     def make_slots(self) -> None:
         """AdamW makes them at its first step; a checkpoint is read before that."""
@@ -202,8 +212,8 @@ class Zero:
     def gather(self, values: list[Any]) -> list[Any]:
         return gathered(values, self.world)
 
-    def share(self, make: Callable[[], Any]) -> Any:
-        return shared(make, self.rank, self.world)
+    def share(self, read: Callable[[], TrainingState | None]) -> TrainingState | None:
+        return shared_state(read, self.rank, self.world)
 
     def wait(self) -> None:
         torch.distributed.barrier()

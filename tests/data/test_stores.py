@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -221,3 +223,17 @@ def test_the_root_may_be_the_environments(folder: Path, tmp_path: Path, monkeypa
     monkeypatch.delenv("LONGLLAVA_DATA")
     with pytest.raises(DataError, match=f"data/{folder.name}/all.json: no such file"):
         Recipe.load(tmp_path / "r.yaml")
+
+
+def test_two_threads_read_one_table(tmp_path: Path) -> None:
+    """As training does: the next steps are planned while the pictures of this one are read."""
+    cells = [bytes([n]) * 9 for n in range(200)]
+    pq.write_table(pa.table({"image": cells}), tmp_path / "all.parquet", row_group_size=4)
+    rows = random.Random(0).sample(range(200), 200) * 8
+
+    def read(numbers: list[int]) -> list[bytes]:
+        return [read_embedded(in_table(tmp_path / "all.parquet", n, 0, "image")) for n in numbers]
+
+    with ThreadPoolExecutor(2) as threads:
+        for found, numbers in zip(threads.map(read, (rows, rows[::-1])), (rows, rows[::-1]), strict=True):
+            assert found == [cells[n] for n in numbers]

@@ -29,14 +29,17 @@ def stage() -> TrainConfig:
 
 
 def rows_of(stage: TrainConfig, rank: int, world: int) -> Iterator[list[list[int]]]:
-    """Of each step the ids of this process's rows."""
+    """Of each step the ids of this process's rows, whose pictures alone are prepared."""
     config = load(ModelConfig, shipped("configs", "models/nano.yaml"))
     processor = Processor(config, Tokenizer.from_folder(find_folder("nano"), config.prompt))
     feed = Feed(stage, Recipe.load(shipped("data_recipes", "nano/stage3")), processor, rank, world)
     for _, plan in feed.windows():
+        shown = set()
         for step in plan.steps:
             batches = feed.batches(step, plan.row_length, 1)
+            shown.update(reference for batch in batches for reference in batch.refs)
             yield [row for batch in batches for row in batch.ids_BL.tolist()]
+        assert shown == set(plan.references(rank, world))
 
 
 @pytest.mark.parametrize("world", [2, 3])

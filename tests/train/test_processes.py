@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from longllava.data.packing import Cursor
 from longllava.train.config import load_stage
+from longllava.train.engines import sent, shared_state
 from longllava.train.stage import run_stage
+from longllava.train.state import TrainingState
 from tests.tiny_world import write_foundation, write_stage
 from tests.train.test_stage import losses, wait_for_step
 
@@ -69,3 +75,29 @@ def test_stopped_with_two_it_goes_on_with_one(runs: Path) -> None:
     assert "two: saved after step" in printed, printed
     run_stage(load_stage(path))
     compare(runs / "one", folder)
+
+
+def test_a_state_reaches_other_processes_tensor_by_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not pickled: what goes to a process is kept on a wire, then read from it by the other."""
+    pickles: list[bytes] = []
+    wire: list[torch.Tensor] = []
+    weights = {"a": torch.randn(50, 100), "n": torch.tensor(7)}
+    state = TrainingState(3, 0, Cursor(), weights, {"step/a": torch.tensor(3.0)}, {})
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda found: pickles.append(pickle.dumps(found)))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: wire.append(tensor.clone()))
+    device = torch.device("cpu")
+    assert shared_state(lambda: state, rank=0, world=2) is state
+    for tensors in (state.tensors, state.optimizer):
+        sent(tensors, device, rank=0, world=2)
+    assert max(map(len, pickles)) < 1000
+
+    def receive(found: list) -> None:
+        found[:] = pickle.loads(pickles.pop(0))
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", receive)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: tensor.copy_(wire.pop(0)))
+    other = shared_state(lambda: None, rank=1, world=2)
+    assert other == dataclasses.replace(state, tensors={}, optimizer={})
+    for found, expected in ((sent({}, device, rank=1, world=2), kept) for kept in (state.tensors, state.optimizer)):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

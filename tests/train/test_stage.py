@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from longllava.data.packing import Misfit
 from longllava.errors import ConfigError, TrainingError
 from longllava.train import loop
 from longllava.train.config import load_stage
@@ -105,12 +106,39 @@ def test_a_misspelt_evaluation_is_told_before_training(runs) -> None:
         run_stage(load_stage(write_stage(runs, evaluate=["captoin"])))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "cuda" if not torch.cuda.is_available() else "mps"}, "but this run is on c.*; set device: auto"),
+        ({"phases": [{"steps": 1, "row_length": 64, "tokens_per_image": 7}]}, "phases.0.tokens_per_image: got 7"),
+    ],
+)
+def test_what_would_silently_train_otherwise_is_refused(runs, changes: dict, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        run_stage(load_stage(write_stage(runs, **changes)))
+
+
 def test_an_evaluation_follows_the_last_step(runs, capsys) -> None:
     run_stage(load_stage(write_stage(runs, evaluate=["caption", "needle@4"], eval_questions=6)))
     result = json.loads((runs / "stage2" / "evaluation.json").read_text())
     tasks = result["models"][0]["tasks"]
     assert list(tasks) == ["caption", "needle@4"] and tasks["caption"]["questions"] == 6
     assert "needle@4" in capsys.readouterr().out
+    (runs / "stage2" / "evaluation.json").unlink()  # as if it had been stopped before the end of it
+    run_stage(load_stage(runs / "stage2.yaml"))
+    again = json.loads((runs / "stage2" / "evaluation.json").read_text())["models"][0]["tasks"]
+    for task, figures in tasks.items():
+        assert again[task] | {"seconds": 0} == figures | {"seconds": 0}
+
+
+def test_processes_beside_the_first_write_nothing(runs, monkeypatch) -> None:
+    path = write_stage(runs)
+    before = sorted(runs.iterdir())
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(loop, "train", lambda *arguments: {})
+    run_stage(load_stage(path))
+    assert sorted(runs.iterdir()) == before
+
 
 
 # --- a step that cannot be taken, and a part that must not change
@@ -241,6 +269,13 @@ def test_a_run_goes_on_only_as_the_same_run(runs, monkeypatch) -> None:
     torch.set_num_threads(1)
     run_stage(load_stage(path, ["phases.1.steps=1", "log_every=5"]))  # what has not begun may change
     assert len(n_calls) == 5 + 15 - 3  # from the checkpoint of step 3
+
+
+def test_what_was_left_out_before_a_stop_stays_listed(tmp_path) -> None:
+    first, second = Misfit("a", "source", "broken"), Misfit("b", "source", "too\nlong")
+    for misfits in ([first], [first], [second]):
+        loop.list_left_out(tmp_path / "left-out.tsv", misfits)
+    assert (tmp_path / "left-out.tsv").read_text() == "source\ta\tbroken\nsource\tb\ttoo long\n"
 
 
 def test_a_finished_run_goes_on_with_a_phase_added(runs) -> None:

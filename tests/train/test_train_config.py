@@ -62,6 +62,8 @@ def test_a_preset_lies_over_the_file_and_overrides_over_both(path) -> None:
     [
         ("preset=tiny", "no preset 'tiny'; have smoke"),
         ("phases.2.steps=1", "phases has no item 2"),
+        ("train_only.0.x=1", "train_only has no item 0"),
+        ("train_only.0=bridge", "train_only is no mapping"),
         ("stpes=1", "stpes"),
         ("phases.0.steps=0", "steps"),
         ("train_only=[head]", "'head', allowed: encoder, bridge, backbone"),
@@ -69,6 +71,13 @@ def test_a_preset_lies_over_the_file_and_overrides_over_both(path) -> None:
         ("phases=[]", "phases: the list is empty"),
         ("init_from={bridge: x}", "part 'bridge' is not in start_from"),
         ("phases.0.rows_at_once=3", "rows_at_once"),
+        ("phases.0.rows_at_once=-1", "rows_at_once: got -1"),
+        ("phases.0.warmup=-1", "warmup: got -1"),
+        ("phases.0.final_learning_rate=-1", "final_learning_rate: got -1"),
+        ("optimizer.clip=0", "clip: got 0"),
+        ("optimizer.weight_decay=-1", "weight_decay: got -1"),
+        ("optimizer.beta2=1", "beta2: got 1"),
+        ("threads=-1", "threads: got -1"),
     ],
 )
 def test_what_is_wrong_is_named(path, override: str, message: str) -> None:

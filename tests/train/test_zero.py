@@ -6,15 +6,21 @@ import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from longllava.model import Model
 from longllava.settings import save
 from longllava.shipped import shipped
-from longllava.train.config import load_stage
+from longllava.train.config import PhaseConfig, TrainConfig, load_stage
+from longllava.train.forward import Forward
+from longllava.train.optimizer import select_parts
 from longllava.train.stage import run_stage
+from longllava.train.zero import Zero
 from tests.tiny_world import world_config, write_foundation, write_stage
 from tests.train.test_processes import compare, launch
 from tests.train.test_stage import losses
@@ -39,7 +45,8 @@ def plan(runs: Path, **changes: Any) -> dict[str, Any]:
     save(dataclasses.replace(config, backbone=backbone), runs / "experts.json")
     return {"model": str(runs / "experts.json"), "recipe": "nano/stage3",
             "start_from": {"encoder": "foundation-vision"},
-            "frozen": ["backbone.embed_tokens"], "aids": {"router_weight": 0.01, "grounding_weight": 0.1},
+            "frozen": ["backbone.final_norm"],
+            "aids": {"router_weight": 0.01, "grounding_weight": 0.1, "alignment_weight": 0.1},
             "gradient_checkpointing": True, "phases": [FIRST, SECOND]} | changes  # fmt: skip
 
 
@@ -75,6 +82,32 @@ def few_of_nano(runs: Path, stage: str, engine: str, steps: int = 6) -> Path:
     path = runs / f"{stage}.yaml"
     path.write_text(yaml.safe_dump(values), "utf-8")
     return path
+
+
+class Reached(Exception):
+    pass
+
+
+def test_under_zero3_weights_are_shared_before_the_model_goes_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[torch.dtype] = []
+
+    def initialize(**arguments: Any) -> None:
+        raise Reached
+
+    def share(module: torch.nn.Module, **arguments: Any) -> None:
+        shared.extend(parameter.dtype for parameter in module.parameters())
+
+    config = TrainConfig(stage="one", model="nano", recipe="nano/stage2", train_only=["bridge"], engine="zero3",
+                         phases=[PhaseConfig(steps=1, row_length=64)])  # fmt: skip
+    zero = Zero.__new__(Zero)
+    zero.config, zero.dtype, zero.stage, zero.rank, zero.device = config, torch.bfloat16, 3, 0, torch.device("cpu")
+    zero.deepspeed = SimpleNamespace(zero=SimpleNamespace(Init=share), initialize=initialize)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: None)
+    model = Model(world_config())
+    with pytest.raises(Reached):
+        zero.prepare(Forward(model, config.aids), select_parts(model, ["bridge"]), None)
+    outside = sum(1 for _ in model.encoder.parameters())
+    assert shared == [torch.bfloat16] * (sum(1 for _ in model.parameters()) - outside)
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from longllava.data.embedded import arrow_table, in_table, parquet_file
+from longllava.data.embedded import arrow_table, in_table, parquet_file, row_group
 from longllava.data.records import IMAGES, VIDEOS, Columns, Embedded, Unusable
 from longllava.errors import DataError, InputError
 
@@ -69,7 +69,7 @@ class TableStore:
         else:
             file = parquet_file(str(path))
             first = sum(file.metadata.row_group(before).num_rows for before in range(group))
-            table = file.read_row_group(group, columns=self.leaves(file))
+            table = row_group(str(path), group, self.leaves(file))
         columns = {}
         for name in table.column_names:
             column = table[name]
