@@ -104,3 +104,14 @@ def test_more_threads_than_32_bits_count_are_an_error(entry, on_cpu) -> None:
     code = native_cuda.function(entry)(conv.FIELDS.pack(*fields, *[0] * 36))
     with pytest.raises(BackendError, match="convolution: a CUDA kernel could not be launched"):
         native_cuda.succeed(code, "convolution")
+
+
+def test_wide_rows_are_those_that_all_begin_at_a_multiple() -> None:
+    x = torch.zeros(3, 5, 24, dtype=torch.bfloat16)
+    assert native_cuda.is_wide(16, x, None, x[..., :16], x[:, :0]) and native_cuda.is_wide(8, x[..., 4:8])
+    assert not native_cuda.is_wide(16, x, x[..., 4:20]) and not native_cuda.is_wide(16, x[..., :12])
+    apart = torch.zeros(900, dtype=torch.bfloat16)
+    for strides, wide in (((120, 24, 1), True), ((120, 20, 1), False), ((100, 16, 1), False)):
+        assert native_cuda.is_wide(16, apart.as_strided((3, 5, 16), strides)) is wide
+    assert native_cuda.is_wide(16, apart.as_strided((1, 5, 16), (7, 16, 1)))  # there is no second row
+    assert native_cuda.is_wide(16, apart.as_strided((3, 1, 16), (16, 7, 1)))

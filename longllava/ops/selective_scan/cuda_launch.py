@@ -96,7 +96,7 @@ def compute(
     )  # fmt: skip
     with torch.cuda.device_of(u):
         native_cuda.succeed(native_cuda.function("longllava_cuda_scan_forward")(arguments), "selective_scan")
-    return y.to(wanted)
+    return y if dtype is wanted else y.to(wanted)
 
 
 def is_wide(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, *more: Tensor | None) -> bool:
