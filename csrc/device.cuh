@@ -120,6 +120,23 @@ __device__ __forceinline__ void wait_for_blocks(const int* counter, int n_blocks
 // What other blocks wrote: not from this processor's own cache.
 __device__ __forceinline__ float load_of_others(const float* x) { return __ldcg(x); }
 
+// For kernels that `launch_early` starts. The blocks of such a kernel may begin while those of the one before it in the
+// stream still end: before this they touch no memory that another kernel writes or reads, after it all is there. Every
+// thread waits, so that a kernel never ends before the one ahead of it. Otherwise, and before Hopper, there is no wait.
+__device__ __forceinline__ void wait_for_kernel_ahead() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The kernel that follows may take the room of this one's blocks as they end. It still waits for all that they write.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Into the cache that all processors share: nothing is read, so that another kernel may still write there.
+__device__ __forceinline__ void prefetch(const void* x) { asm volatile("prefetch.global.L2 [%0];" ::"l"(x)); }
+
 // Bytes that a block may have of this device's shared memory.
 inline int64_t shared_memory_limit() {
   int device = 0, bytes = 0;
@@ -150,7 +167,35 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t b
   return static_cast<int>(cudaGetLastError());
 }
 
-// The same with all blocks at once on the device, so that they may wait for each other; an error where they do not fit.
+// Whether a kernel's code waits for the kernel ahead, which it does where it was compiled for Hopper or later, PTX
+// included. A graph that is being captured gets plain launches.
+template <class Kernel> bool may_begin_early(Kernel kernel, void* stream) {
+  cudaFuncAttributes of{};
+  cudaStreamCaptureStatus capture{};
+  const bool waits = cudaFuncGetAttributes(&of, kernel) == cudaSuccess && of.ptxVersion >= 90;
+  if (waits && cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture) == cudaSuccess)
+    return capture == cudaStreamCaptureStatusNone;
+  cudaGetLastError();
+  return false;
+}
+
+// `launch` of a kernel that waits by `wait_for_kernel_ahead`, which may begin before the kernel ahead has ended.
+template <class... Parameters, class... Arguments>
+int launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t bytes, void* stream,
+                 const Arguments&... arguments) {
+  if (!may_begin_early(kernel, stream)) return launch(kernel, blocks, threads, bytes, stream, arguments...);
+  if (const int refused = ask_for_shared(kernel, bytes)) return refused;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes, config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early, config.numAttrs = 1;
+  return code_of(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// `launch` with all blocks at once on the device, so that they may wait for each other; an error where they do not fit.
 template <class... Parameters, class... Arguments>
 int launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t bytes, void* stream,
                     const Arguments&... arguments) {

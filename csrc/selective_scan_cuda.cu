@@ -1,6 +1,6 @@
 // Entry points of the selective scan on a GPU, its one-token step, and what joins spans of time.
 #include "selective_scan_backward_shared.cuh"
-#include "selective_scan_helper.cuh"
+#include "selective_scan_forward_shared.cuh"
 
 namespace longllava {
 

@@ -14,6 +14,10 @@ constexpr int SCAN_CHANNELS = 64;  // of a block
 constexpr int SCAN_CHUNK = 32;     // tokens between two saved states
 constexpr int SMALL_TOKENS = 16, SMALL_DEPTH = 2;  // of a tile, and tiles ahead, where there is no room for more
 
+// When the forward kernel begins: after the kernel ahead of it in the stream; while that ends; the same, and brings its
+// first tiles into the second cache meanwhile.
+enum Early : int64_t { NOT_EARLY = 0, EARLY = 1, EARLY_WITH_PREFETCH = 2 };
+
 struct ScanArguments {
   int64_t bytes;  // sizeof(ScanArguments), to catch a caller of another version
   int64_t dtype;  // of all Rows: 0 fp32, 1 bf16, 2 fp16
@@ -21,6 +25,7 @@ struct ScanArguments {
   int64_t n_spans, span;  // time is cut in so many spans of so many tokens, a multiple of SCAN_CHUNK
   int64_t wide;           // rows of channels may be read 16 bytes at a time, those of states (16) four elements
   int64_t block;          // channels of a block, backward: 64, or 32 where shared memory is short
+  int64_t early;          // an Early
   void* stream;
   Rows u, delta, z, B, C, y;    // z.data may be null
   const float *A, *D, *bias;    // (E, N), (E), (E); D and bias may be null

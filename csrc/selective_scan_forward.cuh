@@ -8,6 +8,15 @@
 // one kind of helpers for both, 36,000 tokens of 8,192 channels took an H100 2.37 ms, with two 2.10
 // (benchmarks/results/kernel-variants-h100.json).
 //
+// A call's fixed cost counts where a prompt is read in pieces. So the first tiles are asked for together, in the order
+// in which they are needed, and the last state is stored while the last tile is finished. The kernel may also begin
+// while the one ahead of it in the stream ends (`early`). A block takes 186 KB of an H100's shared memory and is alone
+// on its processor: the next kernel's blocks come as this one's leave.
+//
+// nvcc lays main warps' loop out for as many registers as the helpers' code happens to need: 104 (13.0, bf16, sm_90).
+// Where another form of it needed 84, 14 instructions lay between an exponential and its use, and not 25. So a change
+// that moves the count (benchmarks/cuda_report.py) is to be timed.
+//
 // INT8: y leaves as int8 with a scale for each token, which all channels of the token share. Blocks that are on the
 // device together add their part to a token's maximum, tell so a tile later, and write SCAN_LAG tiles later. A token
 // and channel then moves 7 bytes here (u, delta, z in, one out) and 1 into the product that follows; with y in 16 bits
@@ -24,30 +33,35 @@ scan_forward(const __grid_constant__ ScanArguments p) {
   using Shared = ForwardShared<T, TOKENS, DEPTH>;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   constexpr int RING = Shared::RING, LAG = INT8 ? SCAN_LAG : 0;
+  static_assert(DEPTH <= 2, "z of the first tiles is there a tile after the first one that the loop asks for");
   const Place at(p, SCAN_CHANNELS);
   const int n_tiles = static_cast<int>((at.end - at.begin + TOKENS - 1) / TOKENS);
   if (threadIdx.x < 2 * SCAN_HELPERS) {
     const bool prepares = threadIdx.x < SCAN_HELPERS, finishes = !prepares;
     Helper<T, TOKENS, DEPTH, FAST, STATES_ONLY, INT8> helper(p, at, shared, threadIdx.x % SCAN_HELPERS);
+    if (p.early == EARLY_WITH_PREFETCH) helper.prefetch_first(prepares);
+    wait_for_kernel_ahead();
+    helper.load_channels();
+    helper.copy_first(prepares);
     // The first tile is prepared by those that will finish tiles, so that main warps begin a step earlier.
-    for (int i = 0; i <= DEPTH; ++i) {
-      if (prepares && i < n_tiles) helper.copy();
-      commit_copies();
-    }
     if (prepares) helper.pass_rows();
     helper.load_rows(prepares ? TOKENS : 0);
-    wait_copies<DEPTH - 1>();
+    wait_copies<Shared::FIRST_TILES - 1>();
     meet<SCAN_THREADS>();
     int prepared = 1, buffer = 1, finished = 0;  // places in the rings
     for (int i = -1; i <= n_tiles + LAG; ++i) {
-      if (prepares && i + 2 + DEPTH < n_tiles) helper.copy();
-      commit_copies();
+      if (i >= 0) {
+        if (prepares && i + Shared::FIRST_TILES < n_tiles) helper.copy_next();
+        commit_copies();
+      }
       if (prepares && i + 2 < n_tiles) {
         helper.put_rows(buffer);
         helper.load_rows((i + 3) * TOKENS);
         helper.prepare((i + 2) * TOKENS, prepared, buffer);
         prepared = prepared + 1 == RING ? 0 : prepared + 1;
         buffer = buffer + 1 == SCAN_AHEAD ? 0 : buffer + 1;
+      } else if (prepares) {
+        let_next_kernel_begin();
       }
       if (finishes && i == -1) {
         helper.put_rows(0);
@@ -61,11 +75,13 @@ scan_forward(const __grid_constant__ ScanArguments p) {
         if (finishes && i >= 2 && i <= n_tiles + 1) helper.tell((i - 2) * TOKENS);
         if (finishes && i >= 1 + LAG) helper.emit((i - 1 - LAG) * TOKENS);
       }
-      wait_copies<DEPTH - 1>();
+      if (i >= 0) wait_copies<DEPTH - 1>();
+      else wait_copies<Shared::FIRST_TILES - 2>();
       meet<SCAN_THREADS>();
     }
     return;
   }
+  wait_for_kernel_ahead();
   Main<T, TOKENS, DEPTH, FAST, STATES_ONLY> main(p, at, threadIdx.x - 2 * SCAN_HELPERS);
   const int64_t one_state = p.channels * p.states;
   const int lane = threadIdx.x % 32;
@@ -80,9 +96,9 @@ scan_forward(const __grid_constant__ ScanArguments p) {
   int place = 0;  // of the tile in the ring
   load_flag(0);
   meet<SCAN_THREADS>();
-  for (int i = -1; i <= n_tiles + LAG; ++i) {
+  for (int i = -1; i < n_tiles; ++i) {
     if (i == 0) main.begin(shared);
-    if (i >= 0 && i < n_tiles) {
+    if (i >= 0) {
       uint32_t resets = 0;
       if (!FAST) {
         resets = __ballot_sync(0xffffffffu, flag == FLAG_RESET);
@@ -97,6 +113,7 @@ scan_forward(const __grid_constant__ ScanArguments p) {
     }
     meet<SCAN_THREADS>();
   }
+  // Meanwhile the last tile is finished.
   if (STATES_ONLY) {
     main.store_all(p.pieces + (at.batch * p.n_spans + at.span) * one_state, p, at);
     if (main.lane_group == 0 && at.channel + main.channel < p.channels)
@@ -104,6 +121,7 @@ scan_forward(const __grid_constant__ ScanArguments p) {
   } else if (at.span + 1 == p.n_spans) {
     main.store_all(p.end + at.batch * one_state, p, at);
   }
+  for (int i = 0; i <= LAG; ++i) meet<SCAN_THREADS>();
 }
 
 }  // namespace longllava

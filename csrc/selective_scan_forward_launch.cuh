@@ -11,7 +11,10 @@ inline int64_t scan_blocks(const ScanArguments& p) {
 
 template <class T, int TOKENS, int DEPTH, bool FAST> int scan_forward_as(const ScanArguments& p) {
   constexpr int64_t BYTES = sizeof(ForwardShared<T, TOKENS, DEPTH>);
-  const auto start = [&](auto kernel) { return launch(kernel, scan_blocks(p), SCAN_THREADS, BYTES, p.stream, p); };
+  const auto start = [&](auto kernel) {
+    if (p.early == NOT_EARLY) return launch(kernel, scan_blocks(p), SCAN_THREADS, BYTES, p.stream, p);
+    return launch_early(kernel, scan_blocks(p), SCAN_THREADS, BYTES, p.stream, p);
+  };
   if (p.n_spans > 1) {
     int error = start(scan_forward<T, TOKENS, DEPTH, FAST, true, false>);
     if (error == 0) error = scan_join(p, p.state, nullptr, false);

@@ -1,46 +1,15 @@
-// The helper warps of the scan's forward kernel (selective_scan_forward.cuh), and the shared memory it works in.
+// The helper warps of the scan's forward kernel (selective_scan_forward.cuh).
 #pragma once
 
-#include "selective_scan_cuda.cuh"
+#include "selective_scan_forward_shared.cuh"
 
 namespace longllava {
-
-constexpr int SCAN_HELPERS = 128;  // threads that prepare tiles, and as many that finish them
-constexpr int SCAN_AHEAD = 3;  // tiles in work, following, and being prepared
-constexpr int SCAN_GROUP = 4;  // tokens of a channel that lie side by side in shared memory: 16 bytes
-
-// Rows of 16 bytes: a channel's steps of four tokens. A helper thread has two channels side by side, 2 i and 2 i + 1,
-// which are rows i and 32 + i: so the 32 lanes of a warp write 32 rows that follow each other.
-constexpr int SCAN_HALF = SCAN_CHANNELS / 2;
-__device__ __forceinline__ int channel_of_row(int row) { return row % SCAN_HALF * 2 + row / SCAN_HALF; }
-
-template <class T, int TOKENS, int DEPTH>
-struct ForwardShared {
-  // tiles alive: one being finished, one in work, one that follows it, one being prepared, DEPTH on their way
-  static constexpr int RING = DEPTH + 4, GROUPS = TOKENS / SCAN_GROUP;
-  static_assert(TOKENS % 16 == 0, "a warp of helpers has every fourth group, and sixteen rows of B and C");
-  float d[SCAN_AHEAD * GROUPS][SCAN_CHANNELS][SCAN_GROUP];  // steps
-  float x[SCAN_AHEAD * GROUPS][SCAN_CHANNELS][SCAN_GROUP];  // d u
-  float rows[SCAN_AHEAD][TOKENS][2 * SCAN_STATES];          // B, C
-  // each lane's part of C . h; two rows more, so that the four lanes of a channel write to different banks
-  float partial[2][GROUPS][4][SCAN_CHANNELS + 2][SCAN_GROUP];
-  T raw[RING][3][TOKENS][SCAN_CHANNELS];  // u, delta, z
-};
-
-// With int8 rows a tile of y is kept until all blocks have added to its tokens' maxima: they may be as far apart as
-// SCAN_LAG - 1 tiles before one waits for another.
-constexpr int SCAN_LAG = 3;
-template <class T, int TOKENS, int DEPTH>
-constexpr int64_t INT8_BYTES =
-    sizeof(ForwardShared<T, TOKENS, DEPTH>) + (SCAN_LAG + 1) * TOKENS * SCAN_CHANNELS * sizeof(T);
-
-constexpr int SCAN_THREADS = SCAN_CHANNELS * 4 + 2 * SCAN_HELPERS;  // main ones, preparing and finishing ones
 
 // What a helper thread carries from tile to tile: two channels of four tokens in sixteen.
 template <class T, int TOKENS, int DEPTH, bool FAST, bool STATES_ONLY, bool INT8>
 struct Helper {
   using Shared = ForwardShared<T, TOKENS, DEPTH>;
-  static constexpr int N_TENSORS = STATES_ONLY ? 2 : 3;
+  static constexpr int N_TENSORS = STATES_ONLY ? 2 : 3, FIRST_TILES = Shared::FIRST_TILES;
   static constexpr int PER_COPY = 16 / sizeof(T), COPIES = SCAN_CHANNELS / PER_COPY;  // of a row
   static constexpr int N_ROWS = TOKENS / 16;  // quads of B and C that a thread brings
 
@@ -58,7 +27,7 @@ struct Helper {
   T* y;
   float* maxima;
   const int64_t row, first_channel;  // of the span's first token; of the block
-  int copied_at = 0, copied_slot = 0;  // first token of the tile to copy next, its place in the ring
+  int copied_at = FIRST_TILES * TOKENS, copied_slot = FIRST_TILES;  // the tile to copy next: token, place in the ring
   Quad<T> rows[N_ROWS];
   float bias[2], skip[2];
 
@@ -81,10 +50,27 @@ struct Helper {
     flags = p.flags == nullptr ? nullptr : p.flags + row;
     y = static_cast<T*>(p.y.data) + (row + group * SCAN_GROUP) * p.channels + at.channel + pair * 2;
     maxima = p.maxima == nullptr ? nullptr : p.maxima + row;
+  }
+
+  // What the first tiles are prepared from, before any of it may be read. Warps that finish tiles ask for z.
+  __device__ void prefetch_first(bool prepares) const {
+#pragma unroll
+    for (int i = 0; i < N_TENSORS; ++i) {
+      if (sources[i] == nullptr || n_copied <= 0 || prepares == (i == 2)) continue;
+#pragma unroll 1
+      for (int t = 0; t < FIRST_TILES * TOKENS && id / COPIES + t < n_tokens; t += SCAN_HELPERS / COPIES)
+        prefetch(sources[i] + t * steps[i]);
+    }
+    for (int t = prepares ? TOKENS : 0, end = t + TOKENS; t < end; t += 16)
+      if (id % 4 * 4 < p.states && id / 8 + t < n_tokens) prefetch(row_source + t * row_step + id % 4 * 4);
+    if (p.bias != nullptr && n_channels > 0) prefetch(p.bias + first_channel + pair * 2);
+  }
+
+  __device__ void load_channels() {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      bias[c] = p.bias != nullptr && c < n_channels ? p.bias[at.channel + pair * 2 + c] : 0.0f;
-      skip[c] = p.D != nullptr && c < n_channels ? p.D[at.channel + pair * 2 + c] : 0.0f;
+      bias[c] = p.bias != nullptr && c < n_channels ? p.bias[first_channel + pair * 2 + c] : 0.0f;
+      skip[c] = p.D != nullptr && c < n_channels ? p.D[first_channel + pair * 2 + c] : 0.0f;
     }
   }
 
@@ -93,17 +79,17 @@ struct Helper {
     return token < n_tokens && (FAST || flags == nullptr || flags[token] != FLAG_PADDING);
   }
 
-  // Asks for the tile after the one asked for last. Nothing is read at padding: zeros stand there.
-  __device__ void copy() {
+  // Asks for tensors FROM to TO - 1 of a tile, each in the order of tiles. Nothing is read at padding, which is zeros.
+  template <int FROM, int TO> __device__ void copy(int token, int slot) {
 #pragma unroll
     for (int k = 0; k < TOKENS * COPIES; k += SCAN_HELPERS) {
       const int t = id / COPIES + k / COPIES;
-      const bool wanted = real(copied_at + t) && n_copied > 0;
+      const bool wanted = real(token + t) && n_copied > 0;
 #pragma unroll
-      for (int i = 0; i < N_TENSORS; ++i) {
+      for (int i = FROM; i < TO; ++i) {
         if (i == 2 && sources[2] == nullptr) continue;
         const T* from = sources[i] + k / COPIES * steps[i];
-        T* to = &shared.raw[copied_slot][i][t][id % COPIES * PER_COPY];
+        T* to = &shared.raw[slot][i][t][id % COPIES * PER_COPY];
         if (FAST || p.wide) {
           copy_async_16(to, from, wanted);
         } else {
@@ -113,8 +99,26 @@ struct Helper {
       }
     }
 #pragma unroll
-    for (int i = 0; i < N_TENSORS; ++i)
+    for (int i = FROM; i < TO; ++i)
       if (sources[i] != nullptr) sources[i] += TOKENS * steps[i];
+  }
+
+  // Asks for the first tiles, a group of copies each, and last for their z, which is not read until main warps have
+  // worked on a tile: so that as little as can be comes before what they wait for.
+  __device__ void copy_first(bool prepares) {
+#pragma unroll
+    for (int i = 0; i < FIRST_TILES; ++i) {
+      if (prepares && i * TOKENS < n_tokens) copy<0, 2>(i * TOKENS, i);
+      commit_copies();
+    }
+#pragma unroll
+    for (int i = 0; i < FIRST_TILES; ++i)
+      if (prepares && i * TOKENS < n_tokens) copy<2, N_TENSORS>(i * TOKENS, i);
+    commit_copies();
+  }
+
+  __device__ void copy_next() {
+    copy<0, N_TENSORS>(copied_at, copied_slot);
     copied_at += TOKENS;
     copied_slot = copied_slot + 1 == Shared::RING ? 0 : copied_slot + 1;
   }
@@ -246,9 +250,7 @@ struct Helper {
   }
 
   // Of a tile finished in an earlier step: its maxima are there for all blocks to see.
-  __device__ void tell(int token) const {
-    if (id == 0) arrive(p.arrived + arrivals(token));
-  }
+  __device__ void tell(int token) const { if (id == 0) arrive(p.arrived + arrivals(token)); }
 
   __device__ int64_t arrivals(int token) const {
     return row / p.length * ((p.length + TOKENS - 1) / TOKENS) + token / TOKENS;

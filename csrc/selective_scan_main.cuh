@@ -23,13 +23,16 @@ struct Main {
     lane_group = (lane & 1) | (lane >> 1 & 2);
     row = id / 32 * 8 + ((lane >> 1 & 1) | (lane >> 2 & 2) | (lane >> 2 & 4));
     channel = channel_of_row(row);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) h[s] = 0.0f;
+    const float* start = STATES_ONLY ? nullptr : p.n_spans > 1 ? p.pieces : p.state;
+    if (start != nullptr) {
+      start += (at.batch * p.n_spans + at.span) * p.channels * p.states;
+      load_states(start, at.channel + channel, lane_group * 4, p, h);
+    }
     load_states(p.A, at.channel + channel, lane_group * 4, p, a);
 #pragma unroll
-    for (int s = 0; s < 4; ++s) a[s] *= LOG2E, h[s] = 0.0f;
-    const float* start = STATES_ONLY ? nullptr : p.n_spans > 1 ? p.pieces : p.state;
-    if (start == nullptr) return;
-    start += (at.batch * p.n_spans + at.span) * p.channels * p.states;
-    load_states(start, at.channel + channel, lane_group * 4, p, h);
+    for (int s = 0; s < 4; ++s) a[s] *= LOG2E;
   }
 
   // Two tokens of this thread's channel, from the ring of groups of d or x.

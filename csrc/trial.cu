@@ -10,7 +10,7 @@ __global__ void trial_kernel(float* x) { x[0] = 1.0f; }
 using namespace longllava;
 
 // longllava/ops/native_cuda.py holds the same number; raise both when the C interface changes.
-LONGLLAVA_EXPORT int longllava_cuda_abi() { return 6; }
+LONGLLAVA_EXPORT int longllava_cuda_abi() { return 7; }
 
 LONGLLAVA_EXPORT int longllava_cuda_trial(float* x, void* stream) { return launch(trial_kernel, 1, 1, 0, stream, x); }
 

@@ -19,7 +19,7 @@ from longllava.ops import upstream_support
 from longllava.ops.dispatch import constant_when_traced
 
 PATH = Path(__file__).resolve().parent.parent / "lib" / "liblongllava_cuda.so"
-ABI = 6  # csrc/trial.cu holds the same number; raise both when the C interface changes
+ABI = 7  # csrc/trial.cu holds the same number; raise both when the C interface changes
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/device.cuh
 DEVICE = "cuda"  # tests set "cpu" and load the kernels' emulation
 REBUILD = "run `LONGLLAVA_CUDA=1 python csrc/build.py` in a clone, where nvcc is on PATH"
@@ -127,32 +127,39 @@ def address(x: Tensor | None) -> int:
 
 def rows(x: Tensor | None) -> tuple[int, int, int]:
     """The fields of Rows in csrc/device.cuh: address, stride of the batch and of a token in elements."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+    if x is None:
+        return 0, 0, 0
+    batch_stride, step, _ = x.stride()
+    return x.data_ptr(), batch_stride, step
 
 
 def rowed(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """`x` itself if it is of `dtype`, its last axis contiguous and its tokens at most 1 GB apart, else such a copy."""
     if x is None:
         return None
-    x = x.to(dtype)
-    return x if (x.stride(-1) == 1 or x.shape[-1] <= 1) and x.stride(-2) < 2**28 else x.contiguous()
+    if x.dtype is not dtype:  # `to` that has nothing to do costs as much as all else here
+        x = x.to(dtype)
+    *_, step, column = x.stride()
+    return x if (column == 1 or x.shape[-1] <= 1) and step < 2**28 else x.contiguous()
 
 
 def plain(x: Tensor | None) -> Tensor | None:
     """`x` itself if it is contiguous fp32 at an address that 16 divides, else a copy that is."""
     if x is None:
         return None
-    x = x.to(torch.float32).contiguous()
+    if x.dtype is not torch.float32:
+        x = x.to(torch.float32)
+    x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def is_wide(n_bytes: int, *tensors: Tensor | None) -> bool:
-    """Whether every row of the (B, L, columns) tensors can be read `n_bytes` at a time."""
+    """Whether every row of the (B, L, columns) tensors can be read `n_bytes` at a time, a power of two."""
     for x in tensors:
         if x is not None and x.numel():
-            size = x.element_size()
-            steps = [stride * size for stride, length in zip(x.stride()[:2], x.shape[:2]) if length > 1]
-            if any(n % n_bytes for n in (x.data_ptr(), x.shape[2] * size, *steps)):
+            (batch, length, columns), (batch_stride, step, _) = x.shape, x.stride()
+            elements = columns | (batch_stride if batch > 1 else 0) | (step if length > 1 else 0)
+            if (x.data_ptr() | elements * x.element_size()) % n_bytes:
                 return False
     return True
 

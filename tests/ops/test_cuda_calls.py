@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longllava.errors import BackendError
 from longllava.ops import native_cuda
+from longllava.ops import selective_scan as scan_op
 from longllava.ops.causal_conv1d import cases as conv_cases
 from longllava.ops.causal_conv1d import cuda as conv
 from longllava.ops.causal_conv1d import reference as conv_reference
@@ -21,6 +23,8 @@ from longllava.ops.selective_scan import cuda_launch as launch
 from longllava.ops.selective_scan import reference as scan_reference
 from tests.ops.emulation import emulated
 from tests.ops.parity import assert_matches, poison_empty
+
+WIDE = replace(scan_cases.PLAIN, name="wide", batch=1, length=200, channels=72, dtype=torch.bfloat16)
 
 
 @pytest.fixture
@@ -104,3 +108,36 @@ def test_more_threads_than_32_bits_count_are_an_error(entry, on_cpu) -> None:
     code = native_cuda.function(entry)(conv.FIELDS.pack(*fields, *[0] * 36))
     with pytest.raises(BackendError, match="convolution: a CUDA kernel could not be launched"):
         native_cuda.succeed(code, "convolution")
+
+
+@pytest.mark.parametrize("case", [scan_cases.PLAIN, WIDE], ids=str)
+def test_an_early_scan_reads_nothing_before_the_kernel_ahead_has_ended(case, on_cpu, monkeypatch) -> None:
+    monkeypatch.setattr(launch, "EARLY", "prefetch")
+    args = replace(case, packing=None).inputs()
+    truth = scan.run(*args)
+    written = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    values = [x.untyped_storage().clone() for x in written]
+    for x, value in zip(written, values):
+        emulation = native_cuda._loaded()[0].longllava_emulated_kernel_ahead
+        at = (ctypes.c_void_p(memory.data_ptr()) for memory in (x.untyped_storage(), value))
+        emulation(*at, ctypes.c_int64(value.nbytes()))
+        x.fill_(torch.nan)
+    assert all(torch.equal(a, b) for a, b in zip(scan.run(*args), truth, strict=True))
+
+
+def test_wide_rows_are_those_that_all_begin_at_a_multiple() -> None:
+    x = torch.zeros(3, 5, 24, dtype=torch.bfloat16)
+    assert native_cuda.is_wide(16, x, None, x[..., :16], x[:, :0]) and native_cuda.is_wide(8, x[..., 4:8])
+    assert not native_cuda.is_wide(16, x, x[..., 4:20]) and not native_cuda.is_wide(16, x[..., :12])
+    apart = torch.zeros(900, dtype=torch.bfloat16)
+    for strides, wide in (((120, 24, 1), True), ((120, 20, 1), False), ((100, 16, 1), False)):
+        assert native_cuda.is_wide(16, apart.as_strided((3, 5, 16), strides)) is wide
+    assert native_cuda.is_wide(16, apart.as_strided((1, 5, 16), (7, 16, 1)))  # there is no second row
+    assert native_cuda.is_wide(16, apart.as_strided((3, 1, 16), (16, 7, 1)))
+
+
+@pytest.mark.parametrize(("variable", "allowed"), [("EPILOGUE", "maxima, int8"), ("EARLY", "no, yes, prefetch")])
+def test_a_word_of_a_variable_that_is_none_is_named(variable, allowed, on_cpu, monkeypatch) -> None:
+    monkeypatch.setattr(launch, variable, "in8")
+    with pytest.raises(BackendError, match=f"LONGLLAVA_SCAN_{variable}: got 'in8', allowed: {allowed}; or unset it"):
+        scan_op.selective_scan(*WIDE.inputs(), quantized=True, backend="cuda")

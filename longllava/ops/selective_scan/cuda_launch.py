@@ -23,19 +23,29 @@ from longllava.ops.selective_scan.triton_launch import flags_of
 MAX_STATES = 16
 CHANNELS, CHUNK = 64, 32  # SCAN_CHANNELS and SCAN_CHUNK of csrc/selective_scan_cuda.cuh
 MIN_SPAN = 128  # tokens: a shorter span does not pay for filling the pipeline of tiles twice
-FIELDS = struct.Struct("@56q")  # ScanArguments there
+FIELDS = struct.Struct("@57q")  # ScanArguments there
 NO_ROWS = (0, 0, 0)
 NO_GRADIENTS = (*NO_ROWS, *[0] * 10)
 # How y becomes int8, where int8.scan_epilogue asks the kernels for it. "maxima": the kernel writes y and each token's
 # largest |y|, and a pass over y does the rest. "int8": its blocks wait for each other's maxima, and write int8. 36,000
 # tokens of 8,192 channels on an H100: 2.7 and 5.5 ms, and 2.3 with a pass that finds the maxima itself, the default.
 EPILOGUE = os.environ.get("LONGLLAVA_SCAN_EPILOGUE", "maxima")
+# Whether the forward kernel may begin while the one ahead of it in the stream ends (Hopper's programmatic dependent
+# launch), and then bring its first tiles into the second cache before it may read them. Not measured.
+EARLY = os.environ.get("LONGLLAVA_SCAN_EARLY", "no")
+EARLY_FIELDS = {"no": 0, "yes": 1, "prefetch": 2}  # Early of csrc/selective_scan_cuda.cuh
 
 
 def epilogue() -> str:
     if EPILOGUE not in ("maxima", "int8"):
         raise BackendError(f"LONGLLAVA_SCAN_EPILOGUE: got {EPILOGUE!r}, allowed: maxima, int8; or unset it")
     return EPILOGUE
+
+
+def early() -> int:
+    if EARLY not in EARLY_FIELDS:
+        raise BackendError(f"LONGLLAVA_SCAN_EARLY: got {EARLY!r}, allowed: {', '.join(EARLY_FIELDS)}; or unset it")
+    return EARLY_FIELDS[EARLY]
 
 
 def n_blocks(channels: int) -> int:
@@ -90,13 +100,13 @@ def compute(
         sums = u.new_empty((batch, n_spans, channels), dtype=torch.float32)
     arguments = FIELDS.pack(
         FIELDS.size, native_cuda.DTYPES[dtype], batch, length, channels, n_states, delta_softplus, n_spans, span,
-        is_wide(u, delta, B, C, z), CHANNELS, native_cuda.stream(u),
+        is_wide(u, delta, B, C, z), CHANNELS, early(), native_cuda.stream(u),
         *rows(u), *rows(delta), *rows(z), *rows(B), *rows(C), *rows(y),
         *map(address, (*parameters, flags, end, saved, pieces, sums, maxima, values, scales, arrived)), *NO_GRADIENTS,
     )  # fmt: skip
     with torch.cuda.device_of(u):
         native_cuda.succeed(native_cuda.function("longllava_cuda_scan_forward")(arguments), "selective_scan")
-    return y.to(wanted)
+    return y if dtype is wanted else y.to(wanted)
 
 
 def is_wide(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None, *more: Tensor | None) -> bool:
@@ -201,7 +211,7 @@ def gradients(
     wide = is_wide(first_u, first_delta, first_B, first_C, first_z, grad_rows)  # type: ignore[arg-type]
     arguments = FIELDS.pack(
         FIELDS.size, native_cuda.DTYPES[dtype], batch, length, channels, n_states, delta_softplus, n_spans, span,
-        wide, block, native_cuda.stream(u), *(field for x in rows_of for field in rows(x)), *NO_ROWS,
+        wide, block, 0, native_cuda.stream(u), *(field for x in rows_of for field in rows(x)), *NO_ROWS,
         *map(address, (*parameters, None, flags, None, saved, pieces, sums, None, None, None, None)),
         *rows(grad_rows),
         *map(address, (grad_u, grad_delta, grad_z, end, grad_A, grad_D, grad_bias, grad_B, grad_C, grad_start)),

@@ -35,6 +35,9 @@ namespace emulated {
 
 struct Copy { void* to; const void* from; bool wanted; };
 
+struct Late { void* to; const void* from; int64_t bytes; };
+inline std::vector<Late> kernel_ahead;
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
@@ -52,7 +55,7 @@ struct Block {
   Barrier barriers[16];
   std::vector<Barrier> warps;
   std::vector<float> exchanged;
-  int running = 0;
+  int running = 0, waiting = 0;  // waiting: threads that have waited for the kernel ahead
   std::function<void()> body;
 };
 
@@ -265,6 +268,19 @@ inline void wait_for_blocks(const int* counter, int n_blocks) {
 }
 inline float load_of_others(const float* x) { return *x; }
 
+// What the kernel ahead writes is there once all threads of a block have waited for it: never where one does not wait.
+inline void wait_for_kernel_ahead() {
+  int& waiting = emulated::block->waiting;
+  const int threads = int(emulated::block->fibers.size());
+  ++waiting;
+  for (int turns = 0; waiting < threads && turns < 100; ++turns) emulated::pause();
+  if (waiting < threads) return;
+  for (const emulated::Late& late : emulated::kernel_ahead) std::memcpy(late.to, late.from, late.bytes);
+  emulated::kernel_ahead.clear();
+}
+inline void let_next_kernel_begin() {}
+inline void prefetch(const void* x) { static_cast<void>(*static_cast<const volatile char*>(x)); }
+
 inline int64_t shared_memory_limit() { return 227 * 1024; }
 
 template <class... Parameters, class... Arguments>
@@ -273,6 +289,12 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t b
   for (int64_t i = 0; i < blocks; ++i)
     emulated::run_blocks(unsigned(i), 1, threads, bytes, [&] { kernel(arguments...); });
   return 0;
+}
+
+template <class... Parameters, class... Arguments>
+int launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t bytes, void* stream,
+                 const Arguments&... arguments) {
+  return launch(kernel, blocks, threads, bytes, stream, arguments...);
 }
 
 template <class... Parameters, class... Arguments>
@@ -288,6 +310,12 @@ inline unsigned char* dynamic_shared() {
 }
 
 }  // namespace longllava
+
+// A test tells what the kernel ahead of the next launch will have written.
+LONGLLAVA_EXPORT __attribute__((used)) inline void longllava_emulated_kernel_ahead(void* to, const void* from,
+                                                                                   int64_t bytes) {
+  emulated::kernel_ahead.push_back({to, from, bytes});
+}
 
 using cudaError_t = int;
 constexpr cudaError_t cudaErrorInvalidConfiguration = 9;
