@@ -105,8 +105,8 @@ class TrainConfig:
     "<model>-foundation". frozen: modules inside the parts that train which do not ("backbone.embed_tokens").
     recipe: a data recipe, shipped or a path. text_only: without encoder and bridge.
     dtype: of matrix products, over fp32 weights; "auto" is bfloat16 where the device multiplies it in hardware (on
-    a CPU without that it is 50 times slower than fp32). threads: of torch on a CPU (0 = as torch decides); a run
-    that goes on must have as many. average_phases: numbers of phases (from 0) after which the weights are kept; the
+    a CPU without that it is 50 times slower than fp32). threads: of torch on a CPU (0 = as torch decides); bits
+    depend on their number. average_phases: numbers of phases (from 0) after which the weights are kept; the
     stage's model is their mean (none: the weights after the last step). window: steps planned together. evaluate:
     tasks of the curriculum that are measured after the last step, with eval_questions each. preset: which one was
     laid over the file; its stages lie in runs/<model>-<preset>.

@@ -30,6 +30,7 @@ from longllava.train.forward import Forward
 from longllava.train.log import Meter, TrainingLog
 from longllava.train.memory import estimate
 from longllava.train.optimizer import select_parts
+from longllava.train.record import FREE
 from longllava.train.speed import Cost, peak_operations
 from longllava.train.state import average_weights, compare, frozen_marks, keep_weights
 
@@ -84,7 +85,8 @@ def train(
     feed = Feed(config, recipe, processor, engine.rank, engine.world)
     step, total, missed = 0, config.total_steps(), 0
     if state is not None:
-        compare(state.facts, facts, config.phase_at(max(state.step, 1) - 1)[0] + 1)
+        kept = {name: fact for name, fact in state.facts.items() if name not in FREE}  # older runs kept more
+        compare(kept, facts, config.phase_at(max(state.step, 1) - 1)[0] + 1)
         step, feed.first_step, feed.begin = state.step, state.first_step, state.begin
     pictures = Pictures(config, model, processor, engine.device, dtype)
 

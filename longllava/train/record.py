@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from longllava.version import __version__
 
 if TYPE_CHECKING:
+    from longllava.data.recipes import Recipe
     from longllava.train.config import TrainConfig
 
 RECORD = "training.json"
-# what may differ between a run and its going on
-FREE = ("output", "preset", "save_every", "log_every", "report_to", "evaluate", "eval_questions", "device",
-        "feature_cache", "engine", "offload", "gradient_checkpointing", "offload_activations")  # fmt: skip
+# what may differ between a run and its going on: nothing, or the rounding alone
+FREE = ("output", "preset", "save_every", "log_every", "report_to", "evaluate", "eval_questions", "device", "threads",
+        "recipe", "feature_cache", "engine", "offload", "gradient_checkpointing", "offload_activations")  # fmt: skip
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -33,15 +34,18 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def resume_facts(config: TrainConfig) -> dict[str, Any]:
-    """What a run must keep to be the same run.
+def resume_facts(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
+    """What a run must keep to be the same run. Of the recipe, what decides the order of samples; files may move.
 
-    Not the number of processes: they share a step's rows and add their gradients, so that only rounding differs.
+    Not the number of processes: they share a step's rows and add their gradients, so that only rounding differs. Nor
+    of threads, which launchers set (torchrun to 1).
     """
-    import torch
-
     facts = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
-    facts["threads"] = config.threads or torch.get_num_threads()
+    facts["samples"] = [
+        {"source": row.name, "weight": row.weight, "n_samples": source.n_samples, "task": row.task, "split": row.split,
+         "seed": row.seed, "settings": row.settings}
+        for row, source in zip(recipe.config.sources, recipe.sources, strict=True)
+    ]  # fmt: skip
     return json.loads(json.dumps(facts))  # tuples become lists, as they come back from a checkpoint
 
 

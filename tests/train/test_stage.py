@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from longllava.data.packing import Misfit
 from longllava.errors import ConfigError, TrainingError
+from longllava.settings import read_mapping
+from longllava.shipped import shipped
 from longllava.train import loop
 from longllava.train.config import load_stage
 from longllava.train.stage import main, run_stage
@@ -259,15 +262,24 @@ def test_a_run_goes_on_only_as_the_same_run(runs, monkeypatch) -> None:
     monkeypatch.setattr(loop.Forward, "forward", forward)
     with pytest.raises(KeyboardInterrupt):
         run_stage(load_stage(path))
+    recipe = read_mapping(shipped("data_recipes", "nano/stage2"))
+    (runs / "moved.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
+    recipe["sources"][0]["weight"] += 1
+    (runs / "changed.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
     for override, message in (
         ("seed=2", "seed: 1 then, 2 now"),
+        (f"recipe={runs / 'changed.yaml'}", r"samples\.0\.weight: "),
         ("phases.0.learning_rate=0.1", r"settings \(phases.0.learning_rate: 0.005 then, 0.1 now\); use"),
-        ("threads=2", "threads: 1 then, 2 now"),
     ):
         with pytest.raises(TrainingError, match=message):
             run_stage(load_stage(path, [override]))
-    torch.set_num_threads(1)
-    run_stage(load_stage(path, ["phases.1.steps=1", "log_every=5"]))  # what has not begun may change
+    # what has not begun may change, what only rounds, and where a file lies
+    changed = ["phases.1.steps=1", "log_every=5", "threads=2", f"recipe={runs / 'moved.yaml'}"]
+    before = torch.get_num_threads()
+    try:
+        run_stage(load_stage(path, changed))
+    finally:
+        torch.set_num_threads(before)
     assert len(n_calls) == 5 + 15 - 3  # from the checkpoint of step 3
 
 
