@@ -108,8 +108,12 @@ class Zero:
         """Weight by weight, from host memory. DeepSpeed's `initialize` would first put all of them on each GPU: 106 GB
         of 53 billion in bf16."""
         for parameter in forward.parameters():
-            if parameter.is_floating_point():
+            if not parameter.is_floating_point():
+                continue
+            if self.rank == 0:
                 parameter.data = parameter.data.to(self.dtype)
+            else:  # the first process's come into it; until then it is not written to, and takes no room
+                parameter.data = torch.empty_like(parameter.data, dtype=self.dtype)
         self.deepspeed.zero.Init(module=forward, config_dict_or_path=self.settings(), dtype=self.dtype)
 
     def make_slots(self) -> None:
