@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from longllava.model import Model
 
 PARTS = ("encoder.", "bridge.", "backbone.")
+EMBEDDING = "backbone.embed_tokens.weight"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -150,6 +151,7 @@ class Places:
     stored: dict[str, Stored]
     unexpected: list[str]
     counters: Set[str] = frozenset()  # what holds whole numbers in the model too (a batch norm's count of batches)
+    tied: Set[str] = frozenset()  # names under which an output layer may be stored that is the embedding
 
     def check(self, path: Path, allow_missing: Sequence[str], whole: bool) -> None:
         """One error that lists every fault of names and shapes. whole: names without a use are faults too."""
@@ -170,6 +172,20 @@ class Places:
         faults = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]
         if faults:
             raise CheckpointError(f"{path}: weights do not fit its {CONFIG}; {'; '.join(faults)}")
+        self.check_tied(path)
+
+    def check_tied(self, path: Path) -> None:
+        """An output layer that is stored though it is the embedding: left out, another one would be lost in silence."""
+        import torch
+
+        embedding = self.sources.get(EMBEDDING)
+        if embedding is None or embedding.names[0] not in self.stored:
+            return
+        for name in sorted(self.tied & self.stored.keys()):
+            head_VD, table_VD = self.stored[name].read(), self.stored[embedding.names[0]].read()
+            if head_VD.shape != table_VD.shape or not torch.equal(head_VD, table_VD.to(head_VD.dtype)):
+                raise CheckpointError(f"{path}: {name} is not the embedding, though {CONFIG} says that they are one; "
+                                      "untie them there (tie_embeddings, or tie_word_embeddings, false)")  # fmt: skip
 
 
 def find_places(path: Path, model: Model, shapes: Shapes, parts: tuple[str, ...] = ()) -> Places:
@@ -197,7 +213,7 @@ def find_places(path: Path, model: Model, shapes: Shapes, parts: tuple[str, ...]
     unexpected = [name for name in stored
                   if name not in used and not any(naming.has_no_use_for(name) for naming in namings)]  # fmt: skip
     counters = {key for key, tensor in model.state_dict().items() if not tensor.is_floating_point()}
-    return Places(shapes, sources, stored | borrowed, unexpected, counters)
+    return Places(shapes, sources, stored | borrowed, unexpected, counters, tied)
 
 
 def borrowed_encoder(model: Model, path: Path) -> dict[str, Stored]:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from longllava.checkpoints import find_folder, load_model, save_model
+from longllava.checkpoints.convert import open_source
 from longllava.config import EncoderConfig
 from longllava.errors import CheckpointError
 from longllava.model import Model
@@ -130,6 +131,10 @@ def test_tied_embeddings_may_be_stored_beside_themselves(tmp_path):
         folder, lambda tensors: tensors.update({"backbone.lm_head.weight": tensors["backbone.embed_tokens.weight"] + 0})
     )
     assert same(load_model(folder), tied)
+    change(folder, lambda tensors: tensors["backbone.lm_head.weight"][3].add_(1))
+    for read in (load_model, open_source):
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight is not the embedding.*\(tie_embeddings, or"):
+            read(folder)
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
