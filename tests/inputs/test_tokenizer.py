@@ -76,4 +76,4 @@ def test_twice_the_text_takes_twice_the_time():
     for text in ("a" * 200_000, "a red panda, " * 20_000):
         pairs = [(seconds(text), seconds(2 * text)) for _ in range(3)]
         once, twice = (min(times) for times in zip(*pairs, strict=True))
-        assert twice < 3 * once + 0.05
+        assert twice < 2.5 * once + 0.05

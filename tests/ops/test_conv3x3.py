@@ -8,11 +8,9 @@ from hypothesis import strategies as st
 
 from longllava.encoders.vit import ResidualConv
 from longllava.errors import BackendError, LongLLaVAError
-from longllava.ops import native
 from longllava.ops.conv3x3 import conv3x3
 from longllava.ops.conv3x3.cases import Case
-
-needs_kernels = pytest.mark.skipif(native.why_not() is not None, reason="needs the compiled kernels")
+from tests.kernels import needs_kernels
 
 
 def call(batch=2, inputs=32, outputs=32, height=8, width=8, seed=0):

@@ -11,9 +11,7 @@ from longllava.ops.dispatch import Backend, choose
 __all__ = ["BACKENDS", "conv3x3"]
 
 # best first; the last is the judge
-BACKENDS = tuple(
-    Backend(name, module.run, module.why_not) for name, module in (("cpu", cpu), ("reference", reference))
-)
+BACKENDS = tuple(Backend(name, module.run, module.why_not) for name, module in (("cpu", cpu), ("reference", reference)))
 
 
 def conv3x3(
