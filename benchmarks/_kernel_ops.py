@@ -13,10 +13,11 @@ from unittest.mock import patch
 
 import torch
 
-from longllava.ops import attention, causal_conv1d, conv3x3, selective_scan
+from longllava.ops import attention, causal_conv1d, conv3x3, pixel_conv, selective_scan
 from longllava.ops.attention import cases as attention_cases
 from longllava.ops.causal_conv1d import cases as conv_cases
 from longllava.ops.conv3x3 import cases as conv3x3_cases
+from longllava.ops.pixel_conv import cases as pixel_conv_cases
 from longllava.ops.dispatch import Backend
 from longllava.ops.selective_scan import cases as scan_cases
 
@@ -274,6 +275,11 @@ OPS = (
     ),
     Op(
         "conv3x3", conv3x3.BACKENDS, conv3x3_cases.BENCHMARKS, (),
+        inputs, lambda case, direction: 2 * case.products() / 1e9, "GFLOP/s", lambda case: (FORWARD,),
+        lambda *args: None, None, no_peers,
+    ),
+    Op(
+        "pixel_conv", pixel_conv.BACKENDS, pixel_conv_cases.BENCHMARKS, (),
         inputs, lambda case, direction: 2 * case.products() / 1e9, "GFLOP/s", lambda case: (FORWARD,),
         lambda *args: None, None, no_peers,
     ),

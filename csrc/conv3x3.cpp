@@ -19,15 +19,15 @@ void convolve(const Conv3x3Arguments& a) {
   if (plan.n_tiles == 0) return;
   const double products = double(plan.n_tiles) * CONV3X3_POINTS * a.inputs * a.outputs;
   const int threads = useful_threads(a.threads, products / 40);
-  const int64_t tile_bytes = 4 * CONV3X3_POINTS * (a.inputs + CONV3X3_PANEL);
+  const int64_t tile_bytes = 4 * CONV3X3_POINTS * (a.inputs + PANEL);
   const int64_t most = std::min(GROUP_BYTES / tile_bytes, ceil_div(plan.n_tiles, threads));
   plan.group = std::max<int64_t>(1, most / CONV3X3_TILES) * CONV3X3_TILES;
-  const Memory weight = memory(4 * CONV3X3_POINTS * plan.weight_pitch() * (a.outputs / CONV3X3_PANEL));
+  const Memory weight = memory(4 * CONV3X3_POINTS * plan.weight_pitch() * (a.outputs / PANEL));
   plan.weight = reinterpret_cast<float*>(weight.get());
   plan.slot_bytes = ceil_div(4 * plan.slot_floats(), 64) * 64;
   const Memory slots = memory(threads * plan.slot_bytes);
   plan.slots = slots.get();
-  parallel_for(a.outputs / CONV3X3_PANEL, threads, LONGLLAVA_PICK(conv3x3_weight_task), &plan);
+  parallel_for(a.outputs / PANEL, threads, LONGLLAVA_PICK(conv3x3_weight_task), &plan);
   parallel_for(threads, threads, LONGLLAVA_PICK(conv3x3_worker), &plan);
 }
 

@@ -6,14 +6,13 @@
 #pragma once
 
 #include "isa.h"
-#include "vector.h"
+#include "panel.h"
 
 namespace longllava {
 
 constexpr int64_t CONV3X3_SIDE = 4;      // a tile of outputs, 4 x 4 pixels,
 constexpr int64_t CONV3X3_SEEN = 6;      // comes from 6 x 6 inputs
 constexpr int64_t CONV3X3_POINTS = 36;   // products of a tile for each pair of channels; 144 without the transforms
-constexpr int64_t CONV3X3_PANEL = 16;    // output channels worked on at a time; channels are multiples of it
 constexpr int64_t CONV3X3_TILES = 12;    // tiles of a group: a multiple of this, which is whole rows of every form
 
 struct Conv3x3Arguments {
@@ -38,8 +37,8 @@ struct Conv3x3Plan {
   // Floats from one point to the next of a group's transformed inputs, of its products, and of a panel's weights: an
   // odd number of cache lines, or the 36 that are written in turn would share few sets of the first-level cache.
   int64_t inputs_pitch() const { return group * args.inputs + 16; }
-  int64_t products_pitch() const { return group * CONV3X3_PANEL + 16; }
-  int64_t weight_pitch() const { return (args.inputs + 1) * CONV3X3_PANEL; }
+  int64_t products_pitch() const { return group * PANEL + 16; }
+  int64_t weight_pitch() const { return (args.inputs + 1) * PANEL; }
   int64_t slot_floats() const { return CONV3X3_POINTS * (inputs_pitch() + products_pitch()) + CONV3X3_SEEN * args.inputs + group * 16; }
 };
 

@@ -12,9 +12,8 @@ namespace longllava {
 namespace LONGLLAVA_FORM {
 namespace {
 
-constexpr int SIDE = CONV3X3_SIDE, SEEN = CONV3X3_SEEN, POINTS = CONV3X3_POINTS, PANEL = CONV3X3_PANEL;
-constexpr int VECTORS = PANEL / WIDTH;   // of a panel's row
-constexpr int ROWS = 3 * WIDTH / 4;      // tiles multiplied at a time: 12 vectors of sums in registers
+constexpr int SIDE = CONV3X3_SIDE, SEEN = CONV3X3_SEEN, POINTS = CONV3X3_POINTS;
+constexpr int VECTORS = PANEL_VECTORS, ROWS = PANEL_ROWS;  // of a panel's row; tiles multiplied at a time
 static_assert(CONV3X3_TILES % ROWS == 0, "groups are whole rows");
 
 constexpr float P = 0.625f, Q = 1.5f, PP = P * P, QQ = Q * Q;  // the points; exact in fp32, and so are PP and QQ
@@ -120,18 +119,8 @@ LONGLLAVA_INLINE void transform_tile(const Window& window, const Window& next, i
 
 // products[tile][PANEL] = values[tile] weight, for ROWS tiles of one point
 LONGLLAVA_INLINE void multiply_rows(const float* values, int64_t inputs, const float* weight, float* products) {
-  vec sums[ROWS][VECTORS] = {};
-  for (int64_t c = 0; c < inputs; ++c, weight += PANEL) {
-    vec panel[VECTORS];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) panel[v] = load(weight + v * WIDTH);
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r) {
-      const vec value = splat(values[r * inputs + c]);
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sums[r][v] += value * panel[v];
-    }
-  }
+  PanelSums sums = {};
+  add_products(sums, values, inputs, inputs, weight);
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < VECTORS; ++v) store(products + r * PANEL + v * WIDTH, sums[r][v]);

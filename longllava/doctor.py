@@ -68,6 +68,16 @@ CALLS: dict[str, Callable[[Make], tuple]] = {
     "activation": lambda make: (make(33, 64), "quick_gelu"),
     "linear_activated": activated_call,
     "conv3x3": lambda make: (make(2, 32, 8, 8), make(32, 32, 3, 3), make(32), make(2, 32, 8, 8), True),
+    "pixel_conv": lambda make: (
+        make(2, 3, 24, 24).mul(50).byte(),
+        make(3),
+        make(3).abs() + 1,
+        make(32, 3, 8, 8),
+        make(32),
+        4,
+        2,
+        True,
+    ),
 }
 # A prompt's, in bf16, as narrow as the kernels take it: the reference runs it too.
 PROMPT_CALLS: dict[str, Callable[[Make], tuple]] = {

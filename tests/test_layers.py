@@ -28,7 +28,7 @@ ops.triton_support ops.triton_int8 ops.native_cuda
 ops.triton_rotate
 ops.few_rows
 ops.int8_linear
-ops.selective_scan ops.causal_conv1d ops.attention ops.fused ops.experts ops.vision ops.conv3x3
+ops.selective_scan ops.causal_conv1d ops.attention ops.fused ops.experts ops.vision ops.conv3x3 ops.pixel_conv
 ops.__init__
 nn
 inputs

@@ -20,6 +20,7 @@ from longllava.config import EncoderConfig
 from longllava.errors import InputError
 from longllava.nn.linear import Conv2d, Linear, better_in_fp32
 from longllava.ops.conv3x3 import conv3x3
+from longllava.ops.pixel_conv import pixel_conv
 from longllava.ops.vision import activate_, add_layer_norm
 
 # Pictures of a whole batch on a GPU: 36,928 rows of 336 x 336 ones, nine waves of an H100's tiles in CLIP's widest
@@ -64,9 +65,9 @@ class VisionTransformer(nn.Module):
         if pixels_N3SS.shape[1:] != (3, side, side):
             raise InputError(f"encoder: pixels are {tuple(pixels_N3SS.shape)}, expected (N, 3, {side}, {side})")
         dtype = self.position_embedding.dtype
-        if pixels_N3SS.dtype == torch.uint8:
+        if pixels_N3SS.dtype == torch.uint8 and not self.reads_bytes(pixels_N3SS):
             pixels_N3SS = (pixels_N3SS.to(self.mean.dtype) - self.mean) / self.std
-        x_NTC = self.pre_norm(self.placed(self.patch_tokens(pixels_N3SS.to(dtype))))
+        x_NTC = self.pre_norm(self.placed(self.patch_tokens(pixels_N3SS, dtype)))
         if torch.is_grad_enabled():
             for layer in self.layers:
                 x_NTC = layer(x_NTC)
@@ -74,9 +75,19 @@ class VisionTransformer(nn.Module):
             x_NTC = self.without_gradients(x_NTC)
         return x_NTC[:, 1:] if self.class_embedding is not None else x_NTC
 
-    def patch_tokens(self, pixels_N3SS: Tensor) -> Tensor:
+    def reads_bytes(self, pixels_N3SS: Tensor) -> bool:
+        """Whether the first convolution normalises them as it reads them: a stem's, on a CPU, in fp32, without
+        gradients. (CLIP's patches would take the time that they take now.)"""
+        in_fp32 = self.position_embedding.dtype == self.mean.dtype == torch.float32
+        without_gradients = not (self.training or torch.is_grad_enabled())
+        return isinstance(self.patches, Stem) and pixels_N3SS.device.type == "cpu" and in_fp32 and without_gradients
+
+    def patch_tokens(self, pixels_N3SS: Tensor, dtype: torch.dtype) -> Tensor:
         """(N, T, C)."""
         patches = self.patches
+        if pixels_N3SS.dtype == torch.uint8:
+            return patches(pixels_N3SS, self.mean.flatten(), self.std.flatten()).flatten(2).transpose(1, 2)
+        pixels_N3SS = pixels_N3SS.to(dtype)
         # on a GPU, where convolutions of 3 channels are slow, CLIP's patches are rows of one product
         if isinstance(patches, nn.Conv2d) and pixels_N3SS.device.type == "cuda":
             rows_NTP = patch_rows(pixels_N3SS, self.config.patch_size)
@@ -218,17 +229,23 @@ class Stem(nn.Module):
         super().__init__()
         stages: list[nn.Module] = []
         previous = 3
-        for width, stride, n_blocks in zip(
-            config.stem_widths, config.stem_strides, config.stem_blocks, strict=True
-        ):
+        for width, stride, n_blocks in zip(config.stem_widths, config.stem_strides, config.stem_blocks, strict=True):
             stages.append(ConvNorm(previous, width, 2 * stride, stride))
             stages += [ResidualConv(width) for _ in range(n_blocks)]
             previous = width
         self.stages = nn.Sequential(*stages)
         self.out = Conv2d(previous, config.width, 1)
 
-    def forward(self, x_N3SS: Tensor) -> Tensor:
-        return self.out(self.stages(x_N3SS))
+    def forward(self, x_N3SS: Tensor, mean_C: Tensor | None = None, std_C: Tensor | None = None) -> Tensor:
+        """Of normalised pixels, or of their bytes with the mean and std to normalise them by (without gradients)."""
+        first, *others = cast(list[ConvNorm], list(self.stages))
+        if mean_C is not None and std_C is not None:
+            x = first.of_bytes(x_N3SS, mean_C, std_C)
+        else:
+            x = first(x_N3SS)
+        for stage in others:
+            x = stage(x)
+        return self.out(x)
 
 
 class ConvNorm(nn.Sequential):
@@ -244,14 +261,25 @@ class ConvNorm(nn.Sequential):
         if self.training or torch.is_grad_enabled() or x.dtype != torch.float32:
             y = norm(conv(x))
             return (y if residual is None else y.add_(residual)).relu_()
-        mean_C, variance_C = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-        # a norm of known mean and variance is part of the convolution: a pass less, one in fifteen of nano's encoder
-        scale_C = norm.weight * (variance_C + norm.eps).rsqrt()
-        weight, bias_C = conv.weight * scale_C[:, None, None, None], norm.bias - mean_C * scale_C
+        weight, bias_C = self.folded()
         if conv.kernel_size == (3, 3) and conv.stride == (1, 1):
             return conv3x3(x, weight, bias_C, residual, relu=True)
         assert residual is None
         return F.conv2d(x, weight, bias_C, conv.stride, conv.padding).relu_()
+
+    def of_bytes(self, pixels: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
+        """The same of uint8 pixels, which are normalised first. Without gradients."""
+        conv, (weight, bias_C) = cast(Conv2d, self[0]), self.folded()
+        stride, padding = conv.stride[0], cast(tuple[int, int], conv.padding)[0]
+        return pixel_conv(pixels, mean_C, std_C, weight, bias_C, stride=stride, padding=padding, relu=True)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of convolution and norm together: a norm of known mean and variance is part of the
+        convolution. A pass less, one in fifteen of nano's encoder."""
+        conv, norm = cast(Conv2d, self[0]), cast(nn.BatchNorm2d, self[1])
+        mean_C, variance_C = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+        scale_C = norm.weight * (variance_C + norm.eps).rsqrt()
+        return conv.weight * scale_C[:, None, None, None], norm.bias - mean_C * scale_C
 
 
 class ResidualConv(nn.Module):

@@ -13,7 +13,7 @@ from longllava.ops import native
 from longllava.ops.native import address, plain
 
 FIELDS = struct.Struct("@13q")  # csrc/conv3x3.h, Conv3x3Arguments
-PANEL = 16  # CONV3X3_PANEL
+PANEL = 16  # csrc/panel.h
 LEAST_CHANNELS = 32  # with 16 the transforms take as long as the products they save (two Zen 3 cores)
 MANY_WEIGHTS = 128 * 128  # pairs of channels from which transforming the weights, 4 times as large then, is no trifle
 MANY_TILES = 256  # of 4 x 4 outputs, which pay for that: 256 x 256 channels, 128 tiles 0.99 of torch's time, 512 0.64
