@@ -126,7 +126,7 @@ def summary(n: int, runs: list[dict]) -> dict:
     kept = {name: runs[0][name] for name in ("answer", "dtype", "cpu_seconds", "tokens_per_image_with_tags",
                                              "key_value_bytes_per_image")}  # fmt: skip
     peak = max(run["peak_bytes"] for run in runs)
-    return {"images": n, "seconds_to_first_answer": statistics.median(seconds), "all_seconds": seconds,
+    return {"images": n, "seconds_to_first_answer": round(statistics.median(seconds), 2), "all_seconds": seconds,
             "peak_bytes": peak, **kept}  # fmt: skip
 
 

@@ -163,7 +163,9 @@ LONGLLAVA_INLINE void exp2_together(vec (&x)[K]) {
   EACH p[k] = p[k] * f[k] + 0.2402235121f;
   EACH p[k] = p[k] * f[k] + 0.6931471229f;
   EACH p[k] = p[k] * f[k] + 1.0f;
-  EACH x[k] = bits<vec>(bits<ivec>(p[k]) + (bits<ivec>(shifted[k]) << 23));
+  // Unsigned: lanes that nobody reads may hold a NaN with a payload, which this addition turns over. A NaN that
+  // arithmetic has made has none in its lowest bits, and stays.
+  EACH x[k] = bits<vec>(bits<uvec>(p[k]) + (bits<uvec>(shifted[k]) << 23));
 }
 #endif
 
