@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -145,8 +145,8 @@ class LongLLaVA:
 
     def generate_batch(
         self,
-        prompts: Sequence[Prompt],
-        images: Sequence[Any] | None = None,
+        prompts: Iterable[Prompt],
+        images: Iterable[Any] | None = None,
         *,
         batch_size: int = 8,
         **options: Unpack[Options],
@@ -165,9 +165,13 @@ class LongLLaVA:
         check_keywords(self.generate_batch, options, Options)
         reading: dict[str, Any] = {name: value for name, value in options.items() if name in Reading.__annotations__}
         settings: dict[str, Any] = {name: value for name, value in options.items() if name not in reading}
-        if isinstance(prompts, str) or images is not None and len(images) != len(prompts):
-            got = "one string" if isinstance(prompts, str) else f"{len(prompts)}, and images for {len(images or ())}"
-            raise InputError(f"prompts: got {got}; expected a list of prompts, and images for each or None")
+        for name, given in (("prompts", prompts), ("images", () if images is None else images)):
+            if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+                got = "one string" if isinstance(given, (str, bytes)) else f"one {type(given).__name__}"
+                raise InputError(f"{name}: got {got}; expected a list of prompts, and images for each or None")
+        prompts, images = list(prompts), None if images is None else list(images)
+        if images is not None and len(images) != len(prompts):
+            raise InputError(f"prompts: got {len(prompts)}, and images for {len(images)}; expected as many, or None each")
         if batch_size < 1:
             raise InputError(f"batch_size: got {batch_size}, must be at least 1")
         session = self.fresh(**reading)

@@ -30,6 +30,13 @@ def test_a_batch_is_its_prompts(n_experts):
     assert backwards == model.generate_batch(PROMPTS, IMAGES, **SHORT)[::-1]
 
 
+def test_prompts_and_pictures_may_come_one_by_one():
+    model = MODELS[1]
+    whole = model.generate_batch(PROMPTS, IMAGES, **SHORT)
+    images = (iter(own) if isinstance(own, list) else own for own in IMAGES)
+    assert model.generate_batch(iter(PROMPTS), images, **SHORT) == whole
+
+
 def test_rows_stop_where_they_would_alone():
     model = MODELS[1]
     whole = model.generate_batch(PROMPTS, IMAGES, **SHORT)
@@ -69,6 +76,9 @@ def test_errors_name_the_prompt():
         model.generate_batch(["a", "a"], [None])
     with pytest.raises(InputError, match="prompts: got one string"):
         model.generate_batch("a")
+    for one, name in (("b.png", "one string"), (7, "one int")):
+        with pytest.raises(InputError, match=f"images: got {name}; expected"):
+            model.generate_batch(["a"], one)
     with pytest.raises(InputError, match="batch_size: got 0"):
         model.generate_batch(["a"], batch_size=0)
     assert model.generate_batch([]) == []

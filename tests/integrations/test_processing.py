@@ -122,6 +122,8 @@ def test_rows_have_their_own_pictures(processor):
     rows = processor(text=["a <image>?", "what?", "is this?"], images=[PICTURES[0], None, PICTURES[1:]])
     singles = [processor(text="a <image>?", images=PICTURES[0]), processor(text="is this?", images=PICTURES[1:])]
     assert torch.equal(rows["pixel_values"], torch.cat([single["pixel_values"] for single in singles]))
+    with pytest.raises(InputError, match="text: got an empty list"):
+        processor(text=[])
     with pytest.raises(InputError, match="images: 2 texts were given, expected a list of 2"):
         processor(text=["a", "b"], images=PICTURES)
     with pytest.raises(InputError, match="2 <image> marks, but the number of images given is 1"):

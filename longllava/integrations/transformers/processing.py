@@ -108,6 +108,8 @@ class LongLLaVAProcessor(ProcessorMixin):
             raise InputError("audio: this model hears nothing; give text, images or videos")
         options = checked(options)
         if isinstance(text, (list, tuple)):
+            if not text:
+                raise InputError("text: got an empty list; expected a question, or a list with at least one")
             prompts = zip(text, per_row(images, len(text), "images"), per_row(videos, len(text), "videos"))
         else:
             nested = isinstance(images, (list, tuple)) and len(images) == 1 and isinstance(images[0], (list, tuple))
