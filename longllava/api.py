@@ -171,7 +171,7 @@ class LongLLaVA:
                 raise InputError(f"{name}: got {got}; expected a list of prompts, and images for each or None")
         prompts, images = list(prompts), None if images is None else list(images)
         if images is not None and len(images) != len(prompts):
-            raise InputError(f"prompts: got {len(prompts)}, and images for {len(images)}; expected as many, or None each")
+            raise InputError(f"prompts: got {len(prompts)}, and images for {len(images)}; expected as many, or None")
         if batch_size < 1:
             raise InputError(f"batch_size: got {batch_size}, must be at least 1")
         session = self.fresh(**reading)
