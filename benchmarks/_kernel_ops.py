@@ -17,8 +17,8 @@ from longllava.ops import attention, causal_conv1d, conv3x3, pixel_conv, selecti
 from longllava.ops.attention import cases as attention_cases
 from longllava.ops.causal_conv1d import cases as conv_cases
 from longllava.ops.conv3x3 import cases as conv3x3_cases
-from longllava.ops.pixel_conv import cases as pixel_conv_cases
 from longllava.ops.dispatch import Backend
+from longllava.ops.pixel_conv import cases as pixel_conv_cases
 from longllava.ops.selective_scan import cases as scan_cases
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"  # step: state in place, as decoding in a CUDA graph

@@ -168,10 +168,10 @@ class LongLLaVA:
         for name, given in (("prompts", prompts), ("images", () if images is None else images)):
             if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
                 got = "one string" if isinstance(given, (str, bytes)) else f"one {type(given).__name__}"
-                raise InputError(f"{name}: got {got}; expected a list of prompts, and images for each or None")
+                raise InputError(f"{name}: got {got}; expected a list with an entry for each prompt")
         prompts, images = list(prompts), None if images is None else list(images)
         if images is not None and len(images) != len(prompts):
-            raise InputError(f"prompts: got {len(prompts)}, and images for {len(images)}; expected as many, or None")
+            raise InputError(f"prompts: got {len(prompts)}, and images for {len(images)}; expected an entry for each")
         if batch_size < 1:
             raise InputError(f"batch_size: got {batch_size}, must be at least 1")
         session = self.fresh(**reading)

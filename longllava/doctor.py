@@ -53,6 +53,11 @@ def activated_call(make: Make, rows: int = 33, inputs: int = 64, outputs: int = 
     return make(rows, inputs), make(outputs, inputs), make(outputs), "quick_gelu"
 
 
+def pixel_call(make: Make) -> tuple:
+    pixels, std = make(2, 3, 24, 24).mul(50).byte(), make(3).abs() + 1
+    return pixels, make(3), std, make(32, 3, 8, 8), make(32), 4, 2, True
+
+
 CALLS: dict[str, Callable[[Make], tuple]] = {
     "selective_scan": scan_call,
     "causal_conv1d": conv_call,
@@ -68,16 +73,7 @@ CALLS: dict[str, Callable[[Make], tuple]] = {
     "activation": lambda make: (make(33, 64), "quick_gelu"),
     "linear_activated": activated_call,
     "conv3x3": lambda make: (make(2, 32, 8, 8), make(32, 32, 3, 3), make(32), make(2, 32, 8, 8), True),
-    "pixel_conv": lambda make: (
-        make(2, 3, 24, 24).mul(50).byte(),
-        make(3),
-        make(3).abs() + 1,
-        make(32, 3, 8, 8),
-        make(32),
-        4,
-        2,
-        True,
-    ),
+    "pixel_conv": pixel_call,
 }
 # A prompt's, in bf16, as narrow as the kernels take it: the reference runs it too.
 PROMPT_CALLS: dict[str, Callable[[Make], tuple]] = {

@@ -1,7 +1,7 @@
 """Pictures and videos that lie inside a tar or a table, by references that need nothing but themselves.
 
-tar:OFFSET+SIZE:PATH            bytes of a member of an uncompressed tar
-table:ROW/ITEM/COLUMN:PATH      item ITEM of a cell of a parquet or arrow file; COLUMN is percent-quoted
+    tar:OFFSET+SIZE:PATH            bytes of a member of an uncompressed tar
+    table:ROW/ITEM/COLUMN:PATH      item ITEM of a cell of a parquet or arrow file; COLUMN is percent-quoted
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Opening what a sample refers to: a picture of the built-in world, a file, a place in a tar or table, a tile.
 
-tile:ROW.COLUMN/ROWSxCOLUMNS@SIDE[*]:REFERENCE   of a picture cut into tiles; * scaled to fit into them
+    tile:ROW.COLUMN/ROWSxCOLUMNS@SIDE[*]:REFERENCE   of a picture cut into tiles; * scaled to fit into them
 """
 
 from __future__ import annotations

@@ -55,7 +55,9 @@ def sample_of_record(record: Any, name: str, root: Path, shape: Shape | None = N
     if inline and column and inline != column:
         raise Unusable("images named twice", "in the messages and in a column, differently")
     images = tuple(checked(image, root) for image in inline or column)
-    videos = tuple(checked(video, root, folders=True) for video in images_of(cell(record, shape.columns.video, VIDEOS)))
+    videos = tuple(
+        checked(video, root, folders=True) for video in images_of(cell(record, shape.columns.video, VIDEOS))
+    )
     turns, media = with_marks(turns, len(images), len(videos), shape.marks)
     references = in_order(media, images, videos)
     identity = record.get(shape.columns.id)
@@ -124,7 +126,9 @@ def text_of(content: Any, number: int) -> tuple[str, list[str | Embedded]]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             if IMAGE_MARK in part["text"]:
-                raise Unusable("a text part holds <image>", f"turn {number}; parts of type image stand for images")
+                raise Unusable(
+                    "a text part holds <image>", f"turn {number}; parts of type image stand for images"
+                )
             text += unicode_text(part["text"], number)
         elif kind in ("image", "image_url"):
             text += IMAGE_MARK

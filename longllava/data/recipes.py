@@ -62,7 +62,9 @@ class RecipeConfig:
             raise ConfigError("sources: every weight is 0; give one of them a share")
         for source in self.sources:
             if source.kind == "world" and source.weight is None and source.count is None:
-                raise ConfigError(f"source {source.name!r}: give a weight or a count; a world task has no end")
+                raise ConfigError(
+                    f"source {source.name!r}: give a weight or a count; a world task has no end"
+                )
 
 
 class WorldSource:

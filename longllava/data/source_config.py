@@ -67,7 +67,9 @@ class SourceConfig:
             raise ConfigError(f"source {self.name!r}: {needed} is missing; kind {self.kind!r} needs it")
         for name in foreign:
             if getattr(self, name):
-                raise ConfigError(f"source {self.name!r}: {name} does not go with kind {self.kind!r}; leave it out")
+                raise ConfigError(
+                    f"source {self.name!r}: {name} does not go with kind {self.kind!r}; leave it out"
+                )
         if self.weight is not None and self.weight < 0:
             raise ConfigError(f"source {self.name!r}: weight is {self.weight}, must be 0 or above")
         if self.count is not None and self.count < 1:

@@ -64,10 +64,9 @@ class VisionTransformer(nn.Module):
         side = self.config.image_size
         if pixels_N3SS.shape[1:] != (3, side, side):
             raise InputError(f"encoder: pixels are {tuple(pixels_N3SS.shape)}, expected (N, 3, {side}, {side})")
-        dtype = self.position_embedding.dtype
         if pixels_N3SS.dtype == torch.uint8 and not self.reads_bytes(pixels_N3SS):
             pixels_N3SS = (pixels_N3SS.to(self.mean.dtype) - self.mean) / self.std
-        x_NTC = self.pre_norm(self.placed(self.patch_tokens(pixels_N3SS, dtype)))
+        x_NTC = self.pre_norm(self.placed(self.patch_tokens(pixels_N3SS)))
         if torch.is_grad_enabled():
             for layer in self.layers:
                 x_NTC = layer(x_NTC)
@@ -82,12 +81,12 @@ class VisionTransformer(nn.Module):
         without_gradients = not (self.training or torch.is_grad_enabled())
         return isinstance(self.patches, Stem) and pixels_N3SS.device.type == "cpu" and in_fp32 and without_gradients
 
-    def patch_tokens(self, pixels_N3SS: Tensor, dtype: torch.dtype) -> Tensor:
-        """(N, T, C)."""
+    def patch_tokens(self, pixels_N3SS: Tensor) -> Tensor:
+        """Of normalised pixels, or of uint8 ones where the first convolution reads them: (N, T, C)."""
         patches = self.patches
         if pixels_N3SS.dtype == torch.uint8:
             return patches(pixels_N3SS, self.mean.flatten(), self.std.flatten()).flatten(2).transpose(1, 2)
-        pixels_N3SS = pixels_N3SS.to(dtype)
+        pixels_N3SS = pixels_N3SS.to(self.position_embedding.dtype)
         # on a GPU, where convolutions of 3 channels are slow, CLIP's patches are rows of one product
         if isinstance(patches, nn.Conv2d) and pixels_N3SS.device.type == "cuda":
             rows_NTP = patch_rows(pixels_N3SS, self.config.patch_size)
@@ -229,7 +228,9 @@ class Stem(nn.Module):
         super().__init__()
         stages: list[nn.Module] = []
         previous = 3
-        for width, stride, n_blocks in zip(config.stem_widths, config.stem_strides, config.stem_blocks, strict=True):
+        for width, stride, n_blocks in zip(
+            config.stem_widths, config.stem_strides, config.stem_blocks, strict=True
+        ):
             stages.append(ConvNorm(previous, width, 2 * stride, stride))
             stages += [ResidualConv(width) for _ in range(n_blocks)]
             previous = width

@@ -77,7 +77,9 @@ class Attention(nn.Module):
             self.log_length_H.fill_(-2.0)  # exp(-2) = 0.14: a factor of 1.9 among 600 tokens, 2.4 among 38,000
 
 
-def attend_segments(q_BLHK: Tensor, state: AttentionState | StaticAttentionState, seq_idx_BL: Tensor | None) -> Tensor:
+def attend_segments(
+    q_BLHK: Tensor, state: AttentionState | StaticAttentionState, seq_idx_BL: Tensor | None
+) -> Tensor:
     """Attention over shared segments and the own buffer, merged by their log-sum-exp."""
     *shared, own = state.segments()
     if own.keys_BSGK.dtype == torch.int8:  # what this call wrote is causal, what stood there before is not
@@ -86,7 +88,9 @@ def attend_segments(q_BLHK: Tensor, state: AttentionState | StaticAttentionState
         own = own.part(before, before + q_BLHK.shape[1]).dequantized(q_BLHK.dtype)
     if not shared:
         asked, keys = marks(q_BLHK, own, seq_idx_BL)
-        return attention(q_BLHK, own.keys_BSGK, own.values_BSGK, causal=state.causal, seq_idx_q=asked, seq_idx_k=keys)
+        return attention(
+            q_BLHK, own.keys_BSGK, own.values_BSGK, causal=state.causal, seq_idx_q=asked, seq_idx_k=keys
+        )
     parts = [attend(q_BLHK, segment, seq_idx_BL, causal=False) for segment in shared]
     parts.append(attend(q_BLHK, own, seq_idx_BL, causal=state.causal))
     return merge(parts)[0].to(q_BLHK.dtype)

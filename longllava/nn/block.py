@@ -26,7 +26,9 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(config.width, config.norm_eps)
         self.mixer = MIXERS[config.mixers()[layer]](config)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
-        self.ffn = MixtureOfExperts(config) if config.has_experts(layer) else SwiGLU(config.width, config.mlp_width)
+        self.ffn = (
+            MixtureOfExperts(config) if config.has_experts(layer) else SwiGLU(config.width, config.mlp_width)
+        )
 
     def forward(
         self, x_BLD: Tensor, ctx: Context, state: LayerState | None = None, last_only: bool = False

@@ -211,7 +211,7 @@ class TrainConfig:
 
 
 def engine_named(config: TrainConfig) -> str:
-    """ "auto" is what `accelerate launch --use_deepspeed --zero_stage N` asks for, else plain torch."""
+    """"auto" is what `accelerate launch --use_deepspeed --zero_stage N` asks for, else plain torch."""
     if config.engine != "auto":
         return config.engine
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):

@@ -91,15 +91,8 @@ def train(
     pictures = Pictures(config, model, processor, engine.device, dtype)
 
     with (
-        TrainingLog(
-            folder,
-            step=step,
-            total_steps=total,
-            label=config.stage,
-            active=chief,
-            report_to=config.report_to,
-            settings=facts,
-        ) as log,
+        TrainingLog(folder, step=step, total_steps=total, label=config.stage, active=chief,
+                    report_to=config.report_to, settings=facts) as log,
         Signals() as signals,
     ):
         peak, source = peak_operations(engine.device, dtype)

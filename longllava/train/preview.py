@@ -43,7 +43,7 @@ def preview(path: str | Path, overrides: Sequence[str] = (), processes: int | No
 
 
 def value_bytes_of(config: TrainConfig) -> int:
-    """ "auto" is bfloat16 where a GPU is meant to run it, which is not this machine."""
+    """"auto" is bfloat16 where a GPU is meant to run it, which is not this machine."""
     if config.dtype == "auto":
         return FLOAT if config.device == "cpu" else HALF
     return HALF if config.dtype == "bfloat16" else FLOAT

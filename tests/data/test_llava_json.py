@@ -40,7 +40,9 @@ def test_both_layouts_give_the_same_sample(root: Path) -> None:
     ):
         assert sample_of_record(record, "line", root) == expected
     text = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
-    assert sample_of_record(text, "line", root) == Sample("line", (Turn("user", "Hi"), Turn("assistant", "Hello")))
+    assert sample_of_record(text, "line", root) == Sample(
+        "line", (Turn("user", "Hi"), Turn("assistant", "Hello"))
+    )
 
 
 def conversation(*turns: tuple) -> dict:

@@ -24,7 +24,9 @@ def write(folder: Path, *sources: str, head: str = "name: r") -> Path:
 
 
 def two_sources(folder: Path) -> Path:
-    (folder / "hello.jsonl").write_text("".join(json.dumps({**RECORD, "id": str(i)}) + "\n" for i in range(7)))
+    (folder / "hello.jsonl").write_text(
+        "".join(json.dumps({**RECORD, "id": str(i)}) + "\n" for i in range(7))
+    )
     return write(
         folder,
         f"name: single, task: single, weight: 3, {WORLD}",
@@ -54,7 +56,9 @@ def test_the_plan_is_a_function_of_seed_and_number(tmp_path: Path) -> None:
         ({s.name: s for s in again.sources}[plan[n][0]].sample(plan[n][1]), plan[n][0]) for n in (2499, 7)
     ]
     other = [(source.name, index) for source, index in Recipe.load(path).draw(6, 2500)]
-    assert other != plan and not {i for n, i in plan if n == "single"} & {i for n, i in other if n == "single"}
+    assert other != plan and not {i for n, i in plan if n == "single"} & {
+        i for n, i in other if n == "single"
+    }
 
 
 def test_shares_and_epochs(tmp_path: Path) -> None:
@@ -68,7 +72,9 @@ def test_shares_and_epochs(tmp_path: Path) -> None:
 
 
 def test_shares_follow_the_counts_where_there_are_no_weights(tmp_path: Path) -> None:
-    path = write(tmp_path, f"name: a, task: facts, count: 30, {WORLD}", f"name: b, task: text, count: 10, {WORLD}")
+    path = write(
+        tmp_path, f"name: a, task: facts, count: 30, {WORLD}", f"name: b, task: text, count: 10, {WORLD}"
+    )
     plan = [(source.name, index) for source, index in Recipe.load(path).draw(0, 1000)]
     assert Counter(name for name, _ in plan) == {"a": 750, "b": 250}
     assert {index for name, index in plan if name == "a"} == set(range(30))
@@ -137,7 +143,9 @@ GOOD = f"name: a, task: single, weight: 1, {WORLD}"
         (GOOD + "}}", "name: r", "cannot be read"),
     ],
 )  # fmt: skip
-def test_errors_are_one_sentence_naming_file_and_key(tmp_path: Path, source: str, head: str, message: str) -> None:
+def test_errors_are_one_sentence_naming_file_and_key(
+    tmp_path: Path, source: str, head: str, message: str
+) -> None:
     path = write(tmp_path, source, head=head)
     with pytest.raises((ConfigError, DataError)) as raised:
         Recipe.load(path)
@@ -160,4 +168,6 @@ def test_left_out_records_are_written_down(tmp_path: Path) -> None:
     with (tmp_path / "hello.jsonl").open("a") as file:
         file.write("".join(json.dumps(RECORD) + "\n" for _ in range(200)) + "{\n")
     assert Recipe.load(path).write_rejected(tmp_path / "out/rejected.txt") == 1
-    assert (tmp_path / "out/rejected.txt").read_text().startswith(f"{tmp_path}/hello.jsonl:208: malformed JSON")
+    assert (
+        (tmp_path / "out/rejected.txt").read_text().startswith(f"{tmp_path}/hello.jsonl:208: malformed JSON")
+    )

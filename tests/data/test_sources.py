@@ -42,7 +42,10 @@ def test_bad_lines_are_listed_with_their_place(root: Path) -> None:
     source = LlavaSource("data", path)
     assert source.n_samples == 298 and source.sample(4).id == "5"
     first, second = map(str, source.rejected)
-    assert first.startswith(f"{path}:5: malformed JSON: ") and second == f"{path}:201: missing image: {root}/none.png"
+    assert (
+        first.startswith(f"{path}:5: malformed JSON: ")
+        and second == f"{path}:201: missing image: {root}/none.png"
+    )
 
 
 def test_a_line_that_is_not_utf8_is_one_bad_line(root: Path) -> None:
@@ -69,7 +72,10 @@ def test_more_than_one_in_a_hundred_is_an_error(root: Path) -> None:
     with pytest.raises(DataError) as raised:
         LlavaSource("data", write_lines(root, rows))
     text = str(raised.value)
-    assert "data.jsonl: 3 of 100 records cannot be used, more than 1.0%: missing image (2), malformed JSON (1)" in text
+    assert (
+        "data.jsonl: 3 of 100 records cannot be used, more than 1.0%: missing image (2), malformed JSON (1)"
+        in text
+    )
     assert f"the first is {root}/data.jsonl:11: malformed JSON" in text and "\n" not in text
     assert LlavaSource("data", write_lines(root, rows), max_bad=0.05).n_samples == 97
 
@@ -111,7 +117,9 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
 
 def test_count_keeps_a_drawn_part(root: Path) -> None:
     path = write_lines(root, numbered(50))
-    ids = [[LlavaSource("data", path, count=10, seed=seed).sample(i).id for i in range(10)] for seed in (0, 0, 1)]
+    ids = [
+        [LlavaSource("data", path, count=10, seed=seed).sample(i).id for i in range(10)] for seed in (0, 0, 1)
+    ]
     assert ids[0] == ids[1] != ids[2] and len(set(ids[0])) == 10
     with pytest.raises(DataError, match="count is 51, but .* holds 50 usable records"):
         LlavaSource("data", path, count=51)

@@ -206,14 +206,8 @@ def test_an_empty_cell_is_a_broken_picture(tmp_path: Path) -> None:
 
 
 def test_every_form_in_one_recipe(folder: Path, tmp_path: Path) -> None:
-    rows = "".join(
-        f"  - {{name: {n}, kind: llava, licence: CC0, origin: here, weight: 1, {keys}}}\n"
-        for n, keys in (
-            ("json", "path: all.json, image_root: pictures"),
-            ("table", "path: 'part-*.parquet'"),
-            ("tar", "path: 0.tar"),
-        )
-    )
+    rows = "".join(f"  - {{name: {n}, kind: llava, licence: CC0, origin: here, weight: 1, {keys}}}\n" for n, keys in (
+        ("json", "path: all.json, image_root: pictures"), ("table", "path: 'part-*.parquet'"), ("tar", "path: 0.tar")))
     (tmp_path / "r.yaml").write_text(f"name: r\nroot: {folder}\nsources:\n{rows}")
     recipe = Recipe.load(tmp_path / "r.yaml")
     plan = [recipe.sample(3, n) for n in range(60)]

@@ -46,7 +46,10 @@ def test_the_same_bytes_every_time(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         export_world(tmp_path / folder, 5, 1, "subimage")
     first, second = (
-        {path.relative_to(tmp_path / folder): path.read_bytes() for path in sorted((tmp_path / folder).rglob("*.*"))}
+        {
+            path.relative_to(tmp_path / folder): path.read_bytes()
+            for path in sorted((tmp_path / folder).rglob("*.*"))
+        }
         for folder in ("a", "b")
     )
     assert first == second and len(first) > 20

@@ -108,7 +108,9 @@ def test_pictures_do_not_depend_on_the_order_they_are_asked_in_or_the_process() 
         "print('\\n'.join([a[2], a[1], a[1], a[0]]))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
-    out = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
     assert out.stdout.split("\n")[:4] == wanted
     assert wanted[0] == "world:666.5.1.1.4.907270713226.0@noto"  # caches and trained models rest on it
     assert PicturePool("train", 4).reference(5) != wanted[1]

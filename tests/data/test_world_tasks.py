@@ -62,12 +62,17 @@ def test_samples_are_the_same_in_another_process() -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_seeds_indices_and_splits_give_other_samples(name: str) -> None:
     bodies = {
-        repr(s.turns) + repr(s.images) for seed in (0, 1) for split in POOL for s in samples(name, 20, split, seed)
+        repr(s.turns) + repr(s.images)
+        for seed in (0, 1)
+        for split in POOL
+        for s in samples(name, 20, split, seed)
     }
     assert len(bodies) > 70
 
 
-@pytest.mark.parametrize("name", ["caption", "single", "needle", "same", "order", "count", "retrieval", "subimage"])
+@pytest.mark.parametrize(
+    "name", ["caption", "single", "needle", "same", "order", "count", "retrieval", "subimage"]
+)
 def test_pictures_are_of_the_split(name: str) -> None:
     for split, parity in (("train", 0), ("test", 1)):
         for sample in samples(name, 10, split):
@@ -83,7 +88,9 @@ def test_the_answers_of_recall_stand_in_the_tags() -> None:
             one_or_middle = answer in ("one", "middle")  # said or not: they are what is usual
             assert item.turn == 2 * number and (answer in span or one_or_middle)
             key = sample.turns[item.turn].text[item.start : item.end]
-            if key in thing_index() and not any(f" {key}" in name or f"{key} " in name for name in thing_index()):
+            if key in thing_index() and not any(
+                f" {key}" in name or f"{key} " in name for name in thing_index()
+            ):
                 others = text.replace(span, "").rpartition("\n")[0]
                 assert f" {key} " not in others
 
@@ -101,7 +108,9 @@ def test_tags_never_make_up_another_name() -> None:
 
 def test_captions_say_what_is_there() -> None:
     heart = thing_index()["water buffalo"]
-    assert words.caption(PictureSpec(heart, "noto", 7, 4)) == "a water buffalo with the number 7 in a blue frame"
+    assert (
+        words.caption(PictureSpec(heart, "noto", 7, 4)) == "a water buffalo with the number 7 in a blue frame"
+    )
     assert words.caption(PictureSpec(heart, "noto", None, 1, 2)) == "two water buffalos in an orange frame"
     assert (
         words.caption(PictureSpec(thing_index()["owl"], "noto", 0, None, 1, PLACES.index("top left")))
@@ -148,7 +157,9 @@ def test_facts_are_true() -> None:
                             key=lambda t: len(t.name))  # fmt: skip
                 assert question.endswith(f" {words.one_of_group(thing.group)}?") == (answer == "yes")
             elif question.startswith("Which"):
-                group = next(g for g in words.GROUPS if question.startswith(f"Which is {words.one_of_group(g)},"))
+                group = next(
+                    g for g in words.GROUPS if question.startswith(f"Which is {words.one_of_group(g)},")
+                )
                 assert words.group_of(thing_index()[answer]) == group
             else:
                 assert any(words.one(t.name) == question[22:-1] and t.group == answer for t in things())

@@ -20,7 +20,9 @@ PROMPT = PromptConfig()
 NAMES = [thing.name for thing in things()]
 alphabet = st.characters() | st.sampled_from(" \n\r\t\0▁Ġs<>|")
 texts = st.text(alphabet) | st.lists(
-    st.sampled_from([" ", "\n", "\n ", "<|endoftext|>", "<|pad|>", "<img>", "<|User|>\n", "cat", " cat", "green apple"])
+    st.sampled_from(
+        [" ", "\n", "\n ", "<|endoftext|>", "<|pad|>", "<img>", "<|User|>\n", "cat", " cat", "green apple"]
+    )
 ).map("".join)
 
 

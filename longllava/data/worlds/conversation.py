@@ -21,7 +21,9 @@ class Conversation:
         self.turns: list[Turn] = []
         self.evidence: list[Evidence] = []
 
-    def ask(self, question: Question, images: Sequence[int] = (), spans: Sequence[tuple[int, int]] = ()) -> None:
+    def ask(
+        self, question: Question, images: Sequence[int] = (), spans: Sequence[tuple[int, int]] = ()
+    ) -> None:
         self.ask_about([(question.start, question.end)], question.text, question.answer, [images], [spans])
 
     def ask_about(
@@ -36,7 +38,9 @@ class Conversation:
                 self.evidence.append(Evidence(turn, len(before) + start, len(before) + end, image=index))
         for (start, end), places in zip(keys, spans):
             for first, last in places:
-                self.evidence.append(Evidence(turn, len(before) + start, len(before) + end, key=(0, first, last)))
+                self.evidence.append(
+                    Evidence(turn, len(before) + start, len(before) + end, key=(0, first, last))
+                )
         self.turns += [Turn("user", before + text), Turn("assistant", answer)]
 
     def sample(self, name: str) -> Sample:

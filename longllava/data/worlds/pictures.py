@@ -61,7 +61,9 @@ class PoolSettings:
             raise ConfigError(f"restyle: got {self.restyle}, must be a share between 0 and 1")
 
 
-def draw_spec(rng: random.Random, thing: int, split: str, style: str, *, plain: bool, restyle: float) -> PictureSpec:
+def draw_spec(
+    rng: random.Random, thing: int, split: str, style: str, *, plain: bool, restyle: float
+) -> PictureSpec:
     """A picture of a thing, everything else drawn from `rng`."""
     digit, colour = rng.choice(combinations(thing, split, plain or rng.random() < 0.875))
     count = 1 if plain or rng.random() < 0.75 else rng.randint(2, MAX_COUNT)

@@ -116,7 +116,9 @@ def describe(spec: PictureSpec, wording: int = 0) -> Question:
     return Question(DESCRIBE[wording], caption(spec))
 
 
-def yes_or_no(spec: PictureSpec, truth: bool, other: PictureSpec, kind: str, rng: random.Random) -> Question | None:
+def yes_or_no(
+    spec: PictureSpec, truth: bool, other: PictureSpec, kind: str, rng: random.Random
+) -> Question | None:
     """ "Is it a cat?" about `spec`, or, when not `truth`, what `other` shows. None where both agree."""
     own, asked = value(spec, kind), value(spec if truth else other, kind)
     if own is None or asked is None or (own == asked) != truth:

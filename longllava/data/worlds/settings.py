@@ -13,7 +13,9 @@ def between(settings: Any, name: str, low: int, high: int) -> None:
     """Check that a field is a range [a, b] with low <= a <= b <= high."""
     value = getattr(settings, name)
     if len(value) != 2 or not low <= value[0] <= value[1] <= high:
-        raise ConfigError(f"{name}: got {list(value)}, expected [low, high] with {low} <= low <= high <= {high}")
+        raise ConfigError(
+            f"{name}: got {list(value)}, expected [low, high] with {low} <= low <= high <= {high}"
+        )
 
 
 def draw_range(rng: random.Random, bounds: tuple[int, ...], *, by_ratio: bool = False) -> int:

@@ -48,7 +48,9 @@ class WorldTask:
         self.pool = pool or PicturePool(split)
         self.split = self.pool.split
         if self.split != split:
-            raise ConfigError(f"task {name}: split {split!r}, but its pictures are of the {self.split!r} split")
+            raise ConfigError(
+                f"task {name}: split {split!r}, but its pictures are of the {self.split!r} split"
+            )
 
     def sample(self, index: int) -> Sample:
         """Sample number `index`, counted from 0 without an end."""

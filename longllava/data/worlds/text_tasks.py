@@ -142,7 +142,9 @@ class Facts:
                 text = f"Is {one(name)} {one_of_group(asked)}?"
                 conversation.ask(Question(text, "yes" if asked == group else "no"))
             else:
-                other = rng.choice([t for t in rng.sample(pool.things, 16) if group_of(t) != group] or [thing])
+                other = rng.choice(
+                    [t for t in rng.sample(pool.things, 16) if group_of(t) != group] or [thing]
+                )
                 pair = [name, name_of(other)]
                 rng.shuffle(pair)
                 text = f"Which is {one_of_group(group)}, the {pair[0]} or the {pair[1]}?"
@@ -199,5 +201,9 @@ def nth(rng: random.Random, pool: PicturePool) -> tuple[Turn, Turn]:
     index = rng.randrange(len(names))
     listed = ", ".join(names)
     if rng.random() < 0.5:
-        return Turn("user", f"{listed}\nWhich is the {words.ORDINALS[index]}?"), Turn("assistant", names[index])
-    return Turn("user", f"{listed}\nWhich word is the {names[index]}?"), Turn("assistant", words.ORDINALS[index])
+        return Turn("user", f"{listed}\nWhich is the {words.ORDINALS[index]}?"), Turn(
+            "assistant", names[index]
+        )
+    return Turn("user", f"{listed}\nWhich word is the {names[index]}?"), Turn(
+        "assistant", words.ORDINALS[index]
+    )
