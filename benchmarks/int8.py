@@ -257,7 +257,8 @@ def int8(
     tuning: Annotated[bool, typer.Option("--tune", help="Try launches of the GPU kernel; writes no results.")] = False,
     threads: Annotated[int, typer.Option(help="Threads on the CPU; 0 takes torch's number.")] = 0,
     output: Annotated[
-        Path | None, typer.Option(help="JSON file; default benchmarks/results/int8-<device>.json.")
+        Path | None,
+        typer.Option(help="JSON file; default benchmarks/results/int8-<device>.json, none with --shape."),
     ] = None,
 ) -> None:
     """Time int8 linear layers beside fp32, bf16 and torch's own int8 and fp8 products."""
@@ -280,9 +281,10 @@ def int8(
     if not report["rows"]:
         raise LongLLaVAError(f"--shape {shape!r}: no such shape")
     report["elementwise"] = elementwise(device) if not shape else []
-    if output is None:
+    if output is None and not shape:
         output = Path(__file__).resolve().parent / "results" / f"int8-{device}.json"
-    print(write_json(output, report))
+    if output is not None:
+        print(write_json(output, report))
 
 
 if __name__ == "__main__":

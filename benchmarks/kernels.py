@@ -128,7 +128,8 @@ def kernels(
     case: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
     threads: Annotated[int, typer.Option(help="Threads; 0 takes torch's number.")] = 0,
     output: Annotated[
-        Path | None, typer.Option(help="JSON file; default benchmarks/results/kernels-<device>.json.")
+        Path | None,
+        typer.Option(help="JSON file; default benchmarks/results/kernels-<device>.json, none with --op or --case."),
     ] = None,
 ) -> None:
     """Time every backend of every op on the shapes that matter."""
@@ -143,7 +144,7 @@ def kernels(
     report["ceilings"] = limits = ceilings() if device == "cuda" else {}
     print(json.dumps(report, indent=2))
     report |= {"finished": False, "rows": (rows := [])}
-    if output is None:
+    if output is None and not (op or case):
         output = Path(__file__).resolve().parent / "results" / f"kernels-{device}.json"
     for entry in OPS:
         for call in entry.cpu_cases if device == "cpu" else entry.gpu_cases:
@@ -152,9 +153,12 @@ def kernels(
                     for row in rows_of(entry, call, direction, device, limits):
                         print(line(row), flush=True)
                         rows.append(row)
-                    write_json(output, report)  # a run that is cut off keeps what it has
+                    if output is not None:
+                        write_json(output, report)  # a run that is cut off keeps what it has
     if not rows:
         raise LongLLaVAError(f"--op {op!r} --case {case!r}: no such case")
+    if output is None:
+        return
     print(write_json(output, report | {"finished": True}))
     if device == "cuda":
         title = f"{report['device']}, torch {report['torch']}"
