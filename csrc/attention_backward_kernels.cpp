@@ -26,8 +26,8 @@ template <class Input>
 LONGLLAVA_INLINE void pack_tile(Tile& tile, const AttentionBackwardCall& call, const AttentionTask& task,
                                 const Panels& rows, int64_t k_width, int64_t stride) {
   const int64_t width = call.head_dim;
-  for (int64_t i = 0; i < rows.n_vectors * LANES * k_width; ++i) tile.grad_q[i] = 0;
-  for (int64_t row = 0; row < rows.n_vectors * LANES; ++row) {
+  for (int64_t i = 0; i < rows.n_vectors * WIDTH * k_width; ++i) tile.grad_q[i] = 0;
+  for (int64_t row = 0; row < rows.n_vectors * WIDTH; ++row) {
     float *q = tile.q_rows + row * stride, *grad_y = tile.grad_y_rows + row * stride;
     const float lse = row < task.n_rows ? call.lse[row_number(call, task, row)] : NEGATIVE_INFINITY;
     tile.log2_sums[row] = 0;
@@ -39,16 +39,16 @@ LONGLLAVA_INLINE void pack_tile(Tile& tile, const AttentionBackwardCall& call, c
     stage(q, stride, row_of<const Input>(call.q, call.q_strides, call, task, row), 0, 1, 1, width, nullptr);
     stage(grad_y, stride, row_of<const Input>(call.grad_y, call.grad_y_strides, call, task, row), 0, 1, 1, width, nullptr);
     const Input* y = row_of<const Input>(call.y, call.y_strides, call, task, row);
-    Vec sums{};
+    vec sums{};
     int64_t d = 0;
-    for (; d + LANES <= width; d += LANES) sums += load_wide(y + d) * load(grad_y + d);
-    float sum = sum_of_lanes(sums);
+    for (; d + WIDTH <= width; d += WIDTH) sums += load(y + d) * load(grad_y + d);
+    float sum = sum_lanes(sums);
     for (; d < width; ++d) sum += load_one(y + d) * grad_y[d];
     tile.offsets[row] = sum - (call.grad_lse == nullptr ? 0 : call.grad_lse[row_number(call, task, row)]);
     tile.log2_sums[row] = lse * LOG2_E;
   }
   for (int64_t panel = 0; panel < rows.n_panels; ++panel) {
-    const int64_t start = rows.start(panel) * LANES, n = rows.start(panel + 1) * LANES - start;
+    const int64_t start = rows.start(panel) * WIDTH, n = rows.start(panel + 1) * WIDTH - start;
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t d = 0; d < width; ++d) {
         tile.q[start * width + d * n + i] = tile.q_rows[(start + i) * stride + d];
@@ -64,13 +64,13 @@ LONGLLAVA_INLINE void differentiate_scores(float* p, float* ds, const float* sco
                                            const float* log2_sums, const float* offsets) {
   for (int64_t key = 0; key < n_keys; ++key) {
     for (int j = 0; j < N; ++j) {
-      const int64_t place = (key * N + j) * LANES;
-      const Vec score = load(scores + place);
+      const int64_t place = (key * N + j) * WIDTH;
+      const vec score = load(scores + place);
       // an unseen key counts as 0 though lse be NaN for what the row does see
-      const Vec one = score == NEGATIVE_INFINITY ? Vec{} : exp2_of(score - load(log2_sums + j * LANES));
-      const Vec slope = one * (load(dp + place) - load(offsets + j * LANES));
-      store(p + key * TILE + j * LANES, one);
-      store(ds + key * TILE + j * LANES, one == 0.0f ? Vec{} : slope);  // an unseen v may hold NaN
+      const vec one = score == NEGATIVE_INFINITY ? vec{} : exp2_of(score - load(log2_sums + j * WIDTH));
+      const vec slope = one * (load(dp + place) - load(offsets + j * WIDTH));
+      store(p + key * TILE + j * WIDTH, one);
+      store(ds + key * TILE + j * WIDTH, one == 0.0f ? vec{} : slope);  // an unseen v may hold NaN
     }
   }
 }
@@ -79,19 +79,19 @@ LONGLLAVA_INLINE void differentiate_scores(float* p, float* ds, const float* sco
 LONGLLAVA_INLINE void add_rows(float* sums, int64_t stride, const float* weights, const float* rows, int64_t n_keys,
                                int64_t n_rows, const Panels& channels) {
   for (int64_t panel = 0; panel < channels.n_panels; ++panel) {
-    const int64_t start = channels.start(panel) * LANES;
-    with_width(channels.start(panel + 1) - channels.start(panel), [&](auto vectors) {
+    const int64_t start = channels.start(panel) * WIDTH;
+    with_count(channels.start(panel + 1) - channels.start(panel), [&](auto vectors) {
       constexpr int N = decltype(vectors)::value;
       for (int64_t key = 0; key < n_keys; key += TILE_HEIGHT) {
         float* place = sums + key * stride + start;
-        Vec held[TILE_HEIGHT][N];
+        vec held[TILE_HEIGHT][N];
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_HEIGHT; ++i)
-          for (int j = 0; j < N; ++j) held[i][j] = load(place + i * stride + j * LANES);
+          for (int j = 0; j < N; ++j) held[i][j] = load(place + i * stride + j * WIDTH);
         add_products<Single>(held, weights + key * TILE, TILE, 1, rows + start, stride, n_rows);
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_HEIGHT; ++i)
-          for (int j = 0; j < N; ++j) store(place + i * stride + j * LANES, held[i][j]);
+          for (int j = 0; j < N; ++j) store(place + i * stride + j * WIDTH, held[i][j]);
       }
     });
   }
@@ -115,9 +115,9 @@ LONGLLAVA_INLINE void differentiate_block(const Work& work, Tile& tile, const At
   const int64_t n_block = n_left < KEY_BLOCK ? n_left : KEY_BLOCK;
   const int64_t n_keys = round_up(n_block, TILE_HEIGHT);
   const float *k = work.k + in_chunk * work.k_width, *v = work.v + in_chunk * work.k_width;
-  int64_t from = rows.n_vectors * LANES, to = 0;  // the rows that see something of the block
+  int64_t from = rows.n_vectors * WIDTH, to = 0;  // the rows that see something of the block
   for (int64_t panel = 0; panel < rows.n_panels; ++panel) {
-    const int64_t start = rows.start(panel) * LANES, end = rows.start(panel + 1) * LANES;
+    const int64_t start = rows.start(panel) * WIDTH, end = rows.start(panel + 1) * WIDTH;
     const PanelView view(tile.ends + start, tile.ids + start, (end < task.n_rows ? end : task.n_rows) - start);
     if (view.last_end <= first || (range != nullptr && !view.may_see(*range))) {
       for (int64_t key = 0; key < n_keys && to > 0; ++key)
@@ -127,15 +127,15 @@ LONGLLAVA_INLINE void differentiate_block(const Work& work, Tile& tile, const At
     if (to == 0) from = start;
     to = end;
     const bool masked = view.first_end < first + n_keys || (range != nullptr && !view.sees_all(*range));
-    with_width(rows.start(panel + 1) - rows.start(panel), [&](auto vectors) {
+    with_count(rows.start(panel + 1) - rows.start(panel), [&](auto vectors) {
       constexpr int N = decltype(vectors)::value;
       score_keys<Single, N>(work.scores, k, work.k_width, tile.q + start * work.width, work.width, n_keys, call.scale * LOG2_E);
       if (masked) mask_scores<N>(work.scores, n_keys, first, key_ids, n_block, tile.ends + start, tile.ids + start);
       score_keys<Single, N>(work.dp, v, work.k_width, tile.grad_y + start * work.width, work.width, n_keys, 1.0f);
       differentiate_scores<N>(work.p + start, work.ds + start, work.scores, work.dp, n_keys, tile.log2_sums + start,
                               tile.offsets + start);
-      Vec keep[N];
-      for (int j = 0; j < N; ++j) keep[j] = broadcast(1.0f);
+      vec keep[N];
+      for (int j = 0; j < N; ++j) keep[j] = splat(1.0f);
       float* grad_q = tile.grad_q + start * work.k_width;
       if (masked && !work.k_finite[in_chunk / KEY_BLOCK]) {
         add_values_seen<Single, N>(grad_q, work.width, k, work.k_width, work.ds + start, TILE, n_keys, keep);
@@ -162,15 +162,15 @@ void differentiate_chunks(const AttentionBackwardCall& call, int64_t index) {
   const int64_t width = work.width = call.head_dim;
   work.k_width = round_up(width, TILE_HEIGHT);
   const Panels channels(width);
-  work.stride = channels.n_vectors * LANES;
+  work.stride = channels.n_vectors * WIDTH;
   Scratch scratch(2 * call.chunk_keys * (work.k_width + work.stride) + 3 * TILE * (work.k_width + work.stride) +
-                  4 * TILE + 2 * KEY_BLOCK * (TILE + TILE_VECTORS * LANES) + 512);
+                  4 * TILE + 2 * KEY_BLOCK * (TILE + TILE_VECTORS * WIDTH) + 512);
   work.k = scratch.get<float>(call.chunk_keys * work.k_width);
   work.v = scratch.get<float>(call.chunk_keys * work.k_width);
   work.grad_k = scratch.get<float>(call.chunk_keys * work.stride);
   work.grad_v = scratch.get<float>(call.chunk_keys * work.stride);
-  work.scores = scratch.get<float>(KEY_BLOCK * TILE_VECTORS * LANES);
-  work.dp = scratch.get<float>(KEY_BLOCK * TILE_VECTORS * LANES);
+  work.scores = scratch.get<float>(KEY_BLOCK * TILE_VECTORS * WIDTH);
+  work.dp = scratch.get<float>(KEY_BLOCK * TILE_VECTORS * WIDTH);
   work.p = scratch.get<float>(KEY_BLOCK * TILE);
   work.ds = scratch.get<float>(KEY_BLOCK * TILE);
   Tile tile;
@@ -208,7 +208,7 @@ void differentiate_chunks(const AttentionBackwardCall& call, int64_t index) {
       task.n_rows = task.n_queries * call.heads_per_group;
       if (call.end_of_keys(query + task.n_queries - 1) <= start) continue;
       const Panels rows(task.n_rows);
-      describe_rows(call, task, rows.n_vectors * LANES, tile.ends, tile.ids);
+      describe_rows(call, task, rows.n_vectors * WIDTH, tile.ends, tile.ids);
       const PanelView view(tile.ends, tile.ids, task.n_rows);
       bool packed = false;
       for (int64_t first = start; first < end && first < view.last_end; first += KEY_BLOCK) {
@@ -221,7 +221,7 @@ void differentiate_chunks(const AttentionBackwardCall& call, int64_t index) {
       if (!packed) continue;
       call.touched[call.touched_place(lane, task.batch, task.group, query / call.tile_queries)] = 1;
       for (int64_t panel = 0; panel < rows.n_panels; ++panel) {
-        const int64_t from = rows.start(panel) * LANES, n = rows.start(panel + 1) * LANES - from;
+        const int64_t from = rows.start(panel) * WIDTH, n = rows.start(panel + 1) * WIDTH - from;
         for (int64_t row = from; row < from + n && row < task.n_rows; ++row) {
           float* target = grad_q_part + row_number(call, task, row) * width;
           for (int64_t d = 0; d < width; ++d) target[d] += tile.grad_q[from * work.k_width + d * n + row - from];

@@ -20,12 +20,12 @@ LONGLLAVA_INLINE void score_rows(float* scores, const float* q, int64_t q_stride
     const Input* keys[KEYS_AT_ONCE];
     for (int64_t i = 0; i < KEYS_AT_ONCE; ++i)
       keys[i] = k + (key + i < n_keys ? key + i : n_keys - 1) * k_stride;  // the last block may end early
-    Vec sums[ROWS][KEYS_AT_ONCE] = {};
+    vec sums[ROWS][KEYS_AT_ONCE] = {};
     int64_t c = 0;
-    for (; c + LANES <= width; c += LANES) {
+    for (; c + WIDTH <= width; c += WIDTH) {
 #pragma GCC unroll 8
       for (int i = 0; i < KEYS_AT_ONCE; ++i) {
-        const Vec channels = load_wide(keys[i] + c);
+        const vec channels = load(keys[i] + c);
 #pragma GCC unroll 8
         for (int row = 0; row < ROWS; ++row) sums[row][i] += channels * load(q + row * q_stride + c);
       }
@@ -46,30 +46,30 @@ LONGLLAVA_INLINE void score_rows(float* scores, const float* q, int64_t q_stride
 template <int ROWS, int N, class Input>
 LONGLLAVA_INLINE void add_channels(float* sums, int64_t stride, const float* p, const Input* v, int64_t v_stride,
                                    int64_t n_keys) {
-  Vec held[ROWS][N];
+  vec held[ROWS][N];
 #pragma GCC unroll 8
   for (int row = 0; row < ROWS; ++row)
-    for (int j = 0; j < N; ++j) held[row][j] = load(sums + row * stride + j * LANES);
+    for (int j = 0; j < N; ++j) held[row][j] = load(sums + row * stride + j * WIDTH);
   for (int64_t key = 0; key < n_keys; ++key, v += v_stride) {
-    Vec channels[N];
+    vec channels[N];
 #pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) channels[j] = load_wide(v + j * LANES);
+    for (int j = 0; j < N; ++j) channels[j] = load(v + j * WIDTH);
 #pragma GCC unroll 8
     for (int row = 0; row < ROWS; ++row) {
 #pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) held[row][j] += channels[j] * broadcast(p[row * KEY_BLOCK + key]);
+      for (int j = 0; j < N; ++j) held[row][j] += channels[j] * splat(p[row * KEY_BLOCK + key]);
     }
   }
 #pragma GCC unroll 8
   for (int row = 0; row < ROWS; ++row)
-    for (int j = 0; j < N; ++j) store(sums + row * stride + j * LANES, held[row][j]);
+    for (int j = 0; j < N; ++j) store(sums + row * stride + j * WIDTH, held[row][j]);
 }
 
 // The same for all channels from d on: N vectors at a time, then half as many, then one by one.
 template <int ROWS, int N, class Input>
 LONGLLAVA_INLINE void add_rows(float* sums, int64_t stride, const float* p, const Input* v, int64_t v_stride,
                                int64_t n_keys, int64_t width, int64_t d = 0) {
-  for (; d + N * LANES <= width; d += N * LANES)
+  for (; d + N * WIDTH <= width; d += N * WIDTH)
     add_channels<ROWS, N>(sums + d, stride, p, v + d, v_stride, n_keys);
   if constexpr (N > 1) {
     add_rows<ROWS, N / 2>(sums, stride, p, v, v_stride, n_keys, width, d);
@@ -91,29 +91,29 @@ LONGLLAVA_INLINE void add_seen(float* sums, const float* p, const bool* seen, co
 
 // Turns one row's scores into p in place, brings top and total up to date, returns by how much earlier sums shrink.
 LONGLLAVA_INLINE float softmax_line(float* scores, float& top, float& total) {
-  Vec tops = broadcast(top), totals{};
-  for (int64_t key = 0; key < KEY_BLOCK; key += LANES) tops = maximum(load(scores + key), tops);
+  vec tops = splat(top), totals{};
+  for (int64_t key = 0; key < KEY_BLOCK; key += WIDTH) tops = maximum(load(scores + key), tops);
   float new_top = top;
-  for (int i = 0; i < LANES; ++i) new_top = tops[i] > new_top ? tops[i] : new_top;
-  const Vec base = broadcast(new_top == NEGATIVE_INFINITY ? 0 : new_top);
-  for (int64_t key = 0; key < KEY_BLOCK; key += LANES) {
-    const Vec p = exp2_of(load(scores + key) - base);
+  for (int i = 0; i < WIDTH; ++i) new_top = tops[i] > new_top ? tops[i] : new_top;
+  const vec base = splat(new_top == NEGATIVE_INFINITY ? 0 : new_top);
+  for (int64_t key = 0; key < KEY_BLOCK; key += WIDTH) {
+    const vec p = exp2_of(load(scores + key) - base);
     totals += p;
     store(scores + key, p);
   }
-  const float shrink = exp2_of(broadcast(top) - base)[0];
+  const float shrink = exp2_of(splat(top) - base)[0];
   top = new_top;
-  total = total * shrink + sum_of_lanes(totals);
+  total = total * shrink + sum_lanes(totals);
   return shrink;
 }
 
-// Calls run(Width<rows>{}, row) over all rows, 4, 2 or 1 at a time.
+// Calls run(Count<rows>{}, row) over all rows, 4, 2 or 1 at a time.
 template <class Run>
 LONGLLAVA_INLINE void by_rows(int64_t n_rows, const Run& run) {
   int64_t row = 0;
-  for (; row + 4 <= n_rows; row += 4) run(Width<4>{}, row);
-  for (; row + 2 <= n_rows; row += 2) run(Width<2>{}, row);
-  for (; row < n_rows; ++row) run(Width<1>{}, row);
+  for (; row + 4 <= n_rows; row += 4) run(Count<4>{}, row);
+  for (; row + 2 <= n_rows; row += 2) run(Count<2>{}, row);
+  for (; row < n_rows; ++row) run(Count<1>{}, row);
 }
 
 template <class Input>

@@ -18,24 +18,24 @@ namespace LONGLLAVA_FORM {
 // Turns scores into p in place (for Pair: two keys to a word), brings top and total up to date, and returns by
 // how much earlier sums shrink.
 template <class Dot, int N>
-LONGLLAVA_INLINE void softmax_step(float* scores, int64_t n_keys, float* tops, float* totals, Vec (&shrink)[N]) {
+LONGLLAVA_INLINE void softmax_step(float* scores, int64_t n_keys, float* tops, float* totals, vec (&shrink)[N]) {
   for (int j = 0; j < N; ++j) {
-    const Vec old_top = load(tops + j * LANES);
-    Vec top = old_top;
-    for (int64_t key = 0; key < n_keys; ++key) top = maximum(load(scores + (key * N + j) * LANES), top);
-    store(tops + j * LANES, top);
-    const Vec base = top == NEGATIVE_INFINITY ? Vec{} : top;  // nothing seen so far: p is 0, not NaN
+    const vec old_top = load(tops + j * WIDTH);
+    vec top = old_top;
+    for (int64_t key = 0; key < n_keys; ++key) top = maximum(load(scores + (key * N + j) * WIDTH), top);
+    store(tops + j * WIDTH, top);
+    const vec base = top == NEGATIVE_INFINITY ? vec{} : top;  // nothing seen so far: p is 0, not NaN
     shrink[j] = exp2_of(old_top - base);
-    Vec total = load(totals + j * LANES) * shrink[j];
+    vec total = load(totals + j * WIDTH) * shrink[j];
     for (int64_t t = 0; t < n_keys / Dot::DEPTH; ++t) {
-      Vec p[Dot::DEPTH];
+      vec p[Dot::DEPTH];
       for (int part = 0; part < Dot::DEPTH; ++part) {
-        p[part] = exp2_of(load(scores + ((t * Dot::DEPTH + part) * N + j) * LANES) - base);
+        p[part] = exp2_of(load(scores + ((t * Dot::DEPTH + part) * N + j) * WIDTH) - base);
         total += p[part];
       }
-      store(scores + (t * N + j) * LANES, Dot::join(p));
+      store(reinterpret_cast<typename Dot::Element*>(scores) + (t * N + j) * WIDTH, Dot::join(p));
     }
-    store(totals + j * LANES, total);
+    store(totals + j * WIDTH, total);
   }
 }
 
@@ -44,13 +44,13 @@ void attend_tile(const AttentionCall& call, int64_t index) {
   typedef typename Dot::Element Element;
   const AttentionTask task = forward_task(call, index);
   const Panels panels(task.n_rows);
-  const int64_t width = call.head_dim, block = call.key_block, n_padded = panels.n_vectors * LANES;
+  const int64_t width = call.head_dim, block = call.key_block, n_padded = panels.n_vectors * WIDTH;
   const int64_t depth = round_up(width, Dot::DEPTH) / Dot::DEPTH;  // of a score's product, in Elements
   const int64_t v_width = round_up(width, TILE_HEIGHT);
   const int64_t v_stride = round_up(v_width, 16) + 16;  // not a power of two: that would fill few sets of the cache
 
   Scratch scratch(Scratch::padded(n_padded * depth) + Scratch::padded(n_padded * v_width) + 4 * n_padded +
-                  Scratch::padded(block * depth) + block * (v_stride + TILE_VECTORS * LANES) + 256);
+                  Scratch::padded(block * depth) + block * (v_stride + TILE_VECTORS * WIDTH) + 256);
   Element* q = scratch.get<Element>(n_padded * depth);
   float* sums = scratch.get<float>(n_padded * v_width);
   float* tops = scratch.get<float>(n_padded);
@@ -59,7 +59,7 @@ void attend_tile(const AttentionCall& call, int64_t index) {
   int32_t* ids = scratch.get<int32_t>(n_padded);
   Element* k = scratch.get<Element>(block * depth);
   Element* v = scratch.get<Element>(block / Dot::DEPTH * v_stride);
-  float* scores = scratch.get<float>(block * TILE_VECTORS * LANES);
+  float* scores = scratch.get<float>(block * TILE_VECTORS * WIDTH);
 
   describe_rows(call, task, n_padded, ends, ids);
   for (int64_t i = 0; i < n_padded * v_width; ++i) sums[i] = 0;
@@ -81,30 +81,30 @@ void attend_tile(const AttentionCall& call, int64_t index) {
     const bool finite = Dot::stage_values(v, v_stride, v_source + first * v_strides.token, v_strides.token, n_block,
                                           n_staged, width, key_ids);
     for (int64_t panel = 0; panel < panels.n_panels; ++panel) {
-      const int64_t start = panels.start(panel) * LANES, end = panels.start(panel + 1) * LANES;
+      const int64_t start = panels.start(panel) * WIDTH, end = panels.start(panel + 1) * WIDTH;
       const PanelView view(ends + start, ids + start, (end < task.n_rows ? end : task.n_rows) - start);
       if (view.last_end <= first || (range != nullptr && !view.may_see(*range))) continue;
       const int64_t n_seen = view.last_end - first < n_block ? view.last_end - first : n_block;
       const int64_t n_keys = round_up(n_seen, TILE_HEIGHT);
       const bool masked = view.first_end < first + n_keys || (range != nullptr && !view.sees_all(*range));
-      with_width(panels.start(panel + 1) - panels.start(panel), [&](auto vectors) {
+      with_count(panels.start(panel + 1) - panels.start(panel), [&](auto vectors) {
         constexpr int N = decltype(vectors)::value;
-        Vec shrink[N];
+        vec shrink[N];
         score_keys<Dot, N>(scores, k, depth, q + start * depth, depth, n_keys, call.scale * LOG2_E);
         if (masked) mask_scores<N>(scores, n_keys, first, key_ids, n_block, ends + start, ids + start);
         softmax_step<Dot, N>(scores, n_keys, tops + start, totals + start, shrink);
         const Element* p = reinterpret_cast<const Element*>(scores);
         if (masked && !finite) {
-          add_values_seen<Dot, N>(sums + start * v_width, width, v, v_stride, p, N * LANES, n_keys / Dot::DEPTH, shrink);
+          add_values_seen<Dot, N>(sums + start * v_width, width, v, v_stride, p, N * WIDTH, n_keys / Dot::DEPTH, shrink);
         } else {
-          add_values<Dot, N>(sums + start * v_width, v_width, v, v_stride, p, N * LANES, n_keys / Dot::DEPTH, shrink);
+          add_values<Dot, N>(sums + start * v_width, v_width, v, v_stride, p, N * WIDTH, n_keys / Dot::DEPTH, shrink);
         }
       });
     }
   }
 
   for (int64_t panel = 0; panel < panels.n_panels; ++panel) {
-    const int64_t start = panels.start(panel) * LANES, end = panels.start(panel + 1) * LANES;
+    const int64_t start = panels.start(panel) * WIDTH, end = panels.start(panel + 1) * WIDTH;
     for (int64_t row = start; row < end && row < task.n_rows; ++row)
       finish_row<Input>(call, task, index, row, sums + start * v_width + (row - start), end - start, tops[row], totals[row]);
   }

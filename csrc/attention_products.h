@@ -9,12 +9,12 @@ namespace LONGLLAVA_FORM {
 // How products are taken. fp32: one number of a and one vector of b at a time.
 struct Single {
   typedef float Element;
-  typedef Vec Vector;
+  typedef vec Vector;
   static constexpr int DEPTH = 1;
-  LONGLLAVA_INLINE Vec add_product(Vec sum, float a, Vec b) { return sum + broadcast(a) * b; }
-  LONGLLAVA_INLINE Vec part(Vec b, int) { return b; }
-  LONGLLAVA_INLINE Vec part(float a, int) { return broadcast(a); }
-  LONGLLAVA_INLINE Vec join(const Vec (&parts)[1]) { return parts[0]; }
+  LONGLLAVA_INLINE vec add_product(vec sum, float a, vec b) { return sum + splat(a) * b; }
+  LONGLLAVA_INLINE vec part(vec b, int) { return b; }
+  LONGLLAVA_INLINE vec part(float a, int) { return splat(a); }
+  LONGLLAVA_INLINE vec join(const vec (&parts)[1]) { return parts[0]; }
   template <class Input>
   LONGLLAVA_INLINE float element(const Input* row, int64_t t, int64_t) {
     return load_one(row + t);
@@ -35,18 +35,18 @@ struct Single {
 // bf16: two numbers of a and two of b at a time, the first in the low half of 32 bits.
 struct Pair {
   typedef uint32_t Element;
-  typedef Bits Vector;
+  typedef uvec Vector;
   static constexpr int DEPTH = 2;
 
-  LONGLLAVA_INLINE Vec add_product(Vec sum, uint32_t a, Bits b) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)broadcast(a), (__m512bh)b);
+  LONGLLAVA_INLINE vec add_product(vec sum, uint32_t a, uvec b) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat(a), (__m512bh)b);
   }
-  LONGLLAVA_INLINE Vec part(Bits b, int half) { return (Vec)(half == 0 ? b << 16 : b & 0xffff0000u); }
-  LONGLLAVA_INLINE Vec part(uint32_t a, int half) { return part(broadcast(a), half); }
+  LONGLLAVA_INLINE vec part(uvec b, int half) { return (vec)(half == 0 ? b << 16 : b & 0xffff0000u); }
+  LONGLLAVA_INLINE vec part(uint32_t a, int half) { return part(splat(a), half); }
 
   // To nearest; ties go up, which p >= 0 meets once in 65,536 times.
-  LONGLLAVA_INLINE Bits join(const Vec (&parts)[2]) {
-    return (((Bits)parts[0] + 0x8000u) >> 16) | (((Bits)parts[1] + 0x8000u) & 0xffff0000u);
+  LONGLLAVA_INLINE uvec join(const vec (&parts)[2]) {
+    return (((uvec)parts[0] + 0x8000u) >> 16) | (((uvec)parts[1] + 0x8000u) & 0xffff0000u);
   }
   LONGLLAVA_INLINE uint32_t word(uint16_t low, uint16_t high) { return low | static_cast<uint32_t>(high) << 16; }
   LONGLLAVA_INLINE uint32_t element(const uint16_t* row, int64_t t, int64_t width) {
@@ -72,14 +72,14 @@ struct Pair {
       const uint16_t* high = low + source_stride;
       int64_t d = 0;
       if (first && second) {
-        Bits spoiled{};
-        for (; d + LANES <= width; d += LANES) {
-          const Bits a = load_halves(low + d);
-          const Bits b = load_halves(high + d);
-          spoiled |= (Bits)((a & 0x7f80u) == 0x7f80u) | (Bits)((b & 0x7f80u) == 0x7f80u);
+        uvec spoiled{};
+        for (; d + WIDTH <= width; d += WIDTH) {
+          const uvec a = load_halves(low + d);
+          const uvec b = load_halves(high + d);
+          spoiled |= (uvec)((a & 0x7f80u) == 0x7f80u) | (uvec)((b & 0x7f80u) == 0x7f80u);
           store(v + d, a | b << 16);
         }
-        for (int i = 0; i < LANES; ++i) finite = finite && spoiled[i] == 0;
+        for (int i = 0; i < WIDTH; ++i) finite = finite && spoiled[i] == 0;
       }
       for (; d < width; ++d) {
         v[d] = word(first ? low[d] : 0, second ? high[d] : 0);
@@ -94,12 +94,12 @@ struct Pair {
 
 // sums[i][j] += a[i * a_row + t * a_step] * b[t * b_step + j's vector] over t < depth.
 template <class Dot, int N>
-LONGLLAVA_INLINE void add_products(Vec (&sums)[TILE_HEIGHT][N], const typename Dot::Element* a, int64_t a_row,
+LONGLLAVA_INLINE void add_products(vec (&sums)[TILE_HEIGHT][N], const typename Dot::Element* a, int64_t a_row,
                                    int64_t a_step, const typename Dot::Element* b, int64_t b_step, int64_t depth) {
   for (int64_t t = 0; t < depth; ++t, a += a_step, b += b_step) {
     typename Dot::Vector vectors[N];
 #pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) vectors[j] = load_as<typename Dot::Vector>(b + j * LANES);
+    for (int j = 0; j < N; ++j) vectors[j] = load(b + j * WIDTH);
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_HEIGHT; ++i) {
 #pragma GCC unroll 8
@@ -114,7 +114,7 @@ LONGLLAVA_INLINE void pack_rows(typename Dot::Element* packed, const void* rows,
                                 const AttentionCall& call, const AttentionTask& task, const Panels& panels,
                                 int64_t depth) {
   for (int64_t panel = 0; panel < panels.n_panels; ++panel) {
-    const int64_t start = panels.start(panel) * LANES, n = panels.start(panel + 1) * LANES - start;
+    const int64_t start = panels.start(panel) * WIDTH, n = panels.start(panel + 1) * WIDTH - start;
     typename Dot::Element* target = packed + start * depth;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = start + i;
@@ -129,11 +129,11 @@ template <class Dot, int N>
 LONGLLAVA_INLINE void score_keys(float* scores, const typename Dot::Element* k, int64_t k_stride,
                                  const typename Dot::Element* q_panel, int64_t depth, int64_t n_keys, float scale) {
   for (int64_t key = 0; key < n_keys; key += TILE_HEIGHT) {
-    Vec sums[TILE_HEIGHT][N] = {};
-    add_products<Dot>(sums, k + key * k_stride, k_stride, 1, q_panel, N * LANES, depth);
+    vec sums[TILE_HEIGHT][N] = {};
+    add_products<Dot>(sums, k + key * k_stride, k_stride, 1, q_panel, N * WIDTH, depth);
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_HEIGHT; ++i)
-      for (int j = 0; j < N; ++j) store(scores + ((key + i) * N + j) * LANES, sums[i][j] * scale);
+      for (int j = 0; j < N; ++j) store(scores + ((key + i) * N + j) * WIDTH, sums[i][j] * scale);
   }
 }
 
@@ -141,16 +141,16 @@ LONGLLAVA_INLINE void score_keys(float* scores, const typename Dot::Element* k, 
 template <class Dot, int N>
 LONGLLAVA_INLINE void add_values(float* sums_panel, int64_t width, const typename Dot::Element* v, int64_t v_stride,
                                  const typename Dot::Element* p, int64_t p_step, int64_t depth,
-                                 const Vec (&shrink)[N]) {
+                                 const vec (&shrink)[N]) {
   for (int64_t d = 0; d < width; d += TILE_HEIGHT) {
-    Vec sums[TILE_HEIGHT][N];
+    vec sums[TILE_HEIGHT][N];
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_HEIGHT; ++i)
-      for (int j = 0; j < N; ++j) sums[i][j] = load(sums_panel + ((d + i) * N + j) * LANES) * shrink[j];
+      for (int j = 0; j < N; ++j) sums[i][j] = load(sums_panel + ((d + i) * N + j) * WIDTH) * shrink[j];
     add_products<Dot>(sums, v + d, 1, v_stride, p, p_step, depth);
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_HEIGHT; ++i)
-      for (int j = 0; j < N; ++j) store(sums_panel + ((d + i) * N + j) * LANES, sums[i][j]);
+      for (int j = 0; j < N; ++j) store(sums_panel + ((d + i) * N + j) * WIDTH, sums[i][j]);
   }
 }
 
@@ -158,15 +158,15 @@ LONGLLAVA_INLINE void add_values(float* sums_panel, int64_t width, const typenam
 template <class Dot, int N>
 LONGLLAVA_INLINE void add_values_seen(float* sums_panel, int64_t width, const typename Dot::Element* v,
                                       int64_t v_stride, const typename Dot::Element* p, int64_t p_step,
-                                      int64_t depth, const Vec (&shrink)[N]) {
+                                      int64_t depth, const vec (&shrink)[N]) {
   for (int64_t d = 0; d < width; ++d) {
     for (int j = 0; j < N; ++j) {
-      float* place = sums_panel + (d * N + j) * LANES;
-      Vec sum = load(place) * shrink[j];
+      float* place = sums_panel + (d * N + j) * WIDTH;
+      vec sum = load(place) * shrink[j];
       for (int64_t t = 0; t < depth; ++t) {
-        const typename Dot::Vector weight = load_as<typename Dot::Vector>(p + t * p_step + j * LANES);
+        const typename Dot::Vector weight = load(p + t * p_step + j * WIDTH);
         for (int part = 0; part < Dot::DEPTH; ++part) {
-          const Vec one = Dot::part(weight, part);
+          const vec one = Dot::part(weight, part);
           sum = one == 0.0f ? sum : sum + one * Dot::part(v[t * v_stride + d], part);
         }
       }

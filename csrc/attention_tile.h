@@ -37,22 +37,22 @@ class Scratch {
 struct Panels {
   int64_t n_vectors, n_panels;
   explicit Panels(int64_t n_rows)
-      : n_vectors((n_rows + LANES - 1) / LANES), n_panels((n_vectors + TILE_VECTORS - 1) / TILE_VECTORS) {}
+      : n_vectors((n_rows + WIDTH - 1) / WIDTH), n_panels((n_vectors + TILE_VECTORS - 1) / TILE_VECTORS) {}
   int64_t start(int64_t panel) const { return panel * n_vectors / n_panels; }  // in vectors
 };
 
 template <int N>
-struct Width {
+struct Count {
   static constexpr int value = N;
 };
 
-// Calls run(Width<1>{}), run(Width<2>{}) or run(Width<3>{}): the number of vectors is a constant in the loop.
+// Calls run(Count<1>{}), run(Count<2>{}) or run(Count<3>{}): the number of vectors is a constant in the loop.
 template <class Run>
-LONGLLAVA_INLINE void with_width(int64_t n_vectors, const Run& run) {
+LONGLLAVA_INLINE void with_count(int64_t n_vectors, const Run& run) {
   switch (n_vectors) {
-    case 1: run(Width<1>{}); break;
-    case 2: run(Width<2>{}); break;
-    default: run(Width<TILE_VECTORS>{}); break;
+    case 1: run(Count<1>{}); break;
+    case 2: run(Count<2>{}); break;
+    default: run(Count<TILE_VECTORS>{}); break;
   }
 }
 
@@ -94,7 +94,7 @@ LONGLLAVA_INLINE void describe_rows(const AttentionCall& call, const AttentionTa
   }
 }
 
-constexpr float LOG2_E = 1.44269504088896f, LN_2 = 0.693147180559945f;
+constexpr float LN_2 = 0.693147180559945f;
 
 // Where a task's row begins in q, y or their gradients.
 template <class Element, class Pointer>
@@ -121,13 +121,13 @@ LONGLLAVA_INLINE const KeyRange* key_range(const AttentionCall& call, const Atte
 template <class Input>
 LONGLLAVA_INLINE bool stage(float* target, int64_t stride, const Input* source, int64_t source_stride, int64_t n,
                             int64_t n_padded, int64_t width, const int32_t* ids) {
-  Vec spoiled{};
+  vec spoiled{};
   float spoiled_one = 0;
   for (int64_t i = 0; i < n_padded; ++i, source += source_stride, target += stride) {
     int64_t c = 0;
     if (i < n && (ids == nullptr || ids[i] >= 0)) {
-      for (; c + LANES <= width; c += LANES) {
-        const Vec value = load_wide(source + c);
+      for (; c + WIDTH <= width; c += WIDTH) {
+        const vec value = load(source + c);
         spoiled += value - value;
         store(target + c, value);
       }
@@ -138,25 +138,25 @@ LONGLLAVA_INLINE bool stage(float* target, int64_t stride, const Input* source, 
     }
     for (; c < stride; ++c) target[c] = 0;
   }
-  return sum_of_lanes(spoiled) + spoiled_one == 0;
+  return sum_lanes(spoiled) + spoiled_one == 0;
 }
 
 // Hides what a panel's rows must not see: scores (key, row) of invisible pairs become -infinity.
 template <int N>
 LONGLLAVA_INLINE void mask_scores(float* scores, int64_t n_keys, int64_t first_key, const int32_t* key_ids,
                                   int64_t n_ids, const int32_t* ends, const int32_t* ids) {
-  Int row_end[N], row_id[N];
+  ivec row_end[N], row_id[N];
   for (int j = 0; j < N; ++j) {
-    row_end[j] = load_as<Int>(ends + j * LANES);
-    row_id[j] = load_as<Int>(ids + j * LANES);
+    row_end[j] = load(ends + j * WIDTH);
+    row_id[j] = load(ids + j * WIDTH);
   }
   for (int64_t key = 0; key < n_keys; ++key) {
-    const Int position = broadcast(static_cast<int32_t>(first_key + key));
-    const Int id = broadcast(key_ids == nullptr ? 0 : key < n_ids ? key_ids[key] : -1);
+    const ivec position = splat(static_cast<int32_t>(first_key + key));
+    const ivec id = splat(key_ids == nullptr ? 0 : key < n_ids ? key_ids[key] : -1);
     for (int j = 0; j < N; ++j) {
-      float* place = scores + (key * N + j) * LANES;
-      const Int visible = (position < row_end[j]) & (id == row_id[j]);
-      store(place, visible ? load(place) : broadcast(NEGATIVE_INFINITY));
+      float* place = scores + (key * N + j) * WIDTH;
+      const ivec visible = (position < row_end[j]) & (id == row_id[j]);
+      store(place, visible ? load(place) : splat(NEGATIVE_INFINITY));
     }
   }
 }

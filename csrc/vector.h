@@ -35,6 +35,8 @@ typedef uint32_t uvec __attribute__((vector_size(WIDTH * 4)));
 typedef uint16_t hvec __attribute__((vector_size(WIDTH * 2)));
 
 LONGLLAVA_INLINE vec splat(float x) { return x - vec{}; }  // x + 0 would be an operation: -0 + 0 is 0
+LONGLLAVA_INLINE ivec splat(int32_t x) { return x + ivec{}; }
+LONGLLAVA_INLINE uvec splat(uint32_t x) { return x + uvec{}; }
 
 template <class To, class From>
 LONGLLAVA_INLINE To bits(From x) {
@@ -46,19 +48,30 @@ LONGLLAVA_INLINE To bits(From x) {
 
 LONGLLAVA_INLINE float bf16_to_float(uint16_t x) { return bits<float>(uint32_t(x) << 16); }
 
-LONGLLAVA_INLINE vec load(const float* p) {
-  vec x;
+template <class Vector>
+LONGLLAVA_INLINE Vector load_as(const void* p) {
+  Vector x;
   __builtin_memcpy(&x, p, sizeof x);
   return x;
 }
 
-LONGLLAVA_INLINE vec load(const uint16_t* p) {  // bfloat16
-  hvec x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return bits<vec>(__builtin_convertvector(x, uvec) << 16);
+LONGLLAVA_INLINE uvec load_halves(const uint16_t* p) {  // 16 bits to the low half of 32
+#if defined(__AVX512F__) && LONGLLAVA_WIDTH == 16
+  return (uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__) && LONGLLAVA_WIDTH == 8  // GCC 12 makes four instructions of a __builtin_convertvector
+  return (uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(load_as<hvec>(p), uvec);
+#endif
 }
 
+LONGLLAVA_INLINE vec load(const float* p) { return load_as<vec>(p); }
+LONGLLAVA_INLINE ivec load(const int32_t* p) { return load_as<ivec>(p); }
+LONGLLAVA_INLINE uvec load(const uint32_t* p) { return load_as<uvec>(p); }
+LONGLLAVA_INLINE vec load(const uint16_t* p) { return bits<vec>(load_halves(p) << 16); }  // bfloat16
+
 LONGLLAVA_INLINE void store(float* p, vec x) { __builtin_memcpy(p, &x, sizeof x); }
+LONGLLAVA_INLINE void store(uint32_t* p, uvec x) { __builtin_memcpy(p, &x, sizeof x); }
 
 LONGLLAVA_INLINE void store(uint16_t* p, vec x) {  // bfloat16: nearest, ties to even; NaN stays NaN
   const uvec u = bits<uvec>(x);
@@ -82,8 +95,17 @@ LONGLLAVA_INLINE void store_some(T* p, vec x, int lanes) {
   __builtin_memcpy(p, whole, lanes * sizeof(T));
 }
 
-LONGLLAVA_INLINE vec maximum(vec a, vec b) { return a > b ? a : b; }  // b where either is NaN
+// b where either is NaN, as the processor's own instruction has it; GCC 12 makes a comparison and a choice of it at times.
+#if defined(__AVX512F__) && LONGLLAVA_WIDTH == 16  // unmasked, GCC 12 warns in its own header
+LONGLLAVA_INLINE vec maximum(vec a, vec b) { return (vec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+LONGLLAVA_INLINE vec minimum(vec a, vec b) { return (vec)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
+#elif defined(__AVX2__) && LONGLLAVA_WIDTH == 8
+LONGLLAVA_INLINE vec maximum(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+LONGLLAVA_INLINE vec minimum(vec a, vec b) { return (vec)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+LONGLLAVA_INLINE vec maximum(vec a, vec b) { return a > b ? a : b; }
 LONGLLAVA_INLINE vec minimum(vec a, vec b) { return a < b ? a : b; }
+#endif
 LONGLLAVA_INLINE vec absolute(vec x) { return bits<vec>(bits<uvec>(x) & 0x7fffffffu); }
 
 LONGLLAVA_INLINE float sum_lanes(vec x) {
