@@ -76,7 +76,7 @@ class Buffer:
         self.key_scale_BSG: Tensor | None = None
         self.value_scale_BSG: Tensor | None = None
         if dtype == torch.int8:
-            self.key_scale_BSG = torch.empty(batch, capacity, heads, device=device)
+            self.key_scale_BSG = torch.empty(batch, capacity, heads, device=device, dtype=torch.float32)
             self.value_scale_BSG = torch.empty_like(self.key_scale_BSG)
         self.filled = 0
 

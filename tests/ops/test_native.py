@@ -13,6 +13,10 @@ import torch
 
 from longllava.errors import BackendError
 from longllava.ops import native
+from longllava.ops.attention import attention
+from longllava.ops.attention.cases import Case as AttentionCase
+from longllava.ops.conv3x3 import cpu as conv3x3_cpu
+from longllava.ops.conv3x3.cases import Case as ConvolutionCase
 from longllava.ops.dispatch import Backend, choose, report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,3 +181,26 @@ def test_copies_are_made_only_where_the_kernels_need_them() -> None:
     for copied in (x.transpose(1, 2), x[..., ::2], x.half(), x.double()):
         made = native.readable(copied)
         assert made is not copied and made.stride(2) == 1 and torch.equal(made, copied.to(made.dtype))
+
+
+def test_the_callers_default_dtype_and_device_change_nothing() -> None:
+    """Kernels write what they were told the room for: in a default dtype of half the size, beyond it."""
+    needs_library()
+    case = AttentionCase(name="defaults", n_queries=5, n_keys=5, n_heads=4, n_groups=2, head_dim=8)
+    attention_inputs = [x.requires_grad_() for x in case.inputs()]
+    stem = ConvolutionCase(height=5, width=5).inputs()
+
+    def made() -> list[torch.Tensor]:
+        y, lse = attention(*attention_inputs, return_lse=True, backend="cpu")
+        grads = torch.autograd.grad((y, lse), attention_inputs, (y.detach(), lse.detach()))
+        return [y.detach(), lse.detach(), *grads, conv3x3_cpu.run(*stem)]
+
+    expected = made()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        found = made()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(x.dtype == torch.float32 and torch.equal(x, wanted) for x, wanted in zip(found, expected, strict=True))

@@ -95,8 +95,9 @@ def _forward(
     q, k, v = _readable(q), _readable(k), _readable(v)
     if seq_idx_q is not None and seq_idx_k is not None:
         seq_idx_q, seq_idx_k = plain(seq_idx_q, torch.int32), plain(seq_idx_k, torch.int32)
-    y = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[:3] if return_lse else 0)
+    # new_empty: torch.empty would follow the caller's default dtype and device
+    y = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:3] if return_lse else 0, dtype=torch.float32)
     status = forward(
         FIELDS.pack(
             *_sizes(q, k, causal), scale, *_rows(q), *_rows(k), *_rows(v), *_rows(y),
@@ -128,7 +129,7 @@ def _backward(
         seq_idx_q, seq_idx_k = plain(seq_idx_q, torch.int32), plain(seq_idx_k, torch.int32)
     lse = plain(lse)
     grad_lse = None if grad_lse is None else plain(grad_lse)
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
     status = backward(
         FIELDS.pack(
             *_sizes(q, k, causal), scale, *_rows(q), *_rows(k), *_rows(v), *_rows(y),

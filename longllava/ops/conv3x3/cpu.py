@@ -51,7 +51,7 @@ def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: 
     layout = torch.channels_last
     x = x.contiguous(memory_format=layout)
     residual = None if residual is None else residual.contiguous(memory_format=layout)
-    y = torch.empty((n, outputs, height, width), memory_format=layout)
+    y = x.new_empty((n, height, width, outputs)).permute(0, 3, 1, 2)
     weight, bias = plain(weight), plain(bias)
     status = _kernel()(
         FIELDS.pack(

@@ -49,7 +49,7 @@ def run(
     rows, columns = ((size + 2 * padding - side) // stride + 1 for size in (height, width))
     pixels = pixels.contiguous()
     mean, std, weight, bias = (plain(t) for t in (mean, std, weight, bias))
-    y = torch.empty((n, rows, columns, outputs), dtype=torch.float32, device="cpu").permute(0, 3, 1, 2)
+    y = weight.new_empty((n, rows, columns, outputs)).permute(0, 3, 1, 2)
     status = _kernel()(
         FIELDS.pack(
             FIELDS.size, n, channels, height, width, outputs, side, stride, padding, torch.get_num_threads(),
