@@ -18,7 +18,7 @@ from longllava.checkpoints.adapters import is_adapter
 from longllava.checkpoints.folders import CONFIG, INDEX, PICKLES, WEIGHTS, find_folder, listed
 from longllava.checkpoints.int8 import write_manifest
 from longllava.checkpoints.load import Places, find_places, read, stored_dtype
-from longllava.checkpoints.published import read_config
+from longllava.checkpoints.published import read_config, write_config
 from longllava.checkpoints.save import NATIVE, config_fields, renamed
 from longllava.checkpoints.stored import header
 from longllava.checkpoints.write import SHARD_BYTES, Output, write_folder
@@ -173,8 +173,8 @@ def write_layout(
     fields, named = config_fields(config, scheme, outputs), renamed(outputs, scheme)
 
     def rest(staged: Path) -> None:
-        write_json(staged / CONFIG, fields)
         copy_missing(BESIDE, source.folder, staged, staged)
+        write_config(staged, fields, config)
         if config.int8 is not None:
             write_manifest(staged, source.n_bytes())
 

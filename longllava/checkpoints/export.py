@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from longllava.checkpoints.convert import BESIDE, maker, open_source
 from longllava.checkpoints.folders import CONFIG
 from longllava.checkpoints.save import config_fields, renamed
+from longllava.checkpoints.towers import PREPROCESSOR, preprocessor_fields
 from longllava.checkpoints.write import SHARD_BYTES, Output, write_folder
 from longllava.config import EncoderConfig, ModelConfig, PromptConfig
 from longllava.errors import CheckpointError, ConfigError
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = {"hf-llava": "llava", "jamba": "jamba"}  # format -> scheme of names
-BICUBIC = 3  # Pillow's number
 
 
 def export(
@@ -69,7 +69,7 @@ def export(
         write_json(staged / "generation_config.json", generation_fields(tokenizer, config.backbone.vocab_size))
         write_text(staged / "chat_template.jinja", chat_template(config.prompt, config.prompt.pad_token))
         if config.encoder is not None:
-            write_json(staged / "preprocessor_config.json", preprocessor_fields(config.encoder))
+            write_json(staged / PREPROCESSOR, preprocessor_fields(config.encoder))
             write_json(staged / "processor_config.json", processor_fields(config.encoder, config.prompt))
 
     return write_folder(target, named, rest, shard_bytes, BESIDE)
@@ -99,17 +99,6 @@ def generation_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """suppress_tokens: rows of the vocabulary that no token has."""
     spare = list(range(tokenizer.vocab_size, vocab_size))
     return {**ids_of(tokenizer, False), **({"suppress_tokens": spare} if spare else {})}
-
-
-def preprocessor_fields(config: EncoderConfig) -> dict[str, Any]:
-    """Padded to a square with the mean colour, then resized, as LLaVA does."""
-    side = config.image_size
-    return {
-        "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
-        "do_pad": True, "do_resize": True, "size": {"shortest_edge": side}, "resample": BICUBIC,
-        "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(config.mean), "image_std": list(config.std),
-    }  # fmt: skip
 
 
 def processor_fields(config: EncoderConfig, prompt: PromptConfig) -> dict[str, Any]:

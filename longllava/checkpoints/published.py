@@ -13,7 +13,7 @@ from typing import Any
 
 from longllava.checkpoints.expressible import unexpressed
 from longllava.checkpoints.folders import CONFIG
-from longllava.checkpoints.towers import tower_config, vision_fields, vision_values
+from longllava.checkpoints.towers import PREPROCESSOR, preprocessor_fields, tower_config, vision_fields, vision_values
 from longllava.config import (
     MODEL_TYPE,
     PUBLISHED_PROMPT,
@@ -24,6 +24,7 @@ from longllava.config import (
     PromptConfig,
 )
 from longllava.errors import CheckpointError, ConfigError
+from longllava.files import write_json
 from longllava.settings import build, load, read_mapping
 
 BACKBONE = {
@@ -158,6 +159,15 @@ def published_config(config: ModelConfig, scheme: str) -> dict[str, Any]:
         more = {"mamba_inner_layernorms": True} if scheme == "longllava" else {}
         return {"architectures": ["JambaForCausalLM"], "model_type": "jamba", **text, **more, **said}
     return {**WRITERS[scheme](config.encoder, config.bridge, text), **said}
+
+
+def write_config(staged: Path, fields: Mapping[str, Any], config: ModelConfig) -> None:
+    """config.json, and what transformers keeps beside it: the mean and std of pictures, unless they are read so."""
+    write_json(staged / CONFIG, fields)
+    if config.encoder is not None and isinstance(vision := fields.get("vision_config"), dict):
+        read = vision_values(vision, staged)
+        if (read["mean"], read["std"]) != (config.encoder.mean, config.encoder.std):
+            write_json(staged / PREPROCESSOR, preprocessor_fields(config.encoder))
 
 
 def longllava_fields(encoder: EncoderConfig, bridge: BridgeConfig, text: dict) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from longllava.settings import build, read_mapping
 
 OPEN_CLIP = "open_clip:"
 PREPROCESSOR = "preprocessor_config.json"
+BICUBIC = 3  # Pillow's number
 # the towers that published checkpoints name; others are read from their own config.json
 KNOWN = {
     "clip-vit-large-patch14-336": EncoderConfig(weights="openai/clip-vit-large-patch14-336"),
@@ -118,6 +119,17 @@ def vision_fields(config: EncoderConfig) -> dict[str, Any]:
     names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     fields = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
     return {**fields, "hidden_act": names[config.activation], "model_type": family_of(config), "num_channels": 3}
+
+
+def preprocessor_fields(config: EncoderConfig) -> dict[str, Any]:
+    """Padded to a square with the mean colour, then resized, as LLaVA does."""
+    side = config.image_size
+    return {
+        "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
+        "do_pad": True, "do_resize": True, "size": {"shortest_edge": side}, "resample": BICUBIC,
+        "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(config.mean), "image_std": list(config.std),
+    }  # fmt: skip
 
 
 def split_name(source: str) -> tuple[str, str | None]:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from longllava.api import LongLLaVA
 from longllava.checkpoints import load_model, load_weights_, save_model
+from longllava.checkpoints.convert import convert_layout
 from longllava.checkpoints.published import read_config
 from longllava.config import PUBLISHED_PROMPT, BridgeConfig, EncoderConfig, PromptConfig
 from longllava.errors import CheckpointError, ConfigError, LongLLaVAError
@@ -100,7 +101,17 @@ def test_stock_llava_there_and_back(tmp_path, tower):
     back = {key.replace("tower.vision_model.", "tower."): value for key, value in weights(tmp_path / "back").items()}
     theirs = used_of_the_tower(weights(tmp_path / "theirs"))
     assert_same(back, {key: value for key, value in theirs.items() if "tower.head" not in key})
-    assert load_model(tmp_path / "back").config.backbone == model.config.backbone
+    usual = model.config
+    assert load_model(tmp_path / "back").config.backbone == usual.backbone
+    # what pictures are normalised by stands in a file beside config.json, which goes where it is the usual again
+    model.config = replace(usual, encoder=replace(usual.encoder, mean=(0.4, 0.5, 0.6)))
+    save_model(model, TOKENIZER, tmp_path / "native")
+    convert_layout(tmp_path / "native", tmp_path / "converted", "llava")
+    save_model(model, TOKENIZER, tmp_path / "back", scheme="llava")
+    assert read_config(tmp_path / "back").encoder == read_config(tmp_path / "converted").encoder == model.config.encoder
+    model.config = usual
+    save_model(model, TOKENIZER, tmp_path / "back", scheme="llava")
+    assert read_config(tmp_path / "back").encoder == usual.encoder
 
 
 def test_the_names_of_transformers_modules_are_read_too(tmp_path):
