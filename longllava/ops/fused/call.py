@@ -117,8 +117,13 @@ def _differentiate_swiglu(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ..
 
 
 def _again(run: Any, inputs: tuple[Tensor | None, ...], grads: list[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of run's inputs, by running it again; None where an input is missing or reached by no gradient."""
-    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    """Gradients of run's inputs, by running it again; None where an input is missing or reached by no gradient.
+
+    With a graph of their own where one is wanted (create_graph): an input's view then stands between it and its like.
+    """
+    graph = torch.is_grad_enabled()
+    leaves = [None if x is None else x.view_as(x) if graph and x.requires_grad else x.detach().requires_grad_()
+              for x in inputs]  # fmt: skip
     with torch.enable_grad():
         outputs = run(*leaves)
     pairs = [(y, grad) for y, grad in zip(outputs, grads) if y is not None and grad is not None]
@@ -126,7 +131,7 @@ def _again(run: Any, inputs: tuple[Tensor | None, ...], grads: list[Tensor | Non
         return [None] * len(leaves)
     given = [x for x in leaves if x is not None]
     ys, wanted = zip(*pairs)
-    found = iter(torch.autograd.grad(ys, given, wanted, allow_unused=True))
+    found = iter(torch.autograd.grad(ys, given, wanted, create_graph=graph, allow_unused=True))
     return [None if x is None else next(found) for x in leaves]
 
 
