@@ -98,11 +98,16 @@ def rows(x_BLE: torch.Tensor | None) -> tuple[int, int, int, int]:
     """The fields of csrc/rows.h's Rows: address, element type, stride of batch and of token in elements."""
     if x_BLE is None:
         return 0, 0, 0, 0
-    return x_BLE.data_ptr(), DTYPES[x_BLE.dtype], x_BLE.stride(0), x_BLE.stride(1)
+    return address(x_BLE), DTYPES[x_BLE.dtype], x_BLE.stride(0), x_BLE.stride(1)
 
 
 def address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    """Where a kernel finds it, 0 for None. Raises BackendError for one that is not on the CPU."""
+    if x is None:
+        return 0
+    if not x.is_cpu:
+        raise BackendError(f"the compiled kernels need CPU tensors, got one on {x.device} beside others on the CPU")
+    return x.data_ptr()
 
 
 def succeed(status: int, op: str) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,14 @@ from longllava.errors import BackendError
 from longllava.ops import native
 from longllava.ops.attention import attention
 from longllava.ops.attention.cases import Case as AttentionCase
+from longllava.ops.causal_conv1d import causal_conv1d
 from longllava.ops.conv3x3 import cpu as conv3x3_cpu
 from longllava.ops.conv3x3.cases import Case as ConvolutionCase
 from longllava.ops.dispatch import Backend, choose, report
+from longllava.ops.fused import rms_norm
+from longllava.ops.int8_linear import int8_linear, quantize_weight
+from longllava.ops.selective_scan import selective_scan
+from longllava.ops.selective_scan.cases import Case as ScanCase
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -204,3 +210,22 @@ def test_the_callers_default_dtype_and_device_change_nothing() -> None:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
     assert all(x.dtype == torch.float32 and torch.equal(x, wanted) for x, wanted in zip(found, expected, strict=True))
+
+
+def test_a_tensor_on_another_device_is_an_error() -> None:
+    """Its address means nothing to the kernels: a call with one ended the process, or saw no state."""
+    needs_library()
+    u, delta, A, B, C, *_ = ScanCase("elsewhere", length=3).inputs()
+    state = torch.zeros(len(u), *A.shape, device="meta")
+    values, scale = quantize_weight(torch.ones(8, u.shape[2]))
+    x = u.flatten(0, 1)
+    calls: list[Callable[[], object]] = [
+        lambda: selective_scan(u, delta, A, B, C, None, state=state, backend="cpu"),
+        lambda: causal_conv1d(u, torch.ones(u.shape[2], 4, device="meta"), backend="cpu"),
+        lambda: attention(u[..., None], u[..., None], u[..., None].to("meta"), backend="cpu"),
+        lambda: rms_norm(x, x[0].to("meta"), 1e-6, backend="cpu"),
+        lambda: int8_linear(x, values, scale.to("meta"), backend="cpu"),
+    ]
+    for call in calls:
+        with pytest.raises(BackendError, match="need CPU tensors, got one on meta beside others"):
+            call()

@@ -70,7 +70,7 @@ def _readable(x_BLHK: Tensor) -> Tensor:
 
 def _rows(x_BLHK: Tensor) -> tuple[int, int, int, int]:
     """The fields of csrc/attention_plan.h's AttentionRows: address, strides of batch, token and head."""
-    return x_BLHK.data_ptr(), x_BLHK.stride(0), x_BLHK.stride(1), x_BLHK.stride(2)
+    return address(x_BLHK), x_BLHK.stride(0), x_BLHK.stride(1), x_BLHK.stride(2)
 
 
 def _sizes(q: Tensor, k: Tensor, causal: bool) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ def compute(
         FIELDS.pack(
             FIELDS.size, batch, length, channels, n_taps, silu, torch.get_num_threads(),
             *rows(x), *rows(state), *rows(y), *rows(written),
-            weight.data_ptr(), address(bias), address(seq_idx), *NO_GRADIENTS,
+            address(weight), address(bias), address(seq_idx), *NO_GRADIENTS,
         )
     )  # fmt: skip
     native.succeed(status, "causal_conv1d")
@@ -105,7 +105,7 @@ def gradients(
         FIELDS.pack(
             FIELDS.size, batch, length, channels, n_taps, silu, torch.get_num_threads(),
             *rows(x), *rows(state), *NO_ROWS, *NO_ROWS,
-            weight.data_ptr(), address(bias), address(seq_idx),
+            address(weight), address(bias), address(seq_idx),
             *rows(grad_y), *rows(grad_state), *rows(grad_x), *rows(grad_initial),
             grad_weight.data_ptr(), 0 if bias is None else grad_bias.data_ptr(),
         )

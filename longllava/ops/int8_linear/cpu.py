@@ -99,7 +99,7 @@ def run(
         FIELDS.pack(
             FIELDS.size, x.shape[0], weight.shape[-1], y.shape[1], 1 if offsets is None else weight.shape[0],
             torch.get_num_threads(), depth, x.data_ptr(), DTYPES.get(x.dtype, INT8), x.stride(0), address(x_scale), 0,
-            weight.data_ptr(), scale.data_ptr(), address(bias), address(offsets), y.data_ptr(), DTYPES[y.dtype],
+            address(weight), address(scale), address(bias), address(offsets), y.data_ptr(), DTYPES[y.dtype],
             0, 0, 0,
         )
     )  # fmt: skip
