@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,10 @@ def read_adapter(folder: str | Path) -> Adapter:
     config = read_adapter_config(folder)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     tensors = read_weights(folder)
+    if damaged := [name for name, x in tensors.items() if not x.is_floating_point() or not bool(x.isfinite().all())]:
+        raise CheckpointError(
+            f"{folder / ADAPTER_WEIGHTS}: NaN, infinite or whole numbers in {listed(damaged)}; it is damaged"
+        )
     alone = []
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         module = name.removesuffix(".lora_A.weight")
@@ -77,7 +82,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     if alone:
         raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: adapters without a fitting other half: {listed(alone)}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: r is {rank!r} and lora_alpha {alpha!r}, expected numbers")
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     base = str(config.get("base_model_name_or_path") or "")
@@ -209,15 +214,14 @@ def merge(base: str | Path, folder: str | Path, target: str | Path, *, dtype: to
     from longllava.checkpoints.save import save_model
     from longllava.inputs.tokenizer import Tokenizer
 
+    folder, target = Path(folder).expanduser(), Path(target).expanduser()
     adapter = read_adapter(folder)
     source = find_folder(base)
-    target = Path(target).expanduser()
-    if source.resolve() == target.resolve() or Path(folder).resolve() == target.resolve():
+    if target.resolve() in (source.resolve(), folder.resolve()):
         raise CheckpointError(f"{target}: would be written over what it is made of; name another folder")
     model = load_model(source, dtype=dtype)
     merge_(model, adapter, folder, source)
     written = save_model(model, Tokenizer.from_folder(source, model.config.prompt), target)
-    record = Path(folder) / RECORD
-    if record.is_file():
-        write_text(written / RECORD, record.read_text("utf-8"))
+    if (folder / RECORD).is_file():
+        write_text(written / RECORD, (folder / RECORD).read_text("utf-8"))
     return written

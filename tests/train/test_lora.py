@@ -189,11 +189,16 @@ def test_adapters_that_do_not_fit_change_nothing(runs, monkeypatch, tmp_path: Pa
     first = next(iter(name for name in tensors if ".lora_A." in name))
     wide = {**tensors, first: torch.zeros(4, 999)}
     unknown = {name.replace("layers.0.", "layers.9."): tensor for name, tensor in tensors.items()}
+    spoilt = {**tensors, first: tensors[first].clone().fill_diagonal_(torch.nan)}
+    whole = {**tensors, first: tensors[first].to(torch.int8)}
     half = {name: tensor for name, tensor in tensors.items() if name != first}
     for other, message in (
         (spoiled("wide", wide), "the adapter is of another model: backbone.*; it was trained on"),
         (spoiled("unknown", unknown), "of another model: backbone.layers.9."),
         (spoiled("half", half), "adapters without a fitting other half: base_model.model.backbone"),
+        (spoiled("nan", spoilt), f"NaN, infinite or whole numbers in {first}; it is damaged"),
+        (spoiled("whole", whole), f"NaN, infinite or whole numbers in {first}; it is damaged"),
+        (spoiled("alpha", tensors, lora_alpha=float("nan")), "lora_alpha nan, expected numbers"),
         (spoiled("dora", tensors, use_dora=True), "use_dora is True; merge it with peft itself"),
         (spoiled("ia3", tensors, peft_type="IA3"), "peft_type is 'IA3'; LORA alone is read"),
         (spoiled("empty", None), "adapter_model.safetensors: no such file"),
@@ -209,7 +214,7 @@ def test_adapters_that_do_not_fit_change_nothing(runs, monkeypatch, tmp_path: Pa
     monkeypatch.setenv("HOME", str(runs))
     for target in (folder, runs / "base/model", "~/base/model"):
         with pytest.raises(CheckpointError, match="would be written over what it is made of"):
-            merge(runs / "base/model", folder, target)
+            merge(runs / "base/model", f"~/{folder.relative_to(runs)}", target)
 
 
 # --- the base that adapters were trained on
