@@ -29,6 +29,10 @@ def quantize_folder(
         raise CheckpointError(f"{floats.folder}: its weights are int8 already; quantise the floats they came from")
     if Path(target).expanduser().resolve() == floats.folder.resolve():
         raise CheckpointError(f"{target}: source and target are one folder; give another to write into")
+    from longllava.quant import float_places
+
     model = load_model(floats.folder, int8=config or Int8Config())
+    if not float_places(model):  # it would say int8 and hold none
+        raise CheckpointError(f"{floats.folder}: keep and parts leave no layer to become int8; keep fewer")
     outputs = {key: output(tensor, tensor.dtype) for key, tensor in model.state_dict().items()}
     return write_layout(floats, model.config, outputs, target, NATIVE, shard_bytes)

@@ -151,6 +151,8 @@ def test_what_is_int8_already_is_not_quantised_again(int8, floats, tmp_path):
         load_model(int8, int8=Int8Config(lm_head=True))
     with pytest.raises(CheckpointError, match="source and target are one folder"):
         quantize_folder(floats, floats)
+    with pytest.raises(CheckpointError, match="keep and parts leave no layer to become int8; keep fewer"):
+        quantize_folder(floats, tmp_path / "kept", Int8Config(keep=("*",)))
     with pytest.raises(CheckpointError, match="its experts are int8; take the floats they came from"):
         downcycle(int8, tmp_path / "dense")
     with pytest.raises(CheckpointError, match="scheme longllava: int8 weights have no names in it"):
