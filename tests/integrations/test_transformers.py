@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -60,11 +61,17 @@ def test_a_folder_is_the_same_whoever_wrote_it(folder, tmp_path, model, processo
         assert answers(again, its_processor, prepared(its_processor, TALKS[2])) == [expected]
 
 
-def test_dtypes_and_devices(folder):
+def test_dtypes_and_devices(folder, tmp_path):
     exact = ("A_log_EN", "D_E", "dt_bias_E", "log_length_H")
     half = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": "cpu"})
     for key, tensor in half.state_dict().items():
         assert tensor.dtype == (torch.float32 if key.endswith(exact) else torch.bfloat16), key
+    mixed = shutil.copytree(folder, tmp_path / "mixed")
+    weights = load_file(mixed / "model.safetensors")
+    few = {key: weights[key].half() for key in weights if key.startswith("bridge.") or "layers.1.mixer.q" in key}
+    save_file(weights | few, mixed / "model.safetensors")
+    model = AutoModelForImageTextToText.from_pretrained(mixed)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
     for arguments, words in (
         ({"device_map": {"encoder": "cpu", "backbone": "meta"}}, "device_map: got 2 places"),
         ({"attn_implementation": "flash_attention_2"}, "attn_implementation: attention chooses its backend"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 
 from longllava import api
 from longllava.checkpoints import find_folder
+from longllava.checkpoints.placing import FP32_NAMES
 from longllava.errors import InputError
+from longllava.model import Model
 
 # given by the Auto classes and pipelines themselves, or of no effect here: a folder is always read as safetensors,
 # straight to its place, and its code is never run
@@ -33,6 +36,18 @@ def folder_of(name: Any, arguments: dict[str, Any]) -> Path:
 
 def checked_dtype(dtype: Any) -> torch.dtype | None:
     return None if dtype in (None, "auto") else api.checked_dtype(dtype, None)
+
+
+def as_one_dtype_(model: Model) -> None:
+    """Weights that were stored in several dtypes, as the one that most of them have; torch multiplies no two."""
+    weights = [tensor for key, tensor in model.state_dict(keep_vars=True).items()
+               if tensor.is_floating_point() and not key.endswith(FP32_NAMES)]  # fmt: skip
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in weights:
+        sizes[tensor.dtype] += tensor.numel()
+    dtype = sizes.most_common(1)[0][0]
+    for tensor in weights:
+        tensor.data = tensor.data.to(dtype)
 
 
 def checked_device_map(device_map: Any) -> torch.device:

@@ -21,7 +21,7 @@ from longllava.errors import InputError
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.integrations.transformers.cache import LongLLaVACache
 from longllava.integrations.transformers.configuration import LongLLaVAConfig, token_ids
-from longllava.integrations.transformers.loading import checked_device_map, checked_dtype, folder_of
+from longllava.integrations.transformers.loading import as_one_dtype_, checked_device_map, checked_dtype, folder_of
 from longllava.model import Model
 from longllava.nn import Context
 from longllava.quant import quantize_
@@ -80,12 +80,14 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> LongLLaVAForConditionalGeneration:  # fmt: skip
         """Read a folder of ours or of LongLLaVA's layout, checked and streamed as LongLLaVA.from_pretrained reads it.
 
-        dtype: None or "auto" as stored. device_map: None for the CPU, a device, {"": device}, or "auto".
+        dtype: None or "auto" as stored, or of several the one that most weights have. device_map: None for the CPU, a
+        device, {"": device}, or "auto".
         Raises: CheckpointError, ConfigError, InputError for an argument that has no meaning here.
         """
         folder = folder_of(pretrained_model_name_or_path, kwargs)
         device = checked_device_map(device_map)
         model = load_model(folder, device=device, dtype=checked_dtype(dtype if torch_dtype is None else torch_dtype))
+        as_one_dtype_(model)
         config = config or LongLLaVAConfig.from_pretrained(folder)
         for name, number in token_ids(folder, model.config).items():  # a name of the hub had none of its files yet
             setattr(config, name, number)
