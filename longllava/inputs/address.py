@@ -1,4 +1,4 @@
-"""Pictures from http(s) addresses, for hosts that the caller named.
+"""Pictures from http(s) addresses, for hosts that the caller named, and from data: addresses, which hold them.
 
 One gate for the first address and for every redirect: the scheme, the host, and the numbers it resolves to are checked,
 and the connection goes to the number that was checked, so that a name cannot change between the two.
@@ -6,6 +6,7 @@ and the connection goes to the number that was checked, so that a name cannot ch
 
 from __future__ import annotations
 
+import base64
 import http.client
 import ipaddress
 import socket
@@ -34,6 +35,7 @@ def download(address: str, hosts: Sequence[str], *, max_bytes: int = MAX_BYTES, 
     max_bytes and seconds hold for the whole, redirects included. Raises: InputError naming what is wrong with it.
     """
     deadline = time.monotonic() + seconds
+    hosts = [host.lower() for host in hosts]  # as those of addresses are
     for _ in range(MAX_REDIRECTS + 1):
         content, moved_to = ask(address, hosts, max_bytes, deadline, seconds)
         if moved_to is None:
@@ -43,6 +45,18 @@ def download(address: str, hosts: Sequence[str], *, max_bytes: int = MAX_BYTES, 
         except ValueError:
             raise InputError(f"redirected to {moved_to!r:.80}, which is not a well-formed address") from None
     raise InputError(f"more than {MAX_REDIRECTS} redirects")
+
+
+def held(address: str) -> bytes:
+    """The bytes that a data: address holds itself. Raises: InputError."""
+    head, comma, text = address.partition(",")
+    content = urllib.parse.unquote_to_bytes(text)
+    try:
+        if comma:
+            return base64.b64decode(content, validate=True) if head.endswith(";base64") else content
+    except ValueError:
+        pass
+    raise InputError("it is torn; expected data:image/png;base64, and the base64 text of a file")
 
 
 def ask(

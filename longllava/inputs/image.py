@@ -109,6 +109,11 @@ def is_address(text: str) -> bool:
     return "://" in text
 
 
+def is_data(text: str) -> bool:
+    """Whether `text` holds a file's bytes: "data:image/png;base64,..."."""
+    return text.startswith("data:") and is_reference(text)
+
+
 def is_reference(text: str) -> bool:
     """Whether `text` is "scheme:..." (C:\\ is a drive) and no file of that name exists."""
     scheme, colon, rest = text.partition(":")
@@ -261,4 +266,6 @@ def named(index: int, total: int, source: Any) -> Iterator[None]:
 
 def label(source: Any) -> str:
     """What a sentence about a source begins with: "album/417.jpg: ", or nothing where it has no name."""
+    if isinstance(source, str) and source.startswith("data:"):
+        return f"{source.partition(',')[0]:.40}: "  # not the megabytes that it holds
     return f"{os.fspath(source)}: " if isinstance(source, (str, os.PathLike)) else ""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from longllava.errors import InputError
-from longllava.inputs.address import download
-from longllava.inputs.image import is_address, named
+from longllava.inputs.address import download, held
+from longllava.inputs.image import is_address, is_data, label, named
 from longllava.inputs.tiles import parse_tiles, split
 from longllava.inputs.video import MAX_FRAMES, check_sampling, read_frames
 
@@ -46,6 +46,8 @@ class MediaReader:
 
     def open_reference(self, reference: str) -> Any:
         """The picture behind an address or another reference, for open_image."""
+        if is_data(reference):
+            return held(reference)
         if is_address(reference):
             return download(reference, self.options.allow_hosts)
         if self.open_scheme is None:
@@ -74,19 +76,24 @@ class MediaReader:
     def video(self, source: Any) -> list[Any]:
         """Frames of a video."""
         sampling: dict[str, Any] = {"fps": self.options.fps, "max_frames": self.options.max_frames, "side": self.side}
-        if not isinstance(source, str) or not is_address(source):
+        if not isinstance(source, str) or not (is_address(source) or is_data(source)):
             return read_frames(source, **sampling)
         try:
-            return read_frames(download(source, self.options.allow_hosts), **sampling)
+            return read_frames(self.open_reference(source), **sampling)
         except InputError as error:
-            raise InputError(f"{source}: {error}") from None
+            raise InputError(f"{label(source)}{error}") from None
 
 
 def listed(images: Any) -> list[Any]:
     """One image or several, as a list."""
     if images is None:
         return []
-    single = isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike)) or hasattr(
-        images, "__array_interface__"
-    )
+    import torch
+
+    if isinstance(images, torch.Tensor):  # one picture's features or pixels, or a batch of them
+        single = images.ndim == (3 if images.dtype == torch.uint8 else 2)
+    else:
+        single = isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike)) or hasattr(
+            images, "__array_interface__"
+        )
     return [images] if single or not isinstance(images, Iterable) else list(images)

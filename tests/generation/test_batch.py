@@ -35,6 +35,9 @@ def test_prompts_and_pictures_may_come_one_by_one():
     whole = model.generate_batch(PROMPTS, IMAGES, **SHORT)
     images = (iter(own) if isinstance(own, list) else own for own in IMAGES)
     assert model.generate_batch(iter(PROMPTS), images, **SHORT) == whole
+    images = [own if own is None else model.encode(own) for own in IMAGES]
+    assert model.generate_batch(PROMPTS, [*images[:4], images[4][0]], **SHORT) == whole
+    assert model.generate(PROMPTS[0], torch.stack(images[0]), **SHORT) == whole[0]
 
 
 def test_rows_stop_where_they_would_alone():

@@ -1,5 +1,6 @@
 """Pictures from addresses: only from hosts that were named, in time, and never more than is allowed."""
 
+import base64
 import contextlib
 import http.server
 import io
@@ -106,6 +107,8 @@ def test_a_model_reads_it_only_where_it_may(server):
     expected = model.generate("a", PICTURE, **short)
     assert model.generate("a", at(server, "png"), allow_hosts=HERE, **short) == expected
     assert model.session(images=at(server, "png"), allow_hosts=HERE).ask("a", **short) == expected
+    by_name = at(server, "png").replace("127.0.0.1", "Localhost")
+    assert model.generate("a", by_name, allow_hosts=["LocalHost"], **short) == expected
     before = len(server.asked)
     for reading in ({}, {"allow_hosts": ["example.org"]}, {"allow_hosts": ["*"]}, {"tiles": "fit"}):
         with pytest.raises(InputError, match=r"^image 1 of 1: http://127\.0\.0\.1:\d+/png: host 127\.0\.0\.1 "):
@@ -119,6 +122,22 @@ def test_a_model_reads_it_only_where_it_may(server):
     for bad in ("127.0.0.1", None, 7, [7]):
         with pytest.raises(InputError, match="allow_hosts: got .*, expected a list"):
             model.generate("a", allow_hosts=bad)
+
+
+def test_an_address_may_hold_its_picture():
+    model, short = tiny_model(), {"max_new_tokens": 4}
+    picture, film = (f"data:image/x;base64,{base64.b64encode(make()).decode()}" for make in (png, gif))
+    expected = model.generate("a", PICTURE, **short)
+    asked = [{"type": "image", "url": picture}, {"type": "text", "text": "a"}]
+    assert model.generate("a", picture, **short) == expected
+    assert model.generate([{"role": "user", "content": asked}], **short) == expected
+    assert model.generate("a", video=film, **short) == model.generate("a", video=gif(), **short)
+    for bad in (picture[:-1], "data:" + "a" * 10**6, "data:image/png;base64," + "a" * 10**6):
+        for given, name in (({"images": bad}, "image 1 of 1: data:"), ({"video": bad}, "data:")):
+            reasons = "(it is torn|not a picture|broken video|reading video)"
+            with pytest.raises(InputError, match=f"^{name}.{{,40}}: {reasons}") as error:
+                model.generate("a", **given)
+            assert len(str(error.value)) < 200
 
 
 @pytest.mark.parametrize(
