@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import resource
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from longllava.cli import app, main, run
 from longllava.cli.pictures import expand
 from longllava.errors import InputError
+from longllava.inputs.tokenizer import check_text
 
 
 def command(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
@@ -227,12 +229,19 @@ def test_streams_that_are_closed_are_empty(monkeypatch: pytest.MonkeyPatch) -> N
     assert said == [" utf-8 False"]
 
 
+def test_a_prompt_that_is_not_unicode_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?"), "utf-8"))
+    with pytest.raises(SystemExit, match=r"longllava: prompt: character 3 is a lone surrogate \(U\+DCE9\)"):
+        run(lambda: check_text(sys.stdin.read(), "prompt"))
+
+
 def test_chat_keeps_history_and_survives_a_wrong_path(
     calls: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "cat.png").touch()
     lines = [
+        "/video",
         "/image missing.png",
         "/image ~nobody-of-this-name/cat.png",
         "/image " + 300 * "a",
@@ -248,6 +257,7 @@ def test_chat_keeps_history_and_survives_a_wrong_path(
     result = CliRunner().invoke(app, ["chat"], input="\n".join(lines))
     assert result.exit_code == 0, result.output
     assert "--image missing.png: no such file" in " ".join(result.output.split())
+    assert "/video: the name is empty" in result.output
     assert "no command /nonsense; /help lists them" in result.output
     assert "you: (1 shown) What?" in result.output
     assert "answer: a red panda" in result.output

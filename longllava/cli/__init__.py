@@ -72,6 +72,8 @@ def run(command: Callable[[], Any], name: str = "longllava") -> None:
             setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may have no letter for an answer or a file's name
         sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not Unicode is told by who reads it
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         command()
     except LongLLaVAError as error:

@@ -184,6 +184,8 @@ class Chat:
             self.show(expand([rest.strip()]))
             self.console.print(f"pictures for the next question: {len(self.pictures)}", highlight=False)
         elif command == "/video":
+            if not rest.strip():
+                raise InputError("/video: the name is empty; give a file or a folder of frames")
             self.show([], rest.strip())
         elif command == "/history":
             for question, answer in self.turns:
