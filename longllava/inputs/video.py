@@ -171,11 +171,12 @@ def page_frames(file: Any, fps: float) -> Iterator[Shown]:
         with Image.open(file, formats=PAGED) as pages:
             check_size(*pages.size)
             second = 0.0
-            for page in ImageSequence.Iterator(pages):
+            for number, page in enumerate(ImageSequence.Iterator(pages), 1):
                 check_size(*page.size)
                 page.load()  # a WebP says its durations no sooner
                 length = (page.info.get("duration") or 100) / 1000  # browsers show a frame of 0 ms for 100 ms
-                second += 1 / fps if pages.format == "TIFF" else length
+                # a TIFF's as Sampler counts: of a sum of 1,000 roundings it would see a page twice
+                second = number * (1 / fps) if pages.format == "TIFF" else second + length
                 yield second, partial(rgb, page)
     except InputError:
         raise

@@ -1,6 +1,9 @@
 """Which frames are taken, and what is said of files that have none."""
 
+import io
+
 import pytest
+from PIL import Image
 
 from longllava.errors import InputError
 from longllava.inputs import video
@@ -114,3 +117,9 @@ def test_pages(tmp_path, kind, expected):
     frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], **options)
     assert levels(read_frames(tmp_path / f"a.{kind}")) == expected
     assert levels(read_frames(tmp_path / f"a.{kind}", fps=2, max_frames=2)) == [0, 120]
+
+
+def test_no_page_is_taken_twice():
+    file, pages = io.BytesIO(), [Image.new("L", (1, 1)) for _ in range(500)]
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+    assert len(read_frames(file.getvalue(), fps=0.0007)) == 500
