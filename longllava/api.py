@@ -158,7 +158,7 @@ class LongLLaVA:
         Raises: InputError naming the prompt, before any is answered where that can be known.
         """
         from longllava.generation import Sampling
-        from longllava.generation.batch import answer_prompts
+        from longllava.generation.batch import answer_prompts, check_batch_size
         from longllava.generation.keywords import check_keywords
         from longllava.generation.session import Options, Reading
 
@@ -172,8 +172,7 @@ class LongLLaVA:
         prompts, images = list(prompts), None if images is None else list(images)
         if images is not None and len(images) != len(prompts):
             raise InputError(f"prompts: got {len(prompts)}, and images for {len(images)}; expected an entry for each")
-        if batch_size < 1:
-            raise InputError(f"batch_size: got {batch_size}, must be at least 1")
+        check_batch_size(batch_size)
         session = self.fresh(**reading)
         rows = []
         for number, (prompt, own) in enumerate(zip(prompts, images or [None] * len(prompts)), 1):

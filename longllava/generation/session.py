@@ -7,7 +7,7 @@ to a session is the same tokens as the whole prompt at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longllava.errors import InputError
 from longllava.generation import saving
-from longllava.generation.batch import answer_many
+from longllava.generation.batch import answer_many, check_batch_size
 from longllava.generation.decoding import is_static, static_tokens
 from longllava.generation.keywords import check_keywords
 from longllava.generation.prefill import Reader
@@ -180,10 +180,9 @@ class Session:
         """Answer many questions on what was read, in batches; each as `ask` would (with the same seed)."""
         check_keywords(self.ask_many, settings, Settings)
         sampling = Sampling(**settings)
-        if isinstance(questions, str):
-            raise InputError("questions: expected a list of strings, got one string; use ask for one")
-        if batch_size < 1:
-            raise InputError(f"batch_size: got {batch_size}, must be at least 1")
+        if isinstance(questions, str) or not isinstance(questions, Iterable):
+            raise InputError(f"questions: expected a list of strings, got {questions!r:.80}; use ask for one")
+        check_batch_size(batch_size)
         close = self.reader.processor.assistant_open()
         rows = [self.encode([*self.waiting, *self.question_pieces(q, None, None)[0], close]).ids for q in questions]
         answers: list[str] = []

@@ -82,6 +82,8 @@ def test_errors_name_the_prompt():
     for one, name in (("b.png", "one string"), (7, "one int")):
         with pytest.raises(InputError, match=f"images: got {name}; expected"):
             model.generate_batch(["a"], one)
-    with pytest.raises(InputError, match="batch_size: got 0"):
-        model.generate_batch(["a"], batch_size=0)
+    for size in (0, "2", 2.5, True):
+        for answer in (model.generate_batch, model.session().ask_many):
+            with pytest.raises(InputError, match="batch_size: got .*, expected a whole number above 0"):
+                answer(["a"], batch_size=size)
     assert model.generate_batch([]) == []
