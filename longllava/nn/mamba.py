@@ -90,6 +90,11 @@ class Mamba(nn.Module):
             self.known_A = (key, -log_EN.float().exp())
         return self.known_A[1]
 
+    def train(self, mode: bool = True) -> Mamba:
+        if mode != self.training:  # steps that write to A_log.data, as DeepSpeed's, leave its version as it was
+            self.known_A = None
+        return super().train(mode)
+
     def empty_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> MambaState:
         """State before the first token; `capacity` is attention's concern."""
         inner, taps = self.conv_weight_EK.shape

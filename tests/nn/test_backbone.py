@@ -234,3 +234,15 @@ def test_the_last_hidden_state_alone_is_the_last_of_all_and_the_state_is_the_sam
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
             else:
                 torch.testing.assert_close(a.segments()[-1][:2], b.segments()[-1][:2], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_step_that_leaves_no_trace_in_versions_is_seen():
+    backbone, x_BLD = tiny("jamba"), torch.randn(1, 9, 32)
+    before = run(backbone, x_BLD, [])[0]
+    backbone.train()
+    backbone.layers[0].mixer.A_log_EN.data.add_(1.0)
+    after = run(backbone.eval(), x_BLD, [])[0]
+    fresh = tiny("jamba")
+    fresh.load_state_dict(backbone.state_dict())
+    assert torch.equal(after, run(fresh, x_BLD, [])[0]) and not torch.equal(after, before)
