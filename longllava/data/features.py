@@ -65,6 +65,7 @@ class FeatureCache:
         self.data, self.keys = self.folder / "features.bin", self.folder / "keys.txt"
         self.record = tokens * width * 2
         self.rows: dict[str, int] = {}
+        self.n_records = self.n_read = 0  # records, and bytes of their lines
         self.map: np.ndarray | None = None
         with self.locked():
             self.read_keys()
@@ -80,17 +81,23 @@ class FeatureCache:
             yield
 
     def read_keys(self) -> None:
-        """Lines others have added since; a torn last line, and lines without a whole record, are cut off."""
+        """Lines added since the last call; a torn last line, and lines without a whole record, are cut off."""
         for path in (self.data, self.keys):
             path.touch()
-        text = self.keys.read_bytes()
+        n_whole = self.data.stat().st_size // self.record
+        if n_whole < self.n_records or self.keys.stat().st_size < self.n_read:  # they were cut off, or begun anew
+            self.rows, self.n_records, self.n_read = {}, 0, 0
+        with self.keys.open("rb") as file:
+            file.seek(self.n_read)
+            text = file.read()
         lines = text.split(b"\n")[:-1]  # not splitlines: a path may hold other line breaks
-        lines = lines[: self.data.stat().st_size // self.record]
+        lines = lines[: n_whole - self.n_records]
         whole = sum(map(len, lines)) + len(lines)
         if whole < len(text):
-            os.truncate(self.keys, whole)
-        self.rows = {os.fsdecode(line): row for row, line in enumerate(lines)}
-        self.n_records = len(lines)
+            os.truncate(self.keys, self.n_read + whole)
+        self.rows |= {os.fsdecode(line): row for row, line in enumerate(lines, self.n_records)}
+        self.n_records += len(lines)
+        self.n_read += whole
 
     def missing(self, references: Sequence[str]) -> list[str]:
         return [reference for reference in dict.fromkeys(references) if picture_key(reference) not in self.rows]

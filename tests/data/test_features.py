@@ -37,13 +37,15 @@ def assert_right(cache: FeatureCache, references: list[str]) -> None:
     torch.testing.assert_close(cache.get(references).float(), torch.stack([value(ref) for ref in references]))
 
 
-def test_each_picture_is_encoded_once_by_all_who_share_a_cache(tmp_path) -> None:
-    calls: list[str] = []
+def test_each_picture_is_encoded_once_by_all_who_share_a_cache(tmp_path, monkeypatch) -> None:
+    decode, lines, calls = os.fsdecode, list[str](), list[str]()
+    monkeypatch.setattr(os, "fsdecode", lambda line: lines.append(line) or decode(line))
     first, second = open_cache(tmp_path, calls), open_cache(tmp_path, calls)
     names = [f"world:{i}" for i in range(150)]
     assert first.fill(names[:100] + names[:3]) == 100
     assert second.fill(names) == 50
     assert calls == names
+    assert len(lines) == 100 + 150  # each read each line once, not all of them after every batch
     assert_right(second, names[::-1])
     assert_right(open_cache(tmp_path, calls), names)
     assert open_cache(tmp_path, fingerprint="two").missing(names) == names  # another encoder: another folder
