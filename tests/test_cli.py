@@ -192,6 +192,7 @@ def test_errors_reach_the_shell_without_traceback(tmp_path: Path) -> None:
 
 def test_a_wrong_option_is_code_2() -> None:
     assert CliRunner().invoke(app, ["generate", "x", "--max-new-tokens", "0"]).exit_code == 2
+    assert CliRunner().invoke(app, ["train", "missing.yaml", "--processes", "8"]).exit_code == 2  # it needs --estimate
 
 
 def test_ctrl_c_is_code_130() -> None:

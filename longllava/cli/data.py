@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -73,4 +74,5 @@ def init(
 
     for path in write_own_data(folder, n, seed):
         print(path)
-    print(f"next: longllava data check {folder}/recipe.yaml, then longllava train {folder}/stage.yaml")
+    recipe, stage = (shlex.quote(f"{folder}/{name}.yaml") for name in ("recipe", "stage"))
+    print(f"next: longllava data check {recipe}, then longllava train {stage}")

@@ -19,6 +19,9 @@ def train(
     """Train one stage. Started again with the same output folder, it goes on where it stopped."""
     from longllava.shipped import shipped
 
+    if processes is not None and not estimate:
+        raise typer.BadParameter("it goes with --estimate; to train on several, use torchrun or accelerate launch",
+                                 param_hint="--processes")  # fmt: skip
     is_path = Path(config).is_file() or config.endswith(".yaml")
     path = config if is_path else str(shipped("configs", f"train/{config}"))
     if estimate:

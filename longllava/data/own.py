@@ -6,7 +6,9 @@ What it teaches is in no model: who owns the things on its pictures. `longllava 
 
 from __future__ import annotations
 
+import json
 import random
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ start_from: {{all: stage3}}
 init_from: {{all: nano}}
 train_only: [bridge, backbone]
 lora: {{rank: 16, alpha: 32, parts: [backbone]}}
-output: {folder}/run
+output: {output}
 dtype: float32
 threads: 1
 window: 16
@@ -65,7 +67,8 @@ def write_own_data(folder: str | Path, n: int = 50, seed: int = 0) -> list[Path]
         if (folder / name).exists():
             raise DataError(f"{folder / name}: exists already; name an empty folder")
     records = []
-    written = {"folder": folder.as_posix(), "n": n}
+    output = json.dumps(f"{folder.as_posix()}/run", ensure_ascii=False)  # in YAML "a #b" would end at the sign
+    written = {"folder": shlex.quote(folder.as_posix()), "output": output, "n": n}
     with whole_folder(folder) as staged:
         for number, (spec_index, owner) in enumerate(drawn(n, seed)):
             spec = pool(seed).spec(spec_index)

@@ -32,7 +32,7 @@ from longllava.data.worlds.pictures import PicturePool, PoolSettings
 from longllava.data.worlds.tasks import WorldTask
 from longllava.errors import ConfigError, DataError
 from longllava.files import write_text
-from longllava.settings import build, read_mapping
+from longllava.settings import build, convert, read_mapping
 
 BLOCK = 1000  # shares are exact in every block of so many samples, to a thousandth
 
@@ -115,7 +115,7 @@ class Recipe:
         pools = {s.task.split: s.task.pool for s in self.sources if isinstance(s, WorldSource)}
         for row, source in zip(self.config.sources, self.sources):
             changes = dict(tasks.get(row.name, {}))
-            weight = changes.pop("weight", row.weight)
+            weight = convert(float | None, changes.pop("weight", row.weight), f"source {row.name!r}: weight")
             row = replace(row, weight=weight, settings={**row.settings, **changes})
             rows.append(row)
             sources.append(WorldSource(row, pools[row.split]) if row.kind == "world" else source)

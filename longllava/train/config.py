@@ -10,7 +10,7 @@ from typing import Any
 
 from longllava.errors import ConfigError
 from longllava.settings import build as build_config
-from longllava.settings import divides, not_negative, one_of, positive, read_mapping, set_override
+from longllava.settings import convert, divides, not_negative, one_of, positive, read_mapping, set_override
 from longllava.train.lora import LoraConfig
 
 PARTS = ("encoder", "bridge", "backbone")
@@ -39,7 +39,7 @@ class PhaseConfig:
     hold: float = 0.0
     decay: str = "linear"
     alignment_only: bool = False
-    tasks: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         positive(self, "steps", "row_length", "rows", "learning_rate")
@@ -88,6 +88,9 @@ class AidsConfig:
     router_weight: float = 0.0
     retrieval_prior: bool = False
     name_codes: str | None = None
+
+    def __post_init__(self) -> None:
+        not_negative(self, "grounding_weight", "alignment_weight", "router_weight")
 
 
 ENGINES = ("auto", "torch", "zero1", "zero2", "zero3")
@@ -234,7 +237,9 @@ def read_stage(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     A key may name a list's item by number: phases.0.steps=20. Raises: ConfigError.
     """
     data = read_mapping(path)
-    presets = data.pop("presets", {})
+    if "sources" in data:
+        raise ConfigError(f"{path}: this is a data recipe, which a stage names under recipe; train the stage's YAML")
+    presets = convert(dict[str, dict[str, Any]], data.pop("presets", {}), f"{path}: presets")
     plain = []
     for override in overrides:
         key, _, name = override.partition("=")

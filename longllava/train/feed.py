@@ -12,6 +12,7 @@ from longllava.data.features import BATCH, FeatureCache, encode_references, enco
 from longllava.data.images import open_picture
 from longllava.data.packing import Batch, Cursor, Item, Misfit, Plan, build_batch, plan_window
 from longllava.data.recipes import Recipe
+from longllava.errors import ConfigError
 from longllava.inputs.processor import Processor
 from longllava.model import Model
 from longllava.train.config import TrainConfig
@@ -27,16 +28,23 @@ class Feed:
         self, config: TrainConfig, recipe: Recipe, processor: Processor, rank: int = 0, world: int = 1,
         first_step: int = 0, begin: Cursor | None = None,
     ):  # fmt: skip
-        self.config, self.recipe, self.processor = config, recipe, processor
+        self.config, self.processor = config, processor
+        self.recipes = [self.of_phase(number, recipe) for number in range(len(config.phases))]
         self.rank, self.world = rank, world
         self.first_step, self.begin = first_step, begin or Cursor()
         self.misfits: list[Misfit] = []
 
+    def of_phase(self, number: int, recipe: Recipe) -> Recipe:
+        """Made before the first step, or a later phase's mistake would be told hours later. Raises: ConfigError."""
+        try:
+            return recipe.with_tasks(self.config.phases[number].tasks)
+        except ConfigError as error:
+            raise ConfigError(f"phases.{number}.tasks: {error}") from None
+
     def plan(self, first_step: int, begin: Cursor) -> Plan:
         """The plan of the window that begins at a step: a pure function of (recipe, seed, step, cursor)."""
         number, inside = self.config.phase_at(first_step)
-        phase = self.config.phases[number]
-        recipe = self.recipe.with_tasks(phase.tasks)
+        phase, recipe = self.config.phases[number], self.recipes[number]
         return plan_window(
             lambda sample: recipe.sample(self.config.seed, sample),
             self.processor,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from longllava.checkpoints import find_folder, load_model, save_model, shipped_models
 from longllava.config import Int8Config, ModelConfig
 from longllava.data.recipes import Recipe
-from longllava.errors import ConfigError, TrainingError
+from longllava.errors import TrainingError
 from longllava.files import write_json
 from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
@@ -41,13 +41,8 @@ def main(path: str | Path, overrides: Sequence[str] = ()) -> None:
     SIGTERM and SIGINT end the run after the current step, saved, with 128 + the signal's number.
     Raises: LongLLaVAError of some kind.
     """
-    overrides = list(overrides)
-    if os.environ.get("PRESET") and not any(item.startswith("preset=") for item in overrides):
-        overrides.insert(0, f"preset={os.environ['PRESET']}")
-    written = read_mapping(path)
-    if "sources" in written:
-        raise ConfigError(f"{path}: this is a data recipe, which a stage names under recipe; train the stage's YAML")
-    if "stage" not in written:
+    overrides = with_environment(overrides)
+    if "stage" not in read_mapping(path):
         from longllava.train import vision
 
         vision.main(str(path), *overrides)
@@ -58,6 +53,13 @@ def main(path: str | Path, overrides: Sequence[str] = ()) -> None:
         run_stage(load_stage(path, overrides))
     except Stopped as stopped:
         raise SystemExit(stopped.code) from None
+
+
+def with_environment(overrides: Sequence[str]) -> list[str]:
+    """PRESET=smoke is preset=smoke, unless another one is named."""
+    preset = os.environ.get("PRESET")
+    named = not preset or any(item.startswith("preset=") for item in overrides)
+    return list(overrides) if named else [f"preset={preset}", *overrides]
 
 
 def run_stage(config: TrainConfig) -> Path:

@@ -29,6 +29,7 @@ from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.settings import build, load, read_mapping
 from longllava.shipped import shipped
+from longllava.train.config import load_stage
 from longllava.train.stage import main as train_stage
 
 LONGLLAVA = ("longllava/stage1", "longllava/stage2", "longllava/stage3")
@@ -219,7 +220,7 @@ def test_own_data_is_what_it_says(tmp_path: Path, processor: Processor) -> None:
 
 @pytest.mark.parametrize("there", [False, True])
 def test_own_data_that_cannot_be_finished_leaves_nothing(tmp_path: Path, monkeypatch, there: bool) -> None:
-    folder = tmp_path / "mine/own"
+    folder = tmp_path / "mine/own #1"
     if there:
         folder.mkdir(parents=True)
         (folder / "notes").touch()
@@ -235,6 +236,7 @@ def test_own_data_that_cannot_be_finished_leaves_nothing(tmp_path: Path, monkeyp
     write_own_data(folder, 10)
     names = ["images", *(["notes"] if there else []), "own.json", "recipe.yaml", "stage.yaml"]
     assert sorted(path.name for path in folder.iterdir()) == names
+    assert load_stage(folder / "stage.yaml").output == f"{folder}/run"  # "#" begins no comment
 
 
 def longllava(*arguments: str, folder: Path) -> str:

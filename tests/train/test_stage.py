@@ -114,11 +114,16 @@ def test_a_misspelt_evaluation_is_told_before_training(runs) -> None:
     [
         ({"device": "cuda" if not torch.cuda.is_available() else "mps"}, "but this run is on c.*; set device: auto"),
         ({"phases": [{"steps": 1, "row_length": 64, "tokens_per_image": 7}]}, "phases.0.tokens_per_image: got 7"),
+        *(({"phases": [{"steps": 1, "row_length": 256}, {"steps": 1, "row_length": 256, "tasks": tasks}]},
+           f"phases.1.tasks: {told}")
+          for tasks, told in (({"singel": {"weight": 1}}, "recipe .*: no source 'singel'"),
+                              ({"single": {"weight": "high"}}, "source 'single': weight: expected float, got 'high'"))),
     ],
-)
-def test_what_would_silently_train_otherwise_is_refused(runs, changes: dict, message: str) -> None:
-    with pytest.raises(TrainingError, match=message):
+)  # fmt: skip
+def test_what_would_train_otherwise_is_refused_before_the_first_step(runs, changes: dict, message: str) -> None:
+    with pytest.raises((ConfigError, TrainingError), match=message):
         run_stage(load_stage(write_stage(runs, **changes)))
+    assert not (runs / "stage2" / "log.jsonl").exists()
 
 
 def test_an_evaluation_follows_the_last_step(runs, capsys) -> None:

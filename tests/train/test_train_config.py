@@ -78,9 +78,14 @@ def test_a_preset_lies_over_the_file_and_overrides_over_both(path) -> None:
         ("optimizer.weight_decay=-1", "weight_decay: got -1"),
         ("optimizer.beta2=1", "beta2: got 1"),
         ("threads=-1", "threads: got -1"),
+        ("aids.router_weight=-1", "router_weight: got -1"),
+        ("phases.0.tasks={single: 5}", "tasks.single: expected a mapping, got 5"),
+        ("preset=empty", "presets.empty: expected a mapping, got None"),
     ],
 )
 def test_what_is_wrong_is_named(path, override: str, message: str) -> None:
+    if override == "preset=empty":
+        path.write_text(f"{YAML}  empty:\n")
     with pytest.raises(ConfigError) as error:
         load_stage(path, [override])
     assert message in str(error.value)
