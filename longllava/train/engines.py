@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import math
 import os
 from collections.abc import Callable
@@ -22,6 +23,9 @@ from longllava.train.optimizer import build_optimizer, set_learning_rate
 from longllava.train.state import TrainingState, apply, gather, trained_tensors
 
 Parameters = list[tuple[str, nn.Parameter]]
+# that processes wait for the first one, which reads and writes checkpoints (636 GB of 53 billion parameters, and their
+# checksums) and models. By default it is 10 minutes on GPUs; a process that ends is noticed by its launcher at once
+PATIENCE = datetime.timedelta(hours=6)
 
 
 class Plain:
@@ -30,7 +34,7 @@ class Plain:
     evenly = False  # DDP does without modules that one process does not run
 
     def __init__(self, config: TrainConfig, dtype: torch.dtype):
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         self.config, self.dtype = config, dtype
         wanted = int(os.environ.get("WORLD_SIZE", "1"))
@@ -38,7 +42,8 @@ class Plain:
             # accelerate joins processes on CPUs only where it is told that these are meant
             cpu=config.device == "cpu" or (wanted > 1 and not torch.accelerator.is_available()),
             mixed_precision="no",  # autocast is ours: a process has accelerate's state once, and may train two stages
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # text has no pictures
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True),  # text has no pictures
+                             InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes

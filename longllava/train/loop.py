@@ -88,6 +88,7 @@ def train(
         kept = {name: fact for name, fact in state.facts.items() if name not in FREE}  # older runs kept more
         compare(kept, facts, config.phase_at(max(state.step, 1) - 1)[0] + 1)
         step, feed.first_step, feed.begin = state.step, state.first_step, state.begin
+        state = None  # of a large model hundreds of gigabytes of the first process's memory
     pictures = Pictures(config, model, processor, engine.device, dtype)
 
     with (
@@ -140,6 +141,7 @@ def train(
                     if chief:
                         save_state(checkpoints, state)
                         list_left_out(folder / "left-out.tsv", feed.misfits)
+                    state = None
                 if stop:
                     log.say(f"{config.stage}: saved after step {step}; start it again to go on")
                     engine.wait()  # a launcher ends the others when one has ended

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from longllava.errors import TrainingError
 from longllava.model import Model
 from longllava.train.config import TrainConfig
-from longllava.train.engines import Parameters, gathered, scaled, shared, shared_state
+from longllava.train.engines import PATIENCE, Parameters, gathered, scaled, shared, shared_state
 from longllava.train.forward import Forward
 from longllava.train.lora import learned_names
 from longllava.train.optimizer import build_optimizer, set_learning_rate
@@ -54,7 +54,8 @@ class Zero:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         else:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        deepspeed.init_distributed("gloo" if on_cpu else "nccl", auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed("gloo" if on_cpu else "nccl", auto_mpi_discovery=False, verbose=False,
+                                   timeout=PATIENCE)  # fmt: skip
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from longllava.data.packing import Cursor
+from longllava.shipped import shipped
 from longllava.train.config import load_stage
-from longllava.train.engines import sent, shared_state
+from longllava.train.engines import open_engine, sent, shared_state
 from longllava.train.stage import run_stage
 from longllava.train.state import TrainingState
 from tests.tiny_world import write_foundation, write_stage
@@ -75,6 +76,27 @@ def test_stopped_with_two_it_goes_on_with_one(runs: Path) -> None:
     assert "two: saved after step" in printed, printed
     run_stage(load_stage(path))
     compare(runs / "one", folder)
+
+
+@pytest.mark.parametrize("engine", ["torch", "zero2"])
+def test_processes_wait_for_the_first_for_hours(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    """While it reads a checkpoint of 636 GB: 10 minutes is what DeepSpeed and NCCL would give it."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    def begin(*arguments, timeout=None, **more):
+        raise TimeoutError(str(timeout))
+
+    if engine != "torch":
+        pytest.importorskip("deepspeed")
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "1", "DS_ACCELERATOR": "cpu"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", begin)
+    for kind in (PartialState, AcceleratorState):  # as in a process that has trained nothing yet
+        monkeypatch.setattr(kind, "_shared_state", {})
+    config = dataclasses.replace(load_stage(shipped("configs", "train/nano/stage1")), engine=engine, device="cpu")
+    with pytest.raises(TimeoutError, match="6:00:00"):
+        open_engine(config, torch.float32)
 
 
 def test_a_state_reaches_other_processes_tensor_by_tensor(monkeypatch: pytest.MonkeyPatch) -> None:

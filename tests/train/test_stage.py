@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -321,12 +322,26 @@ def test_the_model_is_the_mean_of_the_named_phases(runs) -> None:
         load_stage(write_stage(runs, **{**LONG, "average_phases": [2]}))
 
 
-def test_a_spoiled_checkpoint_is_passed_over_and_the_run_is_the_same(runs, capsys) -> None:
+def test_a_spoiled_checkpoint_is_passed_over_and_the_run_is_the_same(runs, capsys, monkeypatch) -> None:
     run_stage(load_stage(write_stage(runs, output=str(runs / "whole"), **LONG)))
     path, folder = write_stage(runs, output=str(runs / "spoiled"), **LONG), runs / "spoiled"
     run_stage(load_stage(path))
     (folder / "model" / "training.json").unlink()
     os.truncate(folder / "checkpoints" / "step-00000024" / "model.safetensors", 100)
+    states: list[weakref.ref] = []
+    latest_state, learning_rate = loop.latest_state, loop.learning_rate
+
+    def read(checkpoints):
+        state = latest_state(checkpoints)
+        states.append(weakref.ref(state))
+        return state
+
+    def rate(phase, step):
+        assert states[0]() is None  # it is on its way: what was read would be all weights and AdamW's state once more
+        return learning_rate(phase, step)
+
+    monkeypatch.setattr(loop, "latest_state", read)
+    monkeypatch.setattr(loop, "learning_rate", rate)
     run_stage(load_stage(path))
     printed = capsys.readouterr().out
     assert "step-00000024/model.safetensors: not the file that was written" in printed
