@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from longllava.data.check import SourceCheck
-from longllava.data.packing import Item
+from longllava.data.packing import MEND, Item
 from longllava.data.recipes import RecipeConfig
 from longllava.files import write_atomic, write_json, write_text
 from longllava.inputs.tokenizer import Tokenizer
@@ -46,6 +46,10 @@ def show_check(console: Console, config: RecipeConfig, checks: Sequence[SourceCh
         if one.missing is not None:
             console.print(f"[red]{one.config.name}[/red]: ", end="")
             console.print(f"{one.missing}\n  {wanted(one)}", markup=False, highlight=False)
+        if one.too_long:
+            console.print(f"{one.config.name}: {one.too_long} of {len(one.lengths)} samples looked at are longer than a"
+                          f" row, which leaves them out, the longest of {max(one.lengths):,} tokens: {MEND}",
+                          markup=False, highlight=False)  # fmt: skip
         for kind, n in one.reasons()[:REASONS]:
             first = next(item for item in one.left_out if item.kind == kind)
             console.print(f"{one.config.name}: {n} x {kind}; the first: {first}", markup=False, highlight=False)
@@ -95,7 +99,12 @@ def coloured(item: Item, tokenizer: Tokenizer) -> Text:
 
 
 def write_check(folder: Path, config: RecipeConfig, checks: Sequence[SourceCheck]) -> list[Path]:
-    """check.json; lengths.png, where samples were counted; quarantine.txt, where some were left out."""
+    """check.json; lengths.png, where samples were counted; quarantine.txt, where some were left out.
+
+    What an earlier check wrote there goes: its list would be taken for this one's.
+    """
+    for name in ("lengths.png", "quarantine.txt"):
+        (folder / name).unlink(missing_ok=True)
     written = [write_json(folder / "check.json", {"recipe": config.name, "sources": [one.as_dict() for one in checks]})]
     if any(one.lengths for one in checks):
         written.append(write_atomic(folder / "lengths.png", lambda file: draw_lengths(file, config.name, checks)))

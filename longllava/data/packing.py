@@ -25,6 +25,7 @@ from longllava.inputs.chat import messages_of_turns
 from longllava.inputs.processor import Processor, Span, TurnTokens
 
 IGNORED = -100
+MEND = "raise row_length, or lower tokens_per_image"  # where samples are too long
 MISFITS_IN_A_ROW = 1000  # a recipe whose samples are all too long must end in an error, not in a search
 
 
@@ -51,11 +52,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Misfit:
-    """A sample that was left out, and why."""
+    """A sample that was left out, and why. n_tokens: of one that is too long for a row."""
 
     id: str
     source: str
     why: str
+    n_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,18 @@ class Plan:
     row_length: int
     end: Cursor
     misfits: list[Misfit] = field(default_factory=list)
+
+    def told(self) -> str:
+        """How many samples were left out, and what to do about it; empty where there are none."""
+        lengths = [misfit.n_tokens for misfit in self.misfits if misfit.n_tokens]
+        others = [misfit for misfit in self.misfits if not misfit.n_tokens]
+        parts = []
+        if lengths:
+            parts.append(f"{len(lengths)} longer than a row of {self.row_length:,} tokens, the longest of"
+                         f" {max(lengths):,}: {MEND}")  # fmt: skip
+        if others:
+            parts.append(f"{len(others)} for other reasons, the first, {others[0].id}: {others[0].why}")
+        return "; ".join(parts)
 
     def references(self, rank: int = 0, world: int = 1) -> list[str]:
         """Every image of one process's rows once, in order of first use."""
@@ -175,15 +189,16 @@ def plan_window(
             continue
         try:
             item = encode_sample(sample, processor, tokens_per_image, source, number)
-            why = f"{len(item)} tokens, a row holds {row_length}" if len(item) > row_length else None
         except InputError as error:
-            why = str(error)
-        if why is None:
-            items.append(item)
-            n_tokens += len(item)
-            missed = 0
-            continue
-        misfits.append(Misfit(sample.id, source, why))
+            misfits.append(Misfit(sample.id, source, str(error)))
+        else:
+            if len(item) <= row_length:
+                items.append(item)
+                n_tokens += len(item)
+                missed = 0
+                continue
+            why = f"{len(item)} tokens, a row holds {row_length}"
+            misfits.append(Misfit(sample.id, source, why, len(item)))
         missed += 1
         give_up(missed, misfits)
     rows, left = best_fit(items, n_steps * n_rows, row_length)

@@ -103,6 +103,9 @@ def train(
         if step:
             log.say(f"{config.stage}: goes on after step {step}")
         for start, plan in feed.windows():
+            if plan.misfits:
+                log.say(f"{config.stage}: left out before step {start + len(plan.steps)}, listed in left-out.tsv: "
+                        f"{plan.told()}")  # fmt: skip
             pictures.prepare(plan.references(engine.rank, engine.world), log.say)
             meter.resume()
             for rows in plan.steps[step - start :]:

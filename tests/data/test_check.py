@@ -100,6 +100,10 @@ def test_counts_lengths_and_reasons(tmp_path: Path, processor: Processor) -> Non
     with Image.open(written[1]) as histogram:
         assert histogram.size == (960, 540)
     lines = written[2].read_text().splitlines()
+    out = io.StringIO()
+    show_check(Console(file=out, width=300), config, checks, processor.tokenizer)
+    told = f"295 samples looked at are longer than a row, which leaves them out, the longest of {len(item)} tokens"
+    assert f"files: 295 of {told}: raise row_length, or lower tokens_per_image\n" in out.getvalue()
     assert len(lines) == 5 and lines[0].startswith(f"files\t{tmp_path}/data.json:") and "torn.png" in lines[-1]
     with pytest.raises(ConfigError, match="no source 'file'; have files, gone, world"):
         check_recipe(tmp_path / "r.yaml", processor, only="file")
@@ -115,6 +119,9 @@ def test_what_is_learned_is_in_colour(tmp_path: Path, processor: Processor) -> N
     out = io.StringIO()
     show_check(Console(file=out, force_terminal=True, width=120), config, checks, processor.tokenizer)
     assert "\x1b[1;32ma red panda\x1b[0m" in out.getvalue()
+    (tmp_path / "quarantine.txt").write_text("of a check before this one, when records were broken")
+    assert [path.name for path in write_check(tmp_path, config, checks)] == ["check.json", "lengths.png"]
+    assert not (tmp_path / "quarantine.txt").exists()
 
 
 @pytest.mark.parametrize("name", LONGLLAVA)

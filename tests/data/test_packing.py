@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longllava.data.packing import IGNORED, Cursor, Item, best_fit, build_batch, encode_sample, plan_window
+from longllava.data.packing import IGNORED, Cursor, Item, Misfit, best_fit, build_batch, encode_sample, plan_window
 from longllava.data.samples import Evidence, Sample, Turn
 from longllava.data.worlds.words import name_of
 from longllava.errors import DataError
@@ -149,6 +149,12 @@ def test_windows_use_every_sample_once_and_cut_none(tiny) -> None:
     assert sorted([*used, *left, *misfits]) == list(range(plans[-1].end.next))
     assert misfits == {number for number in range(plans[-1].end.next) if number % 11 == 10}
     assert all("a row holds 100" in misfit.why for plan in plans for misfit in plan.misfits)
+    plan = next(plan for plan in plans if plan.misfits)
+    longest, n = max(misfit.n_tokens for misfit in plan.misfits), len(plan.misfits)
+    told = f"{n} longer than a row of 100 tokens, the longest of {longest}: raise row_length, or lower tokens_per_image"
+    assert longest > 100 and plan.told() == told
+    plan.misfits.append(Misfit("7", "source", "broken image"))
+    assert plan.told() == f"{told}; 1 for other reasons, the first, 7: broken image"
     for plan in plans:
         assert [len(rows) for rows in plan.steps] == [2] * 4
         for row in (row for rows in plan.steps for row in rows):

@@ -71,8 +71,11 @@ def test_parts_come_from_their_stages_and_only_some_learn(runs) -> None:
 
 
 def test_a_finished_stage_is_left_as_it_is(runs, capsys) -> None:
-    path = write_stage(runs)
+    path = write_stage(runs, phases=[{"steps": 2, "row_length": 64, "learning_rate": 1e-2}])
     run_stage(load_stage(path))
+    listed = (runs / "stage2" / "left-out.tsv").read_text().splitlines()
+    told = f"left out before step 2, listed in left-out.tsv: {len(listed)} longer than a row of 64 tokens, the longest"
+    assert listed and told in capsys.readouterr().out
     before = (runs / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns
     run_stage(load_stage(path))
     assert "stage2 is finished" in capsys.readouterr().out
