@@ -134,7 +134,8 @@ def load_weights_(
             not_finite += where.names
         state[key] = tensor
     if not_finite:
-        raise CheckpointError(f"{path}: NaN or infinite weights in {listed(not_finite)}; the checkpoint is damaged")
+        why = "the checkpoint is damaged" + (f", or has values beyond what {dtype} holds" if dtype else "")
+        raise CheckpointError(f"{path}: NaN or infinite weights in {listed(not_finite)}; {why}")
     if damaged := damaged_scales(state):
         raise CheckpointError(
             f"{path}: scales of int8 weights that are not above 0 in {listed(damaged)}; it is damaged"

@@ -24,6 +24,8 @@ WORK_TOKENS = 8192  # what is read at a time, whose workspace every device has t
 def stored_dtype(key: str, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
     import torch
 
+    if asked is not None and not (isinstance(asked, torch.dtype) and asked.is_floating_point):
+        raise ConfigError(f"dtype: got {asked!r}, expected floats such as torch.bfloat16; int8 is longllava.quant's")
     if not stored.is_floating_point:
         return stored
     return torch.float32 if key.rsplit(".", 1)[-1] in FP32_NAMES else (asked or stored)

@@ -138,8 +138,14 @@ def write_tensors(path: Path, outputs: Mapping[str, Output]) -> None:
 def write_tensor(file: BinaryIO, key: str, output: Output) -> None:
     import torch
 
-    tensor = output.make().detach().to("cpu", output.dtype).contiguous()
+    made = output.make().detach()
+    tensor = made.to("cpu", output.dtype).contiguous()
     assert tuple(tensor.shape) == output.shape, f"{key}: {tuple(tensor.shape)} was announced as {output.shape}"
+    if tensor.dtype != made.dtype:
+        from longllava.quant import all_finite
+
+        if all_finite(made) and not all_finite(tensor):
+            raise CheckpointError(f"{key}: has values beyond what {output.dtype} holds; store it as torch.bfloat16")
     file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 

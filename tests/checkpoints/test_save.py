@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from longllava.checkpoints import find_folder, load_model, save_model
 from longllava.checkpoints.convert import open_source
 from longllava.config import EncoderConfig
-from longllava.errors import CheckpointError
+from longllava.errors import CheckpointError, ConfigError
 from longllava.model import Model
 from tests.checkpoints.folders import TINY, change, same, save
 from tests.tiny import tiny_config, tiny_model
@@ -195,6 +195,22 @@ def test_what_would_not_be_read_again_is_not_written(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"nano: the shipped model is taken; for the folder .* write \./nano"):
         assert find_folder("nano") != Path("nano")
     assert find_folder("./nano") == Path("nano")
+
+
+def test_a_dtype_that_cannot_hold_the_weights_is_refused(tmp_path):
+    tiny = tiny_model()
+    for dtype in (torch.int8, "bfloat16"):
+        with pytest.raises(ConfigError, match=f"dtype: got {dtype!r}, expected floats such as torch.bfloat16"):
+            save_model(tiny.model, tiny.tokenizer, tmp_path / "out", dtype=dtype)
+    tiny.model.backbone.layers[0].mixer.in_proj.weight.data[1, 2] = 1e5
+    save_model(tiny.model, tiny.tokenizer, tmp_path / "wide")
+    beyond = "in_proj.weight.*beyond what torch.float16 holds"
+    with pytest.raises(CheckpointError, match=beyond):
+        load_model(tmp_path / "wide", dtype=torch.float16)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=beyond):
+        save_model(tiny.model, tiny.tokenizer, tmp_path / "out", dtype=torch.float16)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_saving_into_a_file_is_refused(tmp_path):
