@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longllava.checkpoints.towers import vision_faults
+from longllava.checkpoints.towers import is_here, tower_config, vision_faults
 from longllava.config import BackboneConfig, BridgeConfig, EncoderConfig, ModelConfig
 
 TEXT_ONLY = ("jamba", "longllava")  # layouts of language models alone; Jamba-9B-Instruct is in LongLLaVA's
@@ -51,6 +51,11 @@ def longllava_faults(encoder: EncoderConfig, bridge: BridgeConfig) -> list[str]:
         faults.append(f"bridge.tokens_per_image: {n_tokens}, only {all_tokens} and {all_tokens // 4}")
     if not encoder.weights:
         faults.append("encoder.weights: none; there the vision tower is named")
+    elif is_here(encoder.weights):
+        tower = tower_config(encoder.weights, select_layer=encoder.select_layer)
+        differ = [key for key, value in vars(tower).items() if key != "weights" and getattr(encoder, key) != value]
+        faults += [f"encoder.{key}: {getattr(encoder, key)}; there the named tower says it, and {encoder.weights} has"
+                   f" {getattr(tower, key)}" for key in differ]  # fmt: skip
     return faults
 
 

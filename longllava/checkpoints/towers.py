@@ -72,13 +72,22 @@ def tower_config(source: str, beside: Path = Path(), select_layer: int = -2) -> 
     if source.startswith(OPEN_CLIP):
         values = open_clip_values(source)
     else:
-        short = source.rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-")
+        short = short_name(source)
         if short in KNOWN and not (beside / source / CONFIG).is_file():
             values = {**vars(KNOWN[short])}
         else:
             folder = tower_folder(source, beside)
             values = vision_values(read_mapping(folder / CONFIG), folder)
     return build(EncoderConfig, {"weights": source, **values, "select_layer": select_layer}, f"{beside}: {source}")
+
+
+def short_name(source: str) -> str:
+    return source.rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-")
+
+
+def is_here(source: str) -> bool:
+    """Whether `tower_config` answers without a download, nor a package that may be missing."""
+    return short_name(source) in KNOWN or os.path.isfile(os.path.join(source, CONFIG))
 
 
 def vision_values(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:

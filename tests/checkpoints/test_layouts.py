@@ -282,6 +282,10 @@ def test_pooling_as_the_original_reads_it(tmp_path):
         ({}, "llava", "tokens_per_image: 4 of 16: stock Llava does not pool"),
         ({}, "jamba", "encoder: the layout jamba has none; write longllava or llava, or the text part only"),
         ({}, "longllava", "encoder.weights"),
+        (
+            {"encoder": replace(tiny_config().encoder, weights="openai/clip-vit-large-patch14-336")}, "longllava",
+            r"encoder.image_size: 16; there the named tower says it, and openai/clip-\S* has 336",
+        ),
         ({"n_experts": 3}, "longllava", "backbone.qk_norm: Jamba has no such setting"),
         ({}, "hf", "scheme 'hf'; allowed: native, longllava, jamba, llava"),
     ],
