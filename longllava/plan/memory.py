@@ -38,8 +38,8 @@ def sized(n_bytes: int) -> str:
 
 def free_bytes(device: torch.device | str) -> int | None:
     """What can still be allocated there; None where no one knows (neither Linux nor CUDA)."""
-    if VARIABLE in os.environ:
-        return parse_size(os.environ[VARIABLE])
+    if said := os.environ.get(VARIABLE):
+        return parse_size(said)
     import torch
 
     device = torch.device(device)
