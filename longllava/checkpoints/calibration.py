@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 
 WINDOW = 1024  # tokens read as one text, bos included
 MAX_TOKENS = 16_384  # their hidden states are 268 MB at a width of 4,096; shares are then known to 1/128 of themselves
+CHARACTERS = 64 * MAX_TOKENS  # read of a text, which may be far longer: no words fill so many with fewer tokens
 
 
 def windows(source: Source, path: Path) -> list[list[int]]:
-    """The text of a file as token ids, in windows that begin with bos. Raises: CheckpointError."""
+    """The beginning of a file's text as token ids, in windows that begin with bos. Raises: CheckpointError."""
     tokenizer = Tokenizer.from_folder(source.folder, source.model.config.prompt)
     try:
-        ids = tokenizer.encode(path.read_text("utf-8"))[:MAX_TOKENS]
+        with path.open(encoding="utf-8") as file:
+            ids = tokenizer.encode(file.read(CHARACTERS))[:MAX_TOKENS]
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     n_words = source.model.config.backbone.vocab_size

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from longllava.checkpoints import load_model
-from longllava.checkpoints.calibration import WINDOW
+from longllava.checkpoints import calibration, load_model
+from longllava.checkpoints.calibration import WINDOW, windows
 from longllava.checkpoints.convert import convert_layout, open_source
 from longllava.checkpoints.downcycle import ORIGINAL, downcycle, router_shares
 from longllava.errors import CheckpointError
@@ -128,6 +128,13 @@ def test_the_router_weighs_the_mean_by_what_it_gives_to_a_text(readers, tmp_path
             name = f"model.layers.{number}.feed_forward{{}}.{kind}_proj.weight"
             merged = sum(share * before[name.format(f".experts.{j}")] for j, share in enumerate(shares))
             torch.testing.assert_close(after[name.format("")], merged, rtol=0, atol=1e-5)
+
+
+def test_of_a_long_text_the_beginning_alone_is_read(readers, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "CHARACTERS", 5000)
+    (tmp_path / "long").write_bytes(b"what " * 20_000 + b"\xff")
+    (tmp_path / "short").write_bytes(b"what " * 1000)
+    assert windows(open_source(readers), tmp_path / "long") == windows(open_source(readers), tmp_path / "short")
 
 
 def test_what_cannot_be_read_for_calibration(readers, tmp_path):
