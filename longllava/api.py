@@ -88,8 +88,6 @@ class LongLLaVA:
         with torch.inference_mode(False):
             model = load_model(folder, device=target, dtype=floats, int8=checked_int8(int8),
                                device_map=devices)  # fmt: skip
-        if model.config.int8 is not None and floats == torch.float16:
-            raise InputError("dtype: float16 ends at 65504, sums of int8 layers do not; take bfloat16 or float32")
         tokenizer = Tokenizer.from_folder(folder, model.config.prompt)
         return cls(model, tokenizer, tokens_per_image=tokens_per_image, kv_dtype=kv_dtype)
 

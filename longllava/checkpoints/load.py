@@ -27,7 +27,7 @@ from longllava.checkpoints.published import read_config
 from longllava.checkpoints.stored import Stored, read_entries
 from longllava.checkpoints.towers import tower_entries
 from longllava.config import Int8Config
-from longllava.errors import CheckpointError
+from longllava.errors import CheckpointError, InputError
 from longllava.plan.split import Placement, placed
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def load_model(
         return load_adapted(folder, device=device, dtype=dtype, int8=int8, device_map=device_map)
     stored = read_config(folder)
     config = int8_config(stored, folder, int8)
+    if config.int8 is not None and dtype == torch.float16:
+        raise InputError("dtype: float16 ends at 65504, sums of int8 layers do not; take bfloat16 or float32")
     if allow_missing:  # fresh values have to exist
         if config.int8 is not None:
             raise CheckpointError(

@@ -218,11 +218,12 @@ def test_floats_that_are_not_finite_are_named(floats):
         load_model(floats, int8=Int8Config())
 
 
-def test_what_int8_can_be_given(floats):
+def test_what_int8_can_be_given(floats, int8):
     with pytest.raises(InputError, match="int8: got 'yes', expected True, False or an Int8Config"):
         LongLLaVA.from_pretrained(floats, int8="yes")
-    with pytest.raises(InputError, match="dtype: float16 ends at 65504"):
-        LongLLaVA.from_pretrained(floats, int8=True, dtype="float16", device="cpu")
+    for folder, asked in ((floats, Int8Config()), (int8, None)):
+        with pytest.raises(InputError, match="dtype: float16 ends at 65504"):
+            load_model(folder, int8=asked, dtype=torch.float16)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")

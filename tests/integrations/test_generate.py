@@ -104,7 +104,10 @@ def test_streamed_text_is_the_answer(library, model, processor):
     inputs = prepared(processor, TALKS[1])
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     answers(model, processor, inputs, streamer=streamer)
-    assert "".join(streamer) == library.generate(TALKS[1], max_new_tokens=N_NEW)
+    whole = library.generate(TALKS[1], max_new_tokens=N_NEW)
+    assert "".join(streamer) == whole
+    stopped = answers(model, processor, inputs, stop_strings=[whole[2:4]], tokenizer=processor.tokenizer)
+    assert stopped[0].endswith(whole[2:4]) and stopped[0] == whole[: len(stopped[0])] != whole
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +160,9 @@ def test_what_has_no_meaning_here_is_refused(model, processor):
         ({"past_key_values": DynamicCache()}, "got a DynamicCache; this model's layers keep a LongLLaVACache"),
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask: got \(1, 3\), expected \(1, \d+\)"),
         ({"output_hidden_states": True}, "output_hidden_states: this model gives logits"),
-        ({"inputs_embeds": torch.zeros(1, 2, 32)}, "give input_ids or inputs_embeds"),
+        ({"inputs_embeds": torch.zeros(1, 2, 32)}, "give input_ids, with pixel_values or without, or inputs_embeds"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(*inputs["input_ids"].shape, 32),
+          "pixel_values": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, "or inputs_embeds alone"),
     ):
         with pytest.raises(InputError, match=words):
             model(**{**inputs, **change})

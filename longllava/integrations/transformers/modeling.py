@@ -132,8 +132,8 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if output_attentions or output_hidden_states:
             raise InputError("output_attentions, output_hidden_states: this model gives logits and its cache only")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise InputError("forward: give input_ids or inputs_embeds, one of them")
+        if (input_ids is None) == (inputs_embeds is None) or input_ids is None and pixel_values is not None:
+            raise InputError("forward: give input_ids, with pixel_values or without, or inputs_embeds alone")
         if input_ids is not None:
             past = past_key_values.n_tokens if isinstance(past_key_values, LongLLaVACache) else 0
             inputs_embeds = self.embedded(input_ids, attention_mask, past, pixel_values, tokens_per_image)
@@ -270,7 +270,8 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(*arguments, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
-        for name in ("position_ids", "cache_position"):  # the mask and the cache know; the second one is of 5.0
+        # the mask and the cache know places (cache_position is of 5.0); the others are of generate itself
+        for name in ("position_ids", "cache_position", "tokenizer", "assistant_tokenizer"):
             inputs.pop(name, None)
         return inputs
 
