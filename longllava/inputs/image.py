@@ -46,7 +46,7 @@ def open_image(
     """
 
     def decoded(image: Image.Image) -> Image.Image:
-        if image.format in ("GIF", "WEBP", "TIFF", "PNG") and getattr(image, "is_animated", False):
+        if image.format in ("GIF", "WEBP", "TIFF", "PNG") and getattr(image, "is_animated", False) and not image.tell():
             warnings.warn(f"{label(source)}of a {image.format} with several pictures the first is read; give it as a"
                           " video for all", stacklevel=2)  # fmt: skip
         if wanted_side and image.format == "JPEG":

@@ -87,6 +87,9 @@ def test_the_first_frame_of_a_gif():
             UserWarning, match=f"of a {kind} with several pictures the first is read; give it as a video"
         ):
             assert pixels(data)[0, 0].tolist() == [255, 0, 0]
+        with Image.open(io.BytesIO(data)) as image:  # without a warning: it was chosen
+            image.seek(1)
+            assert pixels(image)[0, 0].tolist() == [0, 0, 255]
 
 
 def test_a_warning_names_the_file(tmp_path):
