@@ -272,8 +272,9 @@ class Session:
     def line_before(self, text: str, sources: Sequence[Any]) -> list[Piece]:
         """What parts a text from the picture that was read last, when it brings none of its own."""
         prompt = self.reader.processor.prompt
-        after_picture = not sources and self.waiting and self.waiting[-1] == Markup(prompt.image_close)
-        return line_before(text, prompt) if after_picture else []
+        closed = [Markup(prompt.image_close)]
+        tiled = [*closed, Markup(prompt.tiles_end)] if prompt.tiles_end else closed
+        return line_before(text, prompt) if not sources and self.waiting in (closed, tiled) else []
 
     def encode(self, pieces: Sequence[Piece]) -> Encoded:
         return self.reader.processor.encode_pieces(pieces, self.reader.tokens_per_image)

@@ -145,7 +145,7 @@ class Processor:
                 result.append(piece)
                 continue
             close = self.prompt.image_close if piece.close is None else piece.close
-            result += [Markup(self.prompt.image_open), piece, *([Markup(close)] if close else [])]
+            result += [Markup(self.prompt.image_open), piece, Markup(close)]  # empty ones too: Session looks for it
         return result
 
     def pixels(self, images: Sequence[Any], open_reference: Callable[[str], Any] | None = None) -> Tensor:

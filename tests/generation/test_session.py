@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longllava.api import LongLLaVA
+from longllava.config import PromptConfig
 from longllava.errors import InputError, LongLLaVAError
 from longllava.generation import Sampling, Session
 from longllava.generation.prefill import Reader
@@ -106,6 +108,17 @@ def test_a_question_to_a_session_is_the_whole_prompt():
     album = MODEL.session(images=PICTURES)
     for question in QUESTIONS:
         assert album.ask(question, **SHORT) == MODEL.generate(question, PICTURES, **SHORT)
+
+
+@pytest.mark.parametrize("layout", [{"image_close": ""}, {"tiles_end": "</i>"}, {"image_close": "", "video_close": ""}])
+def test_it_is_the_whole_prompt_whatever_ends_a_picture(layout, tmp_path):
+    model = LongLLaVA(MODEL.model, MODEL.tokenizer)
+    model.processor.prompt = PromptConfig(**layout)
+    for number, picture in enumerate(PICTURES[:2]):
+        picture.save(tmp_path / f"{number}.png")
+    for media in ({"images": PICTURES[:2]}, {"images": PICTURES[:2], "tiles": "1x2"}, {"video": str(tmp_path)}):
+        asked = model.session(**media).score(QUESTIONS[0], "red")
+        assert asked.log_probabilities == pytest.approx(model.score(QUESTIONS[0], "red", **media).log_probabilities)
 
 
 def test_asking_leaves_the_session_as_it_was():
