@@ -38,6 +38,12 @@ def in_a_table(reference: str) -> bool:
     return TABLE.fullmatch(reference) is not None
 
 
+def place_in_table(reference: str) -> tuple[str, int]:
+    """(file, row): in this order a row group is decoded once for all its pictures. Others are all equal."""
+    found = TABLE.fullmatch(reference)
+    return (found[4], int(found[1])) if found else ("", 0)
+
+
 def file_of(reference: str) -> str:
     """The file that a reference, also a plain path, leads to."""
     found = TAR.fullmatch(reference) or TABLE.fullmatch(reference)
@@ -77,11 +83,10 @@ def item_of(value: Any, item: int) -> bytes | None:
 
 
 class Cells:
-    """One column of a table file. A parquet file's row group is kept for the next cells of it."""
+    """One column of a table file."""
 
     def __init__(self, path: str, column: str):
         self.path, self.column = path, column
-        self.group: tuple[int, Any] = (-1, None)
         self.table: Any = None
         if path.endswith(".arrow"):
             self.table = arrow_table(path)[column]
@@ -95,11 +100,7 @@ class Cells:
         if self.table is not None:
             return self.table[row].as_py()
         number = bisect.bisect_right(self.starts, row) - 1
-        kept, values = self.group  # both at once: another thread may put another group there meanwhile
-        if kept != number:
-            values = row_group(self.path, number, [self.column])[self.column]
-            self.group = (number, values)
-        return values[row - self.starts[number]].as_py()
+        return column_of_group(self.path, number, self.column)[row - self.starts[number]].as_py()
 
 
 @functools.lru_cache(maxsize=16)
@@ -115,9 +116,15 @@ def parquet_file(path: str) -> Any:
     except ImportError:
         raise InputError(ARROW_IMPORT) from None
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        # what is fetched ahead stays in memory until the file is closed: a row group of each file
+        return pyarrow.parquet.ParquetFile(path, pre_buffer=False)
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: no parquet file: {' '.join(str(error).split())}") from None
+
+
+@functools.lru_cache(maxsize=4)  # for the next cells of it; it may be a whole file, of hundreds of megabytes
+def column_of_group(path: str, number: int, column: str) -> Any:
+    return row_group(path, number, [column])[column]
 
 
 def row_group(path: str, number: int, columns: list[str]) -> Any:

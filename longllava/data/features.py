@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longllava.bridges.pool import pool_features
 from longllava.data.cache import cache_folder
-from longllava.data.embedded import file_of
+from longllava.data.embedded import file_of, place_in_table
 from longllava.data.images import open_picture, under
 from longllava.data.worlds.pictures import PREFIX
 from longllava.errors import InputError
@@ -108,7 +108,7 @@ class FeatureCache:
         if wanted:
             with self.locked():
                 self.read_keys()
-            wanted = self.missing(wanted)
+            wanted = sorted(self.missing(wanted), key=lambda reference: place_in_table(under(reference)))
         for at in range(0, len(wanted), BATCH):
             batch = wanted[at : at + BATCH]
             self.append(batch, self.encode(batch))

@@ -31,7 +31,9 @@ class SourceConfig:
 
     Of records: path: a file, a pattern ("part-*.parquet") or a list of them; with format "datasets" a name on the hub
     or a folder, with subset, split, revision. format: json, parquet (and arrow), webdataset, datasets, or auto: by
-    the ending. streaming: read it as it comes (data sets, with a count). columns: our names -> theirs (records.py).
+    the ending. (Shuffled pictures inside parquet files take the decoding of a row group each; "datasets", of the same
+    files, copies them once into arrow files, which are mapped.) streaming: read it as it comes (data sets, with a
+    count). columns: our names -> theirs (records.py).
     image_root: where pictures and videos lie; without it beside the file, or inside the table. question: asked of
     records that hold an answer only. marks: "written", or "first" where records without <image> have pictures first.
     duplicates: of ids: refuse, drop, keep. max_bad: the share of records that may be unusable. media: data/media.py.

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from longllava.data.embedded import in_table
 from longllava.data.features import FeatureCache, encoder_cache, picture_key
 from tests.tiny_world import world_model, world_samples
 
@@ -49,6 +50,9 @@ def test_each_picture_is_encoded_once_by_all_who_share_a_cache(tmp_path, monkeyp
     assert_right(second, names[::-1])
     assert_right(open_cache(tmp_path, calls), names)
     assert open_cache(tmp_path, fingerprint="two").missing(names) == names  # another encoder: another folder
+    shuffled = [names[0], *(in_table(tmp_path / "pictures.parquet", row, 0, "image") for row in (12, 3, 7)), "world:x"]
+    first.fill(shuffled)  # those of a table in its order, or a row group would be decoded for each
+    assert calls[150:] == [shuffled[4], shuffled[2], shuffled[3], shuffled[1]]
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "c:\\new\\n", "a\\\nb", "next\x85line\u2028", "latin-\udcff"])

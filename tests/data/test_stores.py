@@ -16,7 +16,10 @@ from PIL import Image
 from longllava.data.embedded import in_table, read_embedded
 from longllava.data.images import open_picture
 from longllava.data.recipes import Recipe, record_source
+from longllava.data.records import Columns
 from longllava.data.source_config import SourceConfig
+from longllava.data.stores import tables
+from longllava.data.stores.tables import TableStore
 from longllava.errors import ConfigError, DataError, InputError
 
 pa = pytest.importorskip("pyarrow")
@@ -223,6 +226,23 @@ def test_the_root_may_be_the_environments(folder: Path, tmp_path: Path, monkeypa
     monkeypatch.delenv("LONGLLAVA_DATA")
     with pytest.raises(DataError, match=f"data/{folder.name}/all.json: no such file"):
         Recipe.load(tmp_path / "r.yaml")
+
+
+def test_shuffled_rows_of_tables_are_read_alone_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, size = 40, 200_000
+    table = pa.table({"id": [str(row) for row in range(n)], "image": [bytes([row]) * size for row in range(n)]})
+    for part in range(8):
+        pq.write_table(table, tmp_path / f"{part}.parquet", compression="none", use_dictionary=False)
+    store = TableStore([tmp_path / "0.parquet"], Columns(), False)
+    (*_, (place, _, last)) = store.scan()
+    made: list[int] = []
+    values = tables.values
+    monkeypatch.setattr(tables, "values", lambda column, media: made.append(len(column)) or values(column, media))
+    assert store.read(place) == last and made == [1]
+    before = pa.total_allocated_bytes()
+    for part in range(8):
+        assert read_embedded(in_table(tmp_path / f"{part}.parquet", 7, 0, "image")) == bytes([7]) * size
+    assert pa.total_allocated_bytes() - before < 5 * n * size  # row groups of the last four, not of all
 
 
 def test_two_threads_read_one_table(tmp_path: Path) -> None:
