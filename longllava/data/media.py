@@ -5,6 +5,7 @@ out among text, the same in training as when a model is asked.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -60,6 +61,8 @@ def opened(sample: Sample, config: MediaConfig) -> Sample:
         firsts.append(len(images))
         if medium.video:
             found = video_frames(reference, config)
+            if os.path.isdir(reference):  # frames that were taken here are whole
+                check(found, config)
             media.append(Medium(len(found), video=True))
         else:
             check([reference], config)

@@ -267,10 +267,13 @@ def once(function):
 
 def test_a_broken_video_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.gif").write_bytes(film(tmp_path / "b.gif").read_bytes()[:200])
-    got = source(tmp_path, [asked("<video>?", video="a.gif"), asked("<video>?", video="b.gif")], max_bad=0.5)
-    with pytest.raises(Unusable, match="broken video: .*a.gif"):
-        got.sample(0)
-    assert len(got.sample(1).images) == 6 and [item.kind for item in got.rejected] == ["broken video"]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/0.jpg").write_bytes(b"no frame")
+    got = source(tmp_path, [asked("<video>?", video=name) for name in ("a.gif", "b.gif", "c")], max_bad=0.7)
+    for index, told in ((0, "broken video: .*a.gif"), (2, "broken image: .*c/0.jpg")):
+        with pytest.raises(Unusable, match=told):
+            got.sample(index)
+    assert len(got.sample(1).images) == 6 and [item.kind for item in got.rejected] == ["broken video", "broken image"]
 
 
 def test_samples_that_are_all_too_long_end_in_an_error(tmp_path: Path) -> None:
