@@ -41,9 +41,11 @@ class Forward(nn.Module):
                 pictures = model.encoder(pictures)
             images_NMD = model.image_tokens(pictures, tokens_per_image)
         if alignment_only:
-            assert images_NMD is not None, "a phase of alignment is fed with pictures"
-            aligned = self.alignment(images_NMD, batch)
-            loss = images_NMD.sum() * 0 if aligned is None else aligned * batch.n_labels
+            aligned = None if images_NMD is None else self.alignment(images_NMD, batch)
+            if aligned is not None:
+                loss = aligned * batch.n_labels
+            else:  # rows of text alone, or no caption with a telling word
+                loss = torch.zeros((), device=batch.ids_BL.device) if images_NMD is None else 0 * images_NMD.sum()
             return self.touched(loss), {"loss": loss.detach()}
         x_BLD = model.embed(batch.ids_BL, batch.spans, None if blank else images_NMD)
         if blank and images_NMD is not None:

@@ -35,7 +35,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def resume_facts(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
-    """What a run must keep to be the same run. Of the recipe, what decides the order of samples; files may move.
+    """What a run must keep to be the same run. Of the recipe, what decides samples and their order; files may move.
 
     Not the number of processes: they share a step's rows and add their gradients, so that only rounding differs. Nor
     of threads, which launchers set (torchrun to 1).
@@ -46,6 +46,12 @@ def resume_facts(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
          "seed": row.seed, "settings": row.settings}
         for row, source in zip(recipe.config.sources, recipe.sources, strict=True)
     ]  # fmt: skip
+    facts["pictures"] = dataclasses.asdict(recipe.config.pictures)
+    # apart from `samples`, which older checkpoints hold without these
+    facts["reading"] = [
+        {"media": dataclasses.asdict(row.media), "columns": row.columns, "question": row.question, "marks": row.marks}
+        for row in recipe.config.sources
+    ]
     return json.loads(json.dumps(facts))  # tuples become lists, as they come back from a checkpoint
 
 

@@ -54,6 +54,13 @@ def test_losses_of_the_sources_are_those_of_their_samples_alone() -> None:
         assert float(forward(alone, pictures, 4)[1]["loss"]) == pytest.approx(float(measured[f"loss/{name}"]), rel=1e-5)
 
 
+def test_a_step_of_alignment_with_text_alone_has_a_gradient_of_zeros() -> None:
+    model, batch = batch_of(2, 2)
+    loss, _ = Forward(model, AidsConfig())(batch, None, 4, alignment_only=True)
+    loss.backward()
+    assert loss.item() == 0 and all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
 def test_a_record_divides_by_the_labels_of_each_source_over_all_processes() -> None:
     meter = Meter(peak=100.0)
     meter.add({"loss": 6.0, "loss/a": 2.0, "labels/a": 1, "loss/b": 4.0, "labels/b": 3}, 10, 4, 50)

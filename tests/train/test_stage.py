@@ -275,9 +275,15 @@ def test_a_run_goes_on_only_as_the_same_run(runs, monkeypatch) -> None:
     (runs / "moved.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
     recipe["sources"][0]["weight"] += 1
     (runs / "changed.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
+    recipe["sources"][0]["weight"] -= 1
+    (runs / "others.yaml").write_text(yaml.safe_dump({**recipe, "pictures": {"per_thing": 3}}), "utf-8")
+    recipe["sources"][0]["media"] = {"tiles": "2x2"}
+    (runs / "tiled.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
     for override, message in (
         ("seed=2", "seed: 1 then, 2 now"),
         (f"recipe={runs / 'changed.yaml'}", r"samples\.0\.weight: "),
+        (f"recipe={runs / 'others.yaml'}", r"pictures\.per_thing: \d+ then, 3 now"),
+        (f"recipe={runs / 'tiled.yaml'}", r"reading\.0\.media\.tiles: None then, '2x2' now"),
         ("phases.0.learning_rate=0.1", r"settings \(phases.0.learning_rate: 0.005 then, 0.1 now\); use"),
     ):
         with pytest.raises(TrainingError, match=message):
