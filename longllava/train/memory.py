@@ -17,6 +17,7 @@ from longllava.data.features import BATCH
 from longllava.plan.memory import sized
 from longllava.plan.need import encoder_workspace
 from longllava.train.config import TrainConfig, engine_named
+from longllava.train.lora import LoraConfig, layers_of
 
 FLOAT = 4
 LOSS_CHUNK = 2048  # train/loss.py
@@ -89,8 +90,11 @@ def held_bytes(config: TrainConfig, model: ModelConfig, world: int, value_bytes:
     """Weights, gradients and optimizer, as the engine shares them."""
     sizes = parameters_of(model)
     n_encoder = 0 if "encoder" in config.train_only else sizes.get("encoder", 0)
-    n_all, n_learned = sum(sizes.values()) - n_encoder, sum(sizes.get(part, 0) for part in config.train_only)
-    n_frozen_inside = sum(count for name, count in sizes_inside(model).items() if any(
+    n_adapters = 0 if config.lora is None else adapters_of(model, config.lora)
+    whole = set(config.train_only) - set(config.lora.parts if config.lora else ())
+    n_all = sum(sizes.values()) - n_encoder + n_adapters
+    n_learned = sum(sizes.get(part, 0) for part in whole) + n_adapters
+    n_frozen_inside = sum(count for name, count in sizes_inside(model).items() if name.split(".")[0] in whole and any(
         f"{name}.".startswith(f"{prefix}.") for prefix in config.frozen))  # fmt: skip
     n_learned -= n_frozen_inside
     engine = engine_named(config)
@@ -105,6 +109,17 @@ def held_bytes(config: TrainConfig, model: ModelConfig, world: int, value_bytes:
     if config.offload == "all":
         weights = 0
     return Estimate(weights + FLOAT * n_encoder, gradients, optimizer, gathered, 0, 0, 0, 0)
+
+
+def adapters_of(model: ModelConfig, lora: LoraConfig) -> int:
+    """Parameters of the adapters: two matrices a layer."""
+    import torch
+
+    from longllava.model import Model
+
+    with torch.device("meta"):
+        built = Model(model)
+    return sum(lora.rank * sum(built.get_parameter(f"{name}.weight").shape) for name in layers_of(built, lora))
 
 
 def parameters_of(model: ModelConfig) -> dict[str, int]:

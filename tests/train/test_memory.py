@@ -14,6 +14,7 @@ from longllava.nn import Block, Context
 from longllava.settings import load
 from longllava.train.config import TrainConfig
 from longllava.train.forward import Forward
+from longllava.train.lora import add_adapters_
 from longllava.train.memory import estimate, layer_bytes
 from longllava.train.optimizer import build_optimizer, select_parts
 from tests.kernels import needs_kernels
@@ -94,3 +95,20 @@ def test_a_packed_step(checkpointing: bool) -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert estimate(stage, config, 1, 4).total() == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("parts", [["backbone"], ["backbone", "encoder"]])
+def test_adapters_alone_learn_in_their_parts(parts: list[str]) -> None:
+    pytest.importorskip("peft")
+    config = ModelConfig(encoder=ENCODER, bridge=BridgeConfig(tokens_per_image=36, hidden=64), backbone=SMALL)
+    stage = load(TrainConfig, {
+        "stage": "stage3", "model": "", "recipe": "", "phases": [{"steps": 1, "row_length": 64}],
+        "train_only": ["bridge", *parts], "lora": {"rank": 3, "parts": parts},
+    })  # fmt: skip
+    model = Model(config)
+    assert stage.lora is not None
+    add_adapters_(model, stage.lora, 0)
+    learned = sum(parameter.nbytes for _, parameter in select_parts(model, stage.train_only))
+    held = estimate(stage, config, 1, 4)
+    assert (held.gradients, held.optimizer) == (learned, 2 * learned)
+    assert held.weights == sum(parameter.nbytes for parameter in model.parameters())
