@@ -10,5 +10,5 @@ if __name__ == "__main__":
         sys.exit("usage: python -m longllava.train CONFIG.yaml [preset=NAME] [key=value ...]")
     try:
         main(sys.argv[1], sys.argv[2:])
-    except LongLLaVAError as error:
+    except (LongLLaVAError, OSError) as error:  # a full disk, too
         sys.exit(f"longllava train: {error}")
