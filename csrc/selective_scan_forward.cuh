@@ -27,8 +27,16 @@
 
 namespace longllava {
 
+// One block alone on a processor, said to nvcc, or nothing said. Without a word it kept the kernels for states alone to 64
+// registers on sm_80, for the sake of a second block that has no shared memory there, and spilled (13.0).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int LEAST_BLOCKS = 1;
+#else
+constexpr int LEAST_BLOCKS = 0;
+#endif
+
 template <class T, int TOKENS, int DEPTH, bool FAST, bool STATES_ONLY, bool INT8>
-__global__ void __launch_bounds__(SCAN_THREADS)
+__global__ void __launch_bounds__(SCAN_THREADS, STATES_ONLY ? LEAST_BLOCKS : 0)
 scan_forward(const __grid_constant__ ScanArguments p) {
   using Shared = ForwardShared<T, TOKENS, DEPTH>;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
