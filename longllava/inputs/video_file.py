@@ -80,6 +80,7 @@ class VideoFile:
         self.leapt_from: float | None = None  # set until it is known whether a seek led forwards
         self.n_decoded = 0
         self.lost: list[float] = []  # seconds of frames that are broken, or build on those
+        self.cut: set[int | None] = set()  # when packets are shown that the container calls incomplete
         self.torn_at: float | None = None  # frames after this second build on a broken one, until a key frame
         self.entered_at = (
             -math.inf
@@ -103,7 +104,8 @@ class VideoFile:
         try:
             for frame in self.decoded(wanted):
                 second = self.second_of(frame)
-                if frame.is_corrupt:  # filled in by the decoder, in grey or from other frames
+                if frame.is_corrupt or frame.pts in self.cut:  # filled in by the decoder, in grey or from other frames
+                    self.cut.discard(frame.pts)
                     self.torn_at = second
                 elif self.torn_at is not None and frame.key_frame and second > self.torn_at:
                     self.torn_at = None
@@ -184,6 +186,8 @@ class VideoFile:
         """Frames that a packet brings forth. Broken, it is a loss, as is what follows until the next key frame."""
         import av
 
+        if packet.is_corrupt and packet.size:  # MJPEG's decoder says nothing of what it fills in for the rest
+            self.cut.add(packet.pts)
         try:
             return packet.decode()
         except av.FFmpegError:

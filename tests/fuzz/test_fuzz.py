@@ -23,7 +23,7 @@ KINDS = {
     "config": folders.judge_config, "index": folders.judge_index,
 }  # fmt: skip
 IN_FOLDERS = ("folder", "config", "index")
-SEEDS = {"config": (1903,), "index": (126,)}
+SEEDS = {"config": (1903,), "index": (126,), "prompt": (2114,), "video": (2875,)}
 
 
 def try_all(kind, numbers, tmp_path, monkeypatch):
