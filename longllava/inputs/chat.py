@@ -130,6 +130,11 @@ def string_pieces(text: str, n_images: int, n_frames: int, prompt: PromptConfig)
     return [*media_pieces(0, n_frames, prompt, first=n_images), *pieces]
 
 
+def outline(value: Any) -> str:
+    """A value in an error: what a dictionary has, the type of others. A picture's repr is an address in memory."""
+    return f"a dictionary of {list(value)!r:.80}" if isinstance(value, Mapping) else type(value).__name__
+
+
 def line_before(text: str, prompt: PromptConfig) -> list[Piece]:
     """What stands between a picture and a text that was not written around it."""
     return [Markup(prompt.images_end)] if prompt.images_end and text and not text.startswith("\n") else []
@@ -157,7 +162,7 @@ def messages_of_dicts(
     for number, message in enumerate(messages, 1):
         where = f"message {number}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise InputError(f"{where}: expected a dictionary with 'role' and 'content', got {message!r:.80}")
+            raise InputError(f"{where}: expected a dictionary with 'role' and 'content', got {outline(message)}")
         check_role(message["role"])
         if message["role"] != ROLES[(number - 1) % 2]:
             raise InputError(f"{where}: role {message['role']!r}; user and assistant take turns, user first")
@@ -185,7 +190,8 @@ def messages_of_dicts(
                 pieces += media_pieces(0, len(frames), prompt, first=len(sources))
                 sources += frames
             else:
-                raise InputError(f"{where}: part {part!r:.80}; allowed: text; image and video in a user's message")
+                raise InputError(f"{where}: a part {f'of type {kind!r:.40}' if kind else f'that is {outline(part)}'};"
+                                 " allowed: text; image and video in a user's message")  # fmt: skip
         if message["role"] == "assistant":
             text = "".join(piece.text for piece in pieces if isinstance(piece, Plain))
             pieces = [Answer(text, last=number == len(messages))]

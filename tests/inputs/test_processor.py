@@ -158,9 +158,9 @@ def test_a_conversation_may_end_with_its_answer():
         ([], "at least one user message"),
         ({"role": "user", "content": "a"}, "expected a list"),
         ([{"role": "system", "content": "a"}], "role: got 'system', allowed: user, assistant"),
-        ([{"role": "user"}], "message 1: expected a dictionary"),
+        ([{"role": "user"}], "message 1: expected a dictionary .* got a dictionary of \\['role'\\]"),
         ([{"role": "user", "content": 3}], "a string or a list of parts, got int"),
-        ([{"role": "user", "content": [{"type": "audio"}]}], "message 1: part"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "message 1: a part of type 'audio'; allowed"),
         ([{"role": "user", "content": [{"type": "image"}]}], "neither 'image' nor 'path'"),
         (
             [{"role": "user", "content": [{"type": "video", "file": "a.gif"}, {"type": "text", "text": "a"}]}],
