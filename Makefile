@@ -46,8 +46,8 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 	  echo "make setup: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(PIP) setuptools wheel
 	$(PIP) --no-build-isolation -e ".[train,video,dev]"
-	@test -e $(LIBRARY) || echo "make setup: no C++ kernels were built (no compiler, or it failed: make setup" \
-	  "PIP_ARGS=-v shows why); everything works with plain torch, slower."
+	@test -e $(LIBRARY) || echo "make setup: no C++ kernels were built (no compiler, or it failed: $(RUN) csrc/build.py" \
+	  "builds them, or says why not); everything works with plain torch, slower."
 	@touch $@
 
 demo: setup     ## a needle in a haystack of 1,000 pictures, with the model that ships in the package
