@@ -259,16 +259,19 @@ def efficiency(
     for name, seconds, rate, gigabytes in PUBLISHED:
         print(f"{name:28} prefill {seconds:6.1f} s, then {rate:5.1f} tokens/s, {gigabytes:5.1f} GB")
     if save is not None:
+        from longllava.api import checked_device, checked_dtype
         from longllava.files import write_atomic, write_json
         from longllava.train.record import environment
 
+        used = str(checked_dtype(dtype, checked_device(device))).removeprefix("torch.") + ", ours int8" * int8
         weights = "random, in the true shape" if is_random(model) else "trained; beside transformers without qk_norm"
         columns = ("model", "prefill_seconds", "tokens_per_second", "gigabytes")
         published = [dict(zip(columns, row, strict=True)) for row in PUBLISHED]
-        report = {**environment(), "model": model, "weights": weights, "rows": rows, "published_on_a100": published}
+        report = {**environment(), "model": model, "dtype": used, "weights": weights, "rows": rows,
+                  "published_on_a100": published}  # fmt: skip
         print(write_json(save, report))
         where = f"{report['device'] if report['device'] != 'cpu' else report['processor']}, {report['threads']} threads"
-        print(write_atomic(save.with_suffix(".png"), lambda file: chart(rows, f"{model} on {where}", file)))
+        print(write_atomic(save.with_suffix(".png"), lambda file: chart(rows, f"{model} in {used} on {where}", file)))
 
 
 if __name__ == "__main__":

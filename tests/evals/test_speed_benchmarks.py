@@ -65,7 +65,7 @@ def test_scaling_from_the_command_line(tmp_path: Path) -> None:
 def test_efficiency_from_the_command_line(tmp_path: Path) -> None:
     save = tmp_path / "efficiency.json"
     done = run("efficiency.py", "--tokens", "40", "--new-tokens", "3", "--peer-tokens", "24", "--peer-new-tokens", "2",
-               "--save", str(save))  # fmt: skip
+               "--dtype", "float32", "--save", str(save))  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(save.read_text())
     assert [(row["way"], row["tokens_in"], row["tokens_out"]) for row in report["rows"]] == [
@@ -74,6 +74,7 @@ def test_efficiency_from_the_command_line(tmp_path: Path) -> None:
     assert report["rows"][1]["largest_difference_of_logits"] < 1e-3  # the same weights
     assert "times as fast to the first token" in done.stdout
     assert all(row["prefill_seconds"] > 0 and row["tokens_per_second"] > 0 for row in report["rows"])
+    assert report["dtype"] == "float32"
     assert len(report["published_on_a100"]) == 4 and "16.5 s" in done.stdout
     assert save.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
