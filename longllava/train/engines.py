@@ -34,8 +34,10 @@ class Plain:
     evenly = False  # DDP does without modules that one process does not run
 
     def __init__(self, config: TrainConfig, dtype: torch.dtype):
-        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-
+        try:
+            from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+        except ImportError as error:
+            raise TrainingError(f"training needs accelerate ({error}); pip install 'longllava[train]'") from None
         self.config, self.dtype = config, dtype
         wanted = int(os.environ.get("WORLD_SIZE", "1"))
         self.accelerator = Accelerator(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import sys
 
-from longllava.errors import ConfigError
+import pytest
+import torch
+
+from longllava.errors import ConfigError, TrainingError
 from longllava.shipped import shipped, shipped_names
 from longllava.train.config import PhaseConfig, learning_rate, load_stage
+from longllava.train.engines import open_engine
 
 YAML = """
 stage: s
@@ -98,3 +102,9 @@ def test_every_shipped_stage_and_its_smoke_can_be_read() -> None:
         config, smoke = load_stage(shipped("configs", name)), load_stage(shipped("configs", name), ["preset=smoke"])
         shipped("data_recipes", config.recipe)
         assert smoke.stage == config.stage and smoke.total_steps() < 10
+
+
+def test_without_the_extra_for_training_it_is_one_sentence(path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(TrainingError, match=r"needs accelerate .*; pip install 'longllava\[train\]'"):
+        open_engine(load_stage(path), torch.float32)
