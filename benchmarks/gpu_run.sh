@@ -27,7 +27,8 @@ within() {
 }
 
 # the peers' setup.py builds for nine GPUs; nvcc sees only the one that is here
-sm=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+sm=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d .)
+[[ $sm =~ ^[0-9]+$ ]] || { echo "gpu_run.sh: nvidia-smi names no GPU here, and this run needs one" >&2; exit 1; }
 wrapper=$(mktemp -d)/nvcc
 cat > "$wrapper" <<WRAPPER
 #!/usr/bin/env python3

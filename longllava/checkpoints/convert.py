@@ -49,6 +49,8 @@ def convert_pickles(source: str | Path, target: str | Path | None = None) -> lis
     nothing is written.
     """
     source = Path(source).expanduser()
+    if not source.exists():
+        raise CheckpointError(f"{source}: no such file or folder")
     folder = source if source.is_dir() else source.parent
     inside = [path for path in source.iterdir() if not path.name.startswith(TRAINERS)] if source.is_dir() else []
     pickles = [path for path in sorted(inside) or [source] if path.suffix in PICKLES and path.is_file()]

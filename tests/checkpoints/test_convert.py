@@ -135,6 +135,8 @@ def test_nothing_is_written_over(tmp_path, pickles, there, words):
 def test_nothing_to_convert(tmp_path):
     with pytest.raises(CheckpointError, match="no pickled weights there"):
         convert_pickles(tmp_path)
+    with pytest.raises(CheckpointError, match="none.bin: no such file or folder"):
+        convert_pickles(tmp_path / "none.bin")
 
 
 @pytest.mark.parametrize("scheme", ["native", "longllava"])
