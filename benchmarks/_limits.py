@@ -73,4 +73,3 @@ def decode_limit(config: Any, model: Any, n_tokens: int, found: dict[str, float]
         weights -= experts * (1 - backbone.n_experts_per_token / backbone.n_experts)
     kept = 4 * backbone.mixers().count("attention") * backbone.n_kv_heads * backbone.head_dim * n_tokens
     return found["copied_bytes"] / (weights + kept)
-

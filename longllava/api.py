@@ -11,6 +11,7 @@ from longllava.choices import checked_dtype as checked_dtype
 from longllava.choices import checked_int8, checked_kv_dtype, checked_map
 from longllava.config import Int8Config
 from longllava.errors import InputError
+from longllava.settings import check_count
 
 if TYPE_CHECKING:
     import torch
@@ -156,7 +157,7 @@ class LongLLaVA:
         Raises: InputError naming the prompt, before any is answered where that can be known.
         """
         from longllava.generation import Sampling
-        from longllava.generation.batch import answer_prompts, check_batch_size
+        from longllava.generation.batch import answer_prompts
         from longllava.generation.keywords import check_keywords
         from longllava.generation.session import Options, Reading
 
@@ -170,7 +171,7 @@ class LongLLaVA:
         prompts, images = list(prompts), None if images is None else list(images)
         if images is not None and len(images) != len(prompts):
             raise InputError(f"prompts: got {len(prompts)}, and images for {len(images)}; expected an entry for each")
-        check_batch_size(batch_size)
+        check_count("batch_size", batch_size)
         session = self.fresh(**reading)
         rows = []
         for number, (prompt, own) in enumerate(zip(prompts, images or [None] * len(prompts)), 1):

@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from longllava.errors import ConfigError
+from longllava.errors import ConfigError, InputError
 from longllava.files import write_json
 
 T = TypeVar("T")
@@ -177,3 +177,9 @@ def divides(config: Any, small: str, large: str) -> None:
 def one_of(config: Any, name: str, allowed: tuple) -> None:
     if getattr(config, name) not in allowed:
         raise ConfigError(f"{name}: got {getattr(config, name)!r}, allowed: {', '.join(map(str, allowed))}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Of an argument. Raises: InputError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name}: got {value!r}, expected a whole number above 0")

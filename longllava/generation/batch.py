@@ -23,11 +23,6 @@ from longllava.nn import Context, State, fork_state, join_states
 PADDING = -1  # seq_idx of tokens that no layer may see
 
 
-def check_batch_size(batch_size: Any) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size: got {batch_size!r}, expected a whole number above 0")
-
-
 def answer_prompts(
     reader: Reader, rows: Sequence[tuple[Encoded, Sequence[Any]]], sampling: Sampling, batch_size: int
 ) -> list[str]:

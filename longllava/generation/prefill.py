@@ -31,6 +31,7 @@ from longllava.model import Model
 from longllava.nn import Context, State
 from longllava.nn.cache import int8_cache
 from longllava.plan import check_fits, prompt_need
+from longllava.settings import check_count
 
 PIXELS_PER_BATCH = 1 << 20  # encoder batch: 9 images of 336 x 336, or MAX_BATCH small ones
 MAX_BATCH = 32
@@ -59,9 +60,8 @@ class Reader:
     def __post_init__(self) -> None:
         encoder = self.model.config.encoder
         self.media_reader = MediaReader(self.options, encoder.image_size if encoder else None, self.open_scheme)
-        chunk = self.chunk_tokens
-        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-            raise InputError(f"chunk_tokens: got {chunk!r}, expected a whole number above 0")
+        if self.chunk_tokens is not None:
+            check_count("chunk_tokens", self.chunk_tokens)
 
     @property
     def device(self) -> torch.device:

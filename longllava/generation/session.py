@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longllava.errors import InputError
 from longllava.generation import saving
-from longllava.generation.batch import answer_many, check_batch_size
+from longllava.generation.batch import answer_many
 from longllava.generation.decoding import is_static, static_tokens
 from longllava.generation.keywords import check_keywords
 from longllava.generation.prefill import Reader
@@ -38,6 +38,7 @@ from longllava.inputs.chat import (
 from longllava.inputs.processor import Encoded
 from longllava.inputs.tiles import expand
 from longllava.nn import AttentionState, Context, State, fork_state
+from longllava.settings import check_count
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -182,7 +183,7 @@ class Session:
         sampling = Sampling(**settings)
         if isinstance(questions, str) or not isinstance(questions, Iterable):
             raise InputError(f"questions: expected a list of strings, got {questions!r:.80}; use ask for one")
-        check_batch_size(batch_size)
+        check_count("batch_size", batch_size)
         close = self.reader.processor.assistant_open()
         rows = [self.encode([*self.waiting, *self.question_pieces(q, None, None)[0], close]).ids for q in questions]
         answers: list[str] = []

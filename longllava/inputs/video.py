@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from longllava.errors import InputError
 from longllava.inputs.image import check_size, rgb
 from longllava.inputs.video_file import VideoFile, open_video
+from longllava.settings import check_count
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -95,8 +96,7 @@ def file_frames(file: Any, fps: float, max_frames: int, side: int | None, leadin
 def check_sampling(fps: float, max_frames: int) -> None:
     if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not MIN_FPS <= fps <= MAX_FPS:
         raise InputError(f"fps: got {fps!r}, allowed: {MIN_FPS:g} to {MAX_FPS:g}")
-    if isinstance(max_frames, bool) or not isinstance(max_frames, int) or max_frames < 1:
-        raise InputError(f"max_frames: got {max_frames!r}, expected a whole number above 0")
+    check_count("max_frames", max_frames)
 
 
 def folder_frames(folder: Path) -> list[Path]:

@@ -152,7 +152,6 @@ def test_processes_beside_the_first_write_nothing(runs, monkeypatch) -> None:
     assert sorted(runs.iterdir()) == before
 
 
-
 # --- a step that cannot be taken, and a part that must not change
 
 
