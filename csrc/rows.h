@@ -61,6 +61,26 @@ class Ahead {
   int64_t step_[MOST];
 };
 
+// The first `lanes` elements from `offset` on, as fp32; what follows them is neither read nor written.
+LONGLLAVA_INLINE vec read_lanes(const Rows& rows, int64_t offset, int lanes) {
+  if (rows.dtype == DTYPE_FLOAT32) {
+    const float* p = static_cast<const float*>(rows.data) + offset;
+    return lanes == WIDTH ? load(p) : load_some(p, lanes);
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(rows.data) + offset;
+  return lanes == WIDTH ? load(p) : load_some(p, lanes);
+}
+
+LONGLLAVA_INLINE void write_lanes(const Rows& rows, int64_t offset, vec x, int lanes) {
+  if (rows.dtype == DTYPE_FLOAT32) {
+    float* p = static_cast<float*>(rows.data) + offset;
+    lanes == WIDTH ? store(p, x) : store_some(p, x, lanes);
+  } else {
+    uint16_t* p = static_cast<uint16_t*>(rows.data) + offset;
+    lanes == WIDTH ? store(p, x) : store_some(p, x, lanes);
+  }
+}
+
 template <class T>
 LONGLLAVA_INLINE void read_as(const T* p, const Rows& rows, const Piece& piece, vec* out) {
   const int whole = piece.columns / WIDTH, rest = piece.columns % WIDTH;
@@ -108,7 +128,10 @@ static inline void read_rows(const Rows& rows, const Piece& piece, int columns, 
   for (int t = 0; t < piece.n_tokens; ++t, out += columns) {
     if (piece.flags[t] == TOKEN_PADDING) continue;
     if (rows.dtype == DTYPE_FLOAT32) {
-      __builtin_memcpy(out, static_cast<const float*>(rows.data) + offset + t * rows.row_stride, columns * 4);
+      const float* p = static_cast<const float*>(rows.data) + offset + t * rows.row_stride;
+      int i = 0;  // a call of memcpy takes as long as the few vectors it copies
+      for (; i + WIDTH <= columns; i += WIDTH) store(out + i, load(p + i));
+      for (; i < columns; ++i) out[i] = p[i];
     } else {
       const uint16_t* p = static_cast<const uint16_t*>(rows.data) + offset + t * rows.row_stride;
       for (int i = 0; i < columns; ++i) out[i] = bf16_to_float(p[i]);

@@ -9,6 +9,8 @@ namespace longllava {
 namespace LONGLLAVA_FORM {
 namespace {
 
+constexpr int BLOCKS_MAX = SCAN_BACKWARD_TILE / WIDTH;
+typedef Tile<BLOCKS_MAX> BackTile;
 constexpr int GROUP = WIDTH == 16 ? 8 : 4;  // states walked together; of each, two vectors per token are kept
 
 // What backward keeps of one tile over a chunk: [block][token].
@@ -23,20 +25,22 @@ struct Chunk {
 };
 
 // Forward again over a chunk for G states, keeping decay and decayed state; then back. Adds to y, sum_gB, sum_step,
-// grad_A, and to sum_B and sum_C (tokens, G), which still hold one term per lane.
+// grad_A, and to the sums of dB and dC (tokens, 2, G), which still hold one term per lane.
 template <int G, bool CLAMP>
 void walk_back(const vec* __restrict A, const float* __restrict saved, const float* __restrict B,
                const float* __restrict C, int n_states, const uint8_t* __restrict flags, int n_tokens,
                Chunk& __restrict chunk, int block, vec* __restrict grad_state, vec* __restrict grad_A,
-               vec* __restrict sum_B, vec* __restrict sum_C, Ahead& ahead) {
+               vec* __restrict sums, Ahead& ahead) {
   vec decay[SCAN_CHUNK * G], kept[SCAN_CHUNK * G];
   {
     vec h[G];
+#pragma GCC unroll 16
     for (int i = 0; i < G; ++i) h[i] = load(saved + i * WIDTH);
     for (int t = 0; t < n_tokens; ++t) {
       ahead.fetch();
       if (flags[t] != TOKEN_PLAIN) {
         if (flags[t] == TOKEN_PADDING) continue;
+#pragma GCC unroll 16
         for (int i = 0; i < G; ++i) h[i] = vec{};
       }
       vec y = chunk.y[block][t];
@@ -60,18 +64,20 @@ void walk_back(const vec* __restrict A, const float* __restrict saved, const flo
     }
   }
   vec gh[G], gA[G];
+#pragma GCC unroll 16
   for (int i = 0; i < G; ++i) gh[i] = grad_state[i], gA[i] = vec{};
   for (int t = n_tokens - 1; t >= 0; --t) {
     if (flags[t] == TOKEN_PADDING) continue;
     const vec d = chunk.d[block][t], du = chunk.du[block][t], g = chunk.g[block][t];
     vec gB = {}, step = {};
+    vec *sum_B = sums + t * 2 * G, *sum_C = sum_B + G;
 #pragma GCC unroll 16
     for (int i = 0; i < G; ++i) {
       const float b = B[t * n_states + i];
       const vec old = kept[t * G + i];
-      sum_C[t * G + i] += g * (old + du * b);
+      sum_C[i] += g * (old + du * b);
       gh[i] += g * C[t * n_states + i];
-      sum_B[t * G + i] += gh[i] * du;
+      sum_B[i] += gh[i] * du;
       gB += gh[i] * b;
       const vec through = gh[i] * old;
       step += through * A[i];
@@ -81,37 +87,43 @@ void walk_back(const vec* __restrict A, const float* __restrict saved, const flo
     chunk.sum_gB[block][t] += gB;
     chunk.sum_step[block][t] += step;
     if (flags[t] == TOKEN_RESET)
+#pragma GCC unroll 16
       for (int i = 0; i < G; ++i) gh[i] = vec{};
   }
+#pragma GCC unroll 16
   for (int i = 0; i < G; ++i) grad_state[i] = gh[i], grad_A[i] += gA[i];
 }
 
 // One group of states for all blocks of the tile, then the sums over its channels.
 template <int G>
-void group_back(const ScanArguments& a, const Tile& tile, const Piece& piece, Tile& grad, int i, const float* B,
+void group_back(const ScanArguments& a, const BackTile& tile, const Piece& piece, BackTile& grad, int i, const float* B,
                 const float* C, Chunk& chunk, float* partial_B, float* partial_C) {
   const int n = tile.n_states, n_tokens = piece.n_tokens;
   const int64_t first = piece.token;
-  vec sum_B[SCAN_CHUNK * G], sum_C[SCAN_CHUNK * G];
-  for (int k = 0; k < n_tokens * G; ++k) sum_B[k] = sum_C[k] = vec{};
+  constexpr int SUMS = SCAN_CHUNK * 2 * G;  // a multiple of WIDTH
+  vec sums[SUMS];
+  float totals[SUMS];
+  const int n_sums = (n_tokens * 2 * G + WIDTH - 1) / WIDTH * WIDTH;
+  for (int k = 0; k < n_sums; ++k) sums[k] = vec{};
   for (int block = 0; block < tile.n_blocks; ++block) {
     const int at = block * n + i;
     const float* saved = checkpoint(a, tile, first / SCAN_CHUNK, block) + i * WIDTH;
     const auto run = chunk.clamp[block] ? walk_back<G, true> : walk_back<G, false>;
     Ahead ahead(piece, block, a.u, a.delta, a.z, a.grad_y, a.grad_u, a.grad_delta, a.grad_z);
     if (i > 0) ahead.stop();
-    run(tile.A + at, saved, B + i, C + i, n, piece.flags, n_tokens, chunk, block, grad.state + at, grad.A + at, sum_B,
-        sum_C, ahead);
+    run(tile.A + at, saved, B + i, C + i, n, piece.flags, n_tokens, chunk, block, grad.state + at, grad.A + at, sums,
+        ahead);
   }
+  for (int k = 0; k < n_sums; k += WIDTH) store(totals + k, sums_of_rows(sums + k));
   for (int t = 0; t < n_tokens; ++t)
     for (int k = 0; k < G; ++k) {
-      partial_B[(first + t) * n + i + k] += sum_lanes(sum_B[t * G + k]);
-      partial_C[(first + t) * n + i + k] += sum_lanes(sum_C[t * G + k]);
+      partial_B[(first + t) * n + i + k] += totals[t * 2 * G + k];
+      partial_C[(first + t) * n + i + k] += totals[t * 2 * G + G + k];
     }
 }
 
 template <int G>
-void groups_back(const ScanArguments& a, const Tile& tile, const Piece& piece, Tile& grad, const float* B,
+void groups_back(const ScanArguments& a, const BackTile& tile, const Piece& piece, BackTile& grad, const float* B,
                  const float* C, Chunk& chunk, float* partial_B, float* partial_C, int i = 0) {
   for (; i + G <= tile.n_states; i += G)
     group_back<G>(a, tile, piece, grad, i, B, C, chunk, partial_B, partial_C);
@@ -119,15 +131,19 @@ void groups_back(const ScanArguments& a, const Tile& tile, const Piece& piece, T
     if (i < tile.n_states) groups_back<G / 2>(a, tile, piece, grad, B, C, chunk, partial_B, partial_C, i);
 }
 
-void open_chunk(const ScanArguments& a, const Tile& tile, const Piece& piece, Chunk& chunk) {
+void open_chunk(const ScanArguments& a, const BackTile& tile, const Piece& piece, Chunk& chunk) {
   const bool gated = a.z.data != nullptr;
   read_piece(a.u, piece, chunk.u[0]);
   read_piece(a.delta, piece, chunk.raw[0]);
   read_piece(a.grad_y, piece, chunk.grad[0]);
   if (gated) read_piece(a.z, piece, chunk.z[0]);
   for (int block = 0; block < tile.n_blocks; ++block) {
-    for (int t = 0; t < piece.n_tokens; ++t) chunk.d[block][t] = chunk.raw[block][t];
-    chunk.clamp[block] = step_sizes(a, tile, block, piece.n_tokens, chunk.d[block]);
+    vec* d = chunk.d[block];
+    vec most = {};
+    for (int t = 0; t < piece.n_tokens; ++t) d[t] = chunk.raw[block][t] + tile.bias[block];
+    if (a.softplus) in_fours(d, piece.n_tokens, [](auto& x) { softplus_together(x); });
+    for (int t = 0; t < piece.n_tokens; ++t) most = maximum(absolute(d[t]), most);
+    chunk.clamp[block] = needs_clamp(most, tile.most_A[block]);
     for (int t = 0; t < piece.n_tokens; ++t) {
       const vec u = chunk.u[block][t], grad = chunk.grad[block][t], z = chunk.z[block][t];
       chunk.du[block][t] = chunk.d[block][t] * u;
@@ -139,7 +155,7 @@ void open_chunk(const ScanArguments& a, const Tile& tile, const Piece& piece, Ch
 }
 
 // Turns what the walks left in the chunk into gradients and writes them; grad.D and grad.bias collect sums.
-void close_chunk(const ScanArguments& a, const Tile& tile, const Piece& piece, Tile& grad, Chunk& chunk) {
+void close_chunk(const ScanArguments& a, const BackTile& tile, const Piece& piece, BackTile& grad, Chunk& chunk) {
   const bool gated = a.z.data != nullptr;
   for (int block = 0; block < tile.n_blocks; ++block) {
     vec sum_D = {}, sum_bias = {};
@@ -167,10 +183,10 @@ void close_chunk(const ScanArguments& a, const Tile& tile, const Piece& piece, T
   if (gated) write_piece(a.grad_z, piece, chunk.z[0]);
 }
 
-void tile_back(const ScanPlan& plan, const Tile& tile, float* partial_B, float* partial_C) {
+void tile_back(const ScanPlan& plan, const BackTile& tile, float* partial_B, float* partial_C) {
   const ScanArguments& a = plan.args;
   const int n = tile.n_states;
-  Tile grad = tile;
+  BackTile grad = tile;
   for (int i = 0; i < tile.n_blocks * n; ++i) grad.A[i] = grad.state[i] = vec{};
   for (int block = 0; block < tile.n_blocks; ++block) grad.D[block] = grad.bias[block] = vec{};
   if (a.grad_state_out != nullptr) transpose_in(tile, a.grad_state_out + state_offset(a, tile), grad.state);
@@ -201,7 +217,7 @@ void scan_backward_task(void* context, int64_t task) {
   const ScanArguments& a = plan.args;
   const int64_t batch = task / plan.n_slices, slice = task % plan.n_slices;
   const int64_t partial = (slice * a.batch + batch) * a.length * a.states;
-  Tile tile;
+  BackTile tile;
   for (int64_t i = slice * plan.n_tiles / plan.n_slices; i < (slice + 1) * plan.n_tiles / plan.n_slices; ++i) {
     open_tile(a, batch, i * plan.tile, int(plan.tile), tile);
     tile_back(plan, tile, plan.partial_B + partial, plan.partial_C + partial);

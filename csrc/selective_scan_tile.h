@@ -8,21 +8,23 @@ namespace longllava {
 namespace LONGLLAVA_FORM {
 namespace {
 
-constexpr int BLOCKS_MAX = SCAN_MAX_TILE / WIDTH;
-constexpr int TOGETHER = 2;  // exponentials computed in step (vector.h): more would not leave registers for the rest
+// Exponentials computed in step (vector.h): more would not leave registers for the rest.
+constexpr int TOGETHER = WIDTH == 16 ? 4 : 2;
 
 const uint8_t ALL_PLAIN[SCAN_CHUNK] = {};
 
 // Where one tile of channels lies, and its parameters as vectors: [block][state].
+template <int BLOCKS>
 struct Tile {
   int64_t batch, first_channel;
   int channels, n_blocks, n_states;
-  vec D[BLOCKS_MAX], bias[BLOCKS_MAX], most_A[BLOCKS_MAX];
-  vec A[BLOCKS_MAX * SCAN_MAX_STATES];      // times log2(e)
-  vec state[BLOCKS_MAX * SCAN_MAX_STATES];  // backward: the gradient of the state
+  vec D[BLOCKS], bias[BLOCKS], most_A[BLOCKS];
+  vec A[BLOCKS * SCAN_MAX_STATES];      // times log2(e)
+  vec state[BLOCKS * SCAN_MAX_STATES];  // backward: the gradient of the state
 };
 
-int lanes_of(const Tile& tile, int block) {
+template <int BLOCKS>
+int lanes_of(const Tile<BLOCKS>& tile, int block) {
   const int left = tile.channels - block * WIDTH;
   return left < WIDTH ? left : WIDTH;
 }
@@ -37,7 +39,8 @@ LONGLLAVA_INLINE void load_square(const float* from, int pitch, int rows, int co
 }
 
 // from: (E, N) rows of the tile's channels -> to[block][state], lanes of missing channels 0
-void transpose_in(const Tile& tile, const float* from, vec* to) {
+template <int BLOCKS>
+void transpose_in(const Tile<BLOCKS>& tile, const float* from, vec* to) {
   const int n = tile.n_states;
   for (int block = 0; block < tile.n_blocks; ++block, from += n * WIDTH, to += n) {
     for (int i = 0; i < n; i += WIDTH) {
@@ -52,7 +55,8 @@ void transpose_in(const Tile& tile, const float* from, vec* to) {
   }
 }
 
-void transpose_out(const Tile& tile, const vec* from, float* to) {
+template <int BLOCKS>
+void transpose_out(const Tile<BLOCKS>& tile, const vec* from, float* to) {
   const int n = tile.n_states;
   for (int block = 0; block < tile.n_blocks; ++block, from += n, to += n * WIDTH) {
     const int lanes = lanes_of(tile, block);
@@ -69,7 +73,8 @@ void transpose_out(const Tile& tile, const vec* from, float* to) {
   }
 }
 
-void open_tile(const ScanArguments& a, int64_t batch, int64_t first_channel, int tile_channels, Tile& tile) {
+template <int BLOCKS>
+void open_tile(const ScanArguments& a, int64_t batch, int64_t first_channel, int tile_channels, Tile<BLOCKS>& tile) {
   const int64_t left = a.channels - first_channel;
   tile.channels = left < tile_channels ? int(left) : tile_channels;
   tile.batch = batch;
@@ -94,38 +99,38 @@ void open_tile(const ScanArguments& a, int64_t batch, int64_t first_channel, int
   }
 }
 
-int64_t state_offset(const ScanArguments& a, const Tile& tile) {
+template <int BLOCKS>
+int64_t state_offset(const ScanArguments& a, const Tile<BLOCKS>& tile) {
   return (tile.batch * a.channels + tile.first_channel) * a.states;
 }
 
 // The states saved before chunk `chunk`, for one block: [state] vectors, one after another.
-float* checkpoint(const ScanArguments& a, const Tile& tile, int64_t chunk, int block) {
+template <int BLOCKS>
+float* checkpoint(const ScanArguments& a, const Tile<BLOCKS>& tile, int64_t chunk, int block) {
   const int64_t n_chunks = (a.length + SCAN_CHUNK - 1) / SCAN_CHUNK, n_blocks = (a.channels + 15) / 16 * 16 / WIDTH;
   const int64_t index = (tile.batch * n_chunks + chunk) * n_blocks + tile.first_channel / WIDTH + block;
   return a.checkpoints + index * a.states * WIDTH;
 }
 
-// Step sizes d of one block from delta in place; true when d A may leave the range that needs no clamp.
-bool step_sizes(const ScanArguments& a, const Tile& tile, int block, int n_tokens, vec* d) {
-  vec most = {};
-  for (int t = 0; t < n_tokens; ++t) d[t] += tile.bias[block];
-  if (a.softplus) in_fours(d, n_tokens, [](auto& x) { softplus_together(x); });
-  for (int t = 0; t < n_tokens; ++t) most = maximum(absolute(d[t]), most);
-  return !(max_lanes(most * tile.most_A[block]) < 126.0f);
+// True when |d A| may leave the range that needs no clamp (vector.h); where exp2 saturates, nothing needs one.
+LONGLLAVA_INLINE bool needs_clamp(vec most_d, vec most_A) {
+  return !EXP2_SATURATES && !(max_lanes(most_d * most_A) < 126.0f);
 }
 
-// The tokens of one chunk and the channels of a tile. step: SCAN_CHUNK forward, -SCAN_CHUNK backward.
-Piece chunk_piece(const ScanPlan& plan, const Tile& tile, int64_t first, int step) {
+// The tokens of one chunk and the channels of a tile. step: SCAN_FORWARD_CHUNK, or -SCAN_CHUNK backward.
+template <int BLOCKS>
+Piece chunk_piece(const ScanPlan& plan, const Tile<BLOCKS>& tile, int64_t first, int step) {
   const int64_t length = plan.args.length, left = length - first, next = first + step;
+  const int chunk = step < 0 ? -step : step;
   Piece piece;
   piece.batch = tile.batch;
   piece.token = first;
   piece.column = tile.first_channel;
   piece.columns = tile.channels;
-  piece.n_tokens = left < SCAN_CHUNK ? int(left) : SCAN_CHUNK;
-  piece.pitch = SCAN_CHUNK;
+  piece.n_tokens = left < chunk ? int(left) : chunk;
+  piece.pitch = chunk;
   piece.flags = plan.flags == nullptr ? ALL_PLAIN : plan.flags + tile.batch * length + first;
-  piece.next = next >= 0 && next + SCAN_CHUNK <= length ? step : 0;
+  piece.next = next >= 0 && next + chunk <= length ? step : 0;
   return piece;
 }
 

@@ -153,11 +153,28 @@ LONGLLAVA_INLINE void transpose(vec (&rows)[WIDTH]) {
   }
 }
 
+// Lane i of the result: the sum over the lanes of rows[i], in the order of sum_lanes. A third of a transpose's shuffles.
+LONGLLAVA_INLINE vec sums_of_rows(const vec* rows) {
+  vec sum[WIDTH];
+#pragma GCC unroll 16
+  for (int i = 0; i < WIDTH; ++i) sum[i] = rows[i];
+#pragma GCC unroll 4
+  for (int half = WIDTH / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      vec low, high;
+      zip(sum[i], sum[i + half], low, high);
+      sum[i] = low + high;
+    }
+  return sum[0];
+}
+
 // x[k] = 2^x[k] by a degree-5 polynomial; relative error 1.5e-7, and exactly 1 at 0, so that a step of length 0 keeps
 // the state as it is. With CLAMP any finite x; without it |x| <= 126. K vectors go in step, each waiting for the others
 // instead of for its own chain of dependent operations.
 #define EACH _Pragma("GCC unroll 8") for (int k = 0; k < K; ++k)
 #if defined(__AVX512F__) && LONGLLAVA_WIDTH == 16
+constexpr bool EXP2_SATURATES = true;
 // The polynomial takes x - floor(x), in [0, 1), and the instruction that scales takes floor(x) from x itself: seven
 // operations. It saturates, so that nothing is clamped.
 template <bool CLAMP, int K>
@@ -172,6 +189,8 @@ LONGLLAVA_INLINE void exp2_together(vec (&x)[K]) {
   EACH x[k] = (vec)_mm512_scalef_ps((__m512)p[k], (__m512)x[k]);
 }
 #else
+constexpr bool EXP2_SATURATES = false;
+
 // The polynomial takes what is left of x beside the nearest whole number, in [-1/2, 1/2].
 template <bool CLAMP, int K>
 LONGLLAVA_INLINE void exp2_together(vec (&x)[K]) {
@@ -193,10 +212,12 @@ LONGLLAVA_INLINE void exp2_together(vec (&x)[K]) {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// x[k] = e^x[k] between 2^-126 and 2^126, so that 1 + e^x has a reciprocal in every form; NaN stays.
+// x[k] = e^x[k], at most 2^126, so that 1 + e^x has a reciprocal in every form; NaN stays.
 template <int K>
 LONGLLAVA_INLINE void exp_together(vec (&x)[K]) {
-  EACH x[k] = minimum(splat(126.0f), maximum(splat(-126.0f), x[k] * LOG2_E));
+  EACH x[k] *= LOG2_E;
+  if (!EXP2_SATURATES) EACH x[k] = maximum(splat(-126.0f), x[k]);
+  EACH x[k] = minimum(splat(126.0f), x[k]);
   exp2_together<false>(x);
 }
 
@@ -238,20 +259,23 @@ LONGLLAVA_INLINE vec silu_slope(vec x) {
   return gate * (1.0f + x * (e * gate));
 }
 
-// x[k] = log(1 + e^x[k]) = max(x, 0) + log1p(e), with e = e^-|x| and log1p(e) = 2 atanh(e / (2 + e)) as a polynomial;
-// relative error 3e-7. Above 17 that is x itself, as in torch above 20.
+// x[k] = log(1 + e^x[k]) = max(x, 0) + log1p(e), with e = e^-|x| and log1p(e) / e as a polynomial of degree 8 that
+// is minimax on [0, 1]; relative error 2e-7. Above 17 that is x itself, as in torch above 20.
 template <int K>
 LONGLLAVA_INLINE void softplus_together(vec (&x)[K]) {
-  vec e[K], s[K], t[K], p[K];
-  EACH e[k] = maximum(splat(-126.0f), absolute(x[k]) * -LOG2_E);
+  vec e[K], p[K];
+  EACH e[k] = absolute(x[k]) * -LOG2_E;
+  if (!EXP2_SATURATES) EACH e[k] = maximum(splat(-126.0f), e[k]);
   exp2_together<false>(e);
-  EACH s[k] = e[k] * reciprocal(2.0f + e[k]);
-  EACH t[k] = s[k] * s[k];
-  EACH p[k] = splat(0.1408916712f) * t[k] + 0.1398030072f;
-  EACH p[k] = p[k] * t[k] + 0.2001245469f;
-  EACH p[k] = p[k] * t[k] + 0.3333315849f;
-  EACH p[k] = p[k] * t[k] + 1.0f;
-  EACH x[k] = maximum(vec{}, x[k]) + (s[k] + s[k]) * p[k];
+  EACH p[k] = splat(0.005232699341f) * e[k] - 0.02950525518f;
+  EACH p[k] = p[k] * e[k] + 0.07822597114f;
+  EACH p[k] = p[k] * e[k] - 0.136632467f;
+  EACH p[k] = p[k] * e[k] + 0.191060068f;
+  EACH p[k] = p[k] * e[k] - 0.2484298212f;
+  EACH p[k] = p[k] * e[k] + 0.3331909678f;
+  EACH p[k] = p[k] * e[k] - 0.4999949314f;
+  EACH p[k] = p[k] * e[k] + 0.9999999699f;
+  EACH x[k] = maximum(vec{}, x[k]) + e[k] * p[k];
 }
 
 template <int K>
