@@ -65,12 +65,16 @@ struct Pairs {
   }
 };
 
-// int8 in fours, weights as unsigned numbers 128 too large: what the processor's instruction multiplies. 128 times the
-// row's sum comes off at the end; sums are counted modulo 2^32, so that only the result has to fit.
+// int8 in fours. What VNNI multiplies are weights as unsigned numbers, 128 too large: 128 times the row's sum comes off at
+// the end; sums are counted modulo 2^32, so that only the result has to fit. AMX takes them as they are.
 struct Fours {
   typedef int8_t Element;
   static constexpr int DEPTH = 4;
+#if defined(LONGLLAVA_AMX)
+  static constexpr int32_t OFFSET = 0;
+#else
   static constexpr int32_t OFFSET = 128;
+#endif
 
   LONGLLAVA_INLINE ivec add(ivec sum, ivec weights, ivec x) {
 #if defined(LONGLLAVA_VNNI)
@@ -91,7 +95,7 @@ struct Fours {
       __builtin_memcpy(some, from, n);
       __builtin_memcpy(&out, some, sizeof out);
     }
-    return (ivec)(out ^ 0x80808080u);
+    return (ivec)(OFFSET == 0 ? out : out ^ 0x80808080u);
   }
 };
 

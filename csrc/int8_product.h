@@ -11,6 +11,20 @@
 namespace longllava {
 namespace LONGLLAVA_FORM {
 
+// What a tile needs beside its numbers. `sums` holds what earlier blocks of inputs gave; it is not touched where the
+// first block is the last.
+struct Tile {
+  const float* row_scale;
+  const int32_t* row_sum;
+  const float *scale, *bias;
+  int32_t* sums;
+  int64_t sums_row;
+  bool first, last;  // block of inputs
+  int rows, outputs;
+  void* y;
+  int64_t y_dtype, y_row;
+};
+
 #if defined(LONGLLAVA_AMX)
 // All tiles are 16 rows of 64 bytes: 0 to 3 sums, 4 and 5 rows of x, 6 and 7 weights, whose rows are steps.
 struct TileConfiguration {
@@ -22,39 +36,55 @@ struct TileConfiguration {
 // GCC's tile instructions do not say that they read memory: everything has to be in its place before them.
 LONGLLAVA_INLINE void memory_is_read() { asm volatile("" ::: "memory"); }
 
-// sums += rows of x times a panel. Steps come in sixteens: x is filled up with zeros.
+// What earlier blocks of inputs left in t.sums, if any, plus rows of x times a panel: to t.sums if blocks follow, else to
+// `sums`. Steps come in sixteens: x is filled up with zeros.
 template <class Dot, int R>
-LONGLLAVA_INLINE void multiply(const typename Dot::Element* x, int64_t pitch, const typename Dot::Element* panel,
-                               int64_t n_steps, ivec (&sums)[R][VECTORS]) {
-  constexpr int64_t across = sizeof(sums[0]);
+LONGLLAVA_INLINE void sum_tile(const typename Dot::Element* x, int64_t pitch, const typename Dot::Element* panel,
+                               int64_t n_steps, const Tile& t, ivec (&sums)[R][VECTORS]) {
+  const int64_t across = t.sums_row * 4;
   memory_is_read();
-  _tile_loadd(0, &sums[0][0], across);
-  _tile_loadd(1, &sums[0][1], across);
-  if (R > 16) _tile_loadd(2, &sums[R - 16][0], across);
-  if (R > 16) _tile_loadd(3, &sums[R - 16][1], across);
+  if (t.first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (R > 16) _tile_zero(2);
+    if (R > 16) _tile_zero(3);
+  } else {
+    _tile_loadd(0, t.sums, across);
+    _tile_loadd(1, t.sums + 16, across);
+    if (R > 16) _tile_loadd(2, t.sums + 16 * t.sums_row, across);
+    if (R > 16) _tile_loadd(3, t.sums + 16 * t.sums_row + 16, across);
+  }
   for (int64_t step = 0; step < n_steps; step += 16, x += 64, panel += 16 * TILE_OUTPUTS * 4) {
     _tile_loadd(6, panel, TILE_OUTPUTS * 4);
-    _tile_loadd(7, panel + 64, TILE_OUTPUTS * 4);
     _tile_loadd(4, x, pitch);
-    _tile_dpbsud(0, 4, 6);
-    _tile_dpbsud(1, 4, 7);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, panel + 64, TILE_OUTPUTS * 4);
+    _tile_dpbssd(1, 4, 7);
     if (R > 16) {
       _tile_loadd(5, x + 16 * pitch, pitch);
-      _tile_dpbsud(2, 5, 6);
-      _tile_dpbsud(3, 5, 7);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
     }
   }
-  _tile_stored(0, &sums[0][0], across);
-  _tile_stored(1, &sums[0][1], across);
-  if (R > 16) _tile_stored(2, &sums[R - 16][0], across);
-  if (R > 16) _tile_stored(3, &sums[R - 16][1], across);
+  int32_t* to = t.last ? reinterpret_cast<int32_t*>(&sums[0][0]) : t.sums;
+  const int64_t to_row = t.last ? TILE_OUTPUTS : t.sums_row;
+  _tile_stored(0, to, to_row * 4);
+  _tile_stored(1, to + 16, to_row * 4);
+  if (R > 16) _tile_stored(2, to + 16 * to_row, to_row * 4);
+  if (R > 16) _tile_stored(3, to + 16 * to_row + 16, to_row * 4);
   memory_is_read();
 }
 #else
-// sums += rows of x times a panel.
+// What earlier blocks of inputs left in t.sums, if any, plus rows of x times a panel: to t.sums if blocks follow, else to
+// `sums`.
 template <class Dot, int R>
-LONGLLAVA_INLINE void multiply(const typename Dot::Element* x, int64_t pitch, const typename Dot::Element* panel,
-                               int64_t n_steps, ivec (&sums)[R][VECTORS]) {
+LONGLLAVA_INLINE void sum_tile(const typename Dot::Element* x, int64_t pitch, const typename Dot::Element* panel,
+                               int64_t n_steps, const Tile& t, ivec (&result)[R][VECTORS]) {
+  ivec sums[R][VECTORS] = {};
+  if (!t.first)
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < VECTORS; ++j)
+        __builtin_memcpy(&sums[i][j], t.sums + i * t.sums_row + j * WIDTH, sizeof(ivec));
   const typename Dot::Element* three[R / 3];  // rows in threes: one address each, the pitch once and twice
 #pragma GCC unroll 4
   for (int i = 0; i < R / 3; ++i) three[i] = x + 3 * i * pitch;
@@ -73,22 +103,12 @@ LONGLLAVA_INLINE void multiply(const typename Dot::Element* x, int64_t pitch, co
 #pragma GCC unroll 4
     for (int i = 0; i < R / 3; ++i) three[i] += Dot::DEPTH;
   }
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < VECTORS; ++j)
+      if (t.last) result[i][j] = sums[i][j];
+      else __builtin_memcpy(t.sums + i * t.sums_row + j * WIDTH, &sums[i][j], sizeof(ivec));
 }
 #endif
-
-// What a tile needs beside its numbers. `sums` holds what earlier blocks of inputs gave; it is not touched where the
-// first block is the last.
-struct Tile {
-  const float* row_scale;
-  const int32_t* row_sum;
-  const float *scale, *bias;
-  int32_t* sums;
-  int64_t sums_row;
-  bool first, last;  // block of inputs
-  int rows, outputs;
-  void* y;
-  int64_t y_dtype, y_row;
-};
 
 template <class Out>
 LONGLLAVA_INLINE void write_some(Out* to, vec y, int lanes) {
@@ -96,21 +116,32 @@ LONGLLAVA_INLINE void write_some(Out* to, vec y, int lanes) {
   else if (lanes > 0) store_some(to, y, lanes);
 }
 
+// A tile's sums, scaled. Whole tiles are told apart, so that their stores have no conditions.
+template <class Dot, int R, class Out>
+LONGLLAVA_INLINE void write_tile(Out* y, const Tile& t, int rows, const vec (&scale)[VECTORS],
+                                 const vec (&bias)[VECTORS], const ivec (&sums)[R][VECTORS]) {
+  const bool whole = t.outputs >= TILE_OUTPUTS;
+  for (int i = 0; i < rows; ++i, y += t.y_row) {
+    const uint32_t offset = Dot::OFFSET == 0 ? 0u : uint32_t(Dot::OFFSET) * uint32_t(t.row_sum[i]);
+    vec out[VECTORS];
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) {
+      const vec sum = __builtin_convertvector((ivec)((uvec)sums[i][j] - offset), vec);
+      out[j] = sum * scale[j] * t.row_scale[i] + bias[j];
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j)
+      if (whole) store(y + j * WIDTH, out[j]);
+      else write_some(y + j * WIDTH, out[j], t.outputs - j * WIDTH);
+  }
+}
+
 template <class Dot, int R>
 __attribute__((noinline)) static void tile(const typename Dot::Element* x, int64_t pitch,
                                            const typename Dot::Element* panel, int64_t n_steps, const Tile& t) {
-  ivec sums[R][VECTORS] = {};
-  if (!t.first)
-    for (int i = 0; i < R; ++i)
-      for (int j = 0; j < VECTORS; ++j)
-        __builtin_memcpy(&sums[i][j], t.sums + i * t.sums_row + j * WIDTH, sizeof(ivec));
-  multiply<Dot, R>(x, pitch, panel, n_steps, sums);
-  if (!t.last) {
-    for (int i = 0; i < R; ++i)
-      for (int j = 0; j < VECTORS; ++j)
-        __builtin_memcpy(t.sums + i * t.sums_row + j * WIDTH, &sums[i][j], sizeof(ivec));
-    return;
-  }
+  ivec sums[R][VECTORS];
+  sum_tile<Dot, R>(x, pitch, panel, n_steps, t, sums);
+  if (!t.last) return;
   vec scale[VECTORS], bias[VECTORS];
   for (int j = 0; j < VECTORS; ++j) {
     const int lanes = t.outputs - j * WIDTH;
@@ -119,16 +150,9 @@ __attribute__((noinline)) static void tile(const typename Dot::Element* x, int64
     if (t.bias != nullptr)
       bias[j] = lanes >= WIDTH ? load(t.bias + j * WIDTH) : load_some(t.bias + j * WIDTH, lanes > 0 ? lanes : 0);
   }
-  for (int i = 0; i < R && i < t.rows; ++i) {
-    const uint32_t offset = Dot::OFFSET == 0 ? 0u : uint32_t(Dot::OFFSET) * uint32_t(t.row_sum[i]);
-    for (int j = 0; j < VECTORS; ++j) {
-      const vec whole = __builtin_convertvector((ivec)((uvec)sums[i][j] - offset), vec);
-      const vec y = whole * scale[j] * t.row_scale[i] + bias[j];
-      const int64_t place = i * t.y_row + j * WIDTH;
-      if (t.y_dtype == DTYPE_FLOAT32) write_some(static_cast<float*>(t.y) + place, y, t.outputs - j * WIDTH);
-      else write_some(static_cast<uint16_t*>(t.y) + place, y, t.outputs - j * WIDTH);
-    }
-  }
+  const int rows = t.rows < R ? t.rows : R;
+  if (t.y_dtype == DTYPE_FLOAT32) write_tile<Dot, R>(static_cast<float*>(t.y), t, rows, scale, bias, sums);
+  else write_tile<Dot, R>(static_cast<uint16_t*>(t.y), t, rows, scale, bias, sums);
 }
 
 // Rows begin .. end - 1, quantised at x (the first of them), by a block of packed weights.
@@ -229,7 +253,7 @@ LONGLLAVA_INLINE void work(Int8Plan& plan, int64_t number) {
   char* slot = plan.slots + number * plan.slot_bytes;
 #if defined(LONGLLAVA_AMX)
   const TileConfiguration configuration;
-  asm volatile("" : : "r"(&configuration) : "memory");  // as in multiply
+  asm volatile("" : : "r"(&configuration) : "memory");  // as in sum_tile
   _tile_loadconfig(&configuration);
 #endif
   if (!plan.small) {

@@ -29,18 +29,23 @@ LONGLLAVA_INLINE ivec larger(ivec a, ivec b) {
 #endif
 }
 
+// Lane i of row r is i ^ 2^r. Written out: GCC 12 puts lanes that it has to compute into a vector one by one.
+alignas(64) static const int32_t OTHER_HALF[4][16] = {
+    {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14},
+    {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
+    {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
+    {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}};
+
 // Halves of a vector are folded onto each other until one lane is left.
 template <class Fold>
 LONGLLAVA_INLINE int32_t fold_lanes(ivec x, Fold fold) {
 #pragma GCC unroll 4
-  for (int half = WIDTH / 2; half > 0; half /= 2) {
+  for (int round = WIDTH == 16 ? 3 : WIDTH == 8 ? 2 : 1; round >= 0; --round) {
 #if defined(__clang__)
     ivec moved = x;
-    for (int i = 0; i < half; ++i) moved[i] = x[i + half];
+    for (int i = 0; i < 1 << round; ++i) moved[i] = x[i + (1 << round)];
 #else
-    ivec from;
-    for (int i = 0; i < WIDTH; ++i) from[i] = i ^ half;
-    const ivec moved = __builtin_shuffle(x, from);
+    const ivec moved = __builtin_shuffle(x, load(OTHER_HALF[round]));
 #endif
     x = fold(x, moved);
   }

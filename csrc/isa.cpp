@@ -62,7 +62,7 @@ struct Choice {
 #if defined(__x86_64__)
     bf16 = isa == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
     vnni = isa == Isa::avx512 && __builtin_cpu_supports("avx512vnni");
-    amx = vnni && may_use_tiles();
+    amx = bf16 && vnni && may_use_tiles();
 #endif
   }
 };

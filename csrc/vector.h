@@ -74,13 +74,32 @@ LONGLLAVA_INLINE void store(float* p, vec x) { __builtin_memcpy(p, &x, sizeof x)
 LONGLLAVA_INLINE void store(uint32_t* p, uvec x) { __builtin_memcpy(p, &x, sizeof x); }
 
 LONGLLAVA_INLINE void store(uint16_t* p, vec x) {  // bfloat16: nearest, ties to even; NaN stays NaN
+#if defined(LONGLLAVA_BF16)  // one instruction; it takes what is below 2^-126 for 0
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
   const uvec u = bits<uvec>(x);
   const uvec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const hvec y = __builtin_convertvector(x == x ? rounded : (uvec{} + 0x7fc0u), hvec);
   __builtin_memcpy(p, &y, sizeof y);
+#endif
 }
 
 // The first `lanes` < WIDTH elements only: nothing behind them is read or written; missing lanes are 0.
+#if defined(__AVX512F__) && LONGLLAVA_WIDTH == 16
+LONGLLAVA_INLINE __mmask16 first_lanes(int lanes) { return __mmask16((1u << lanes) - 1u); }
+LONGLLAVA_INLINE vec load_some(const float* p, int lanes) { return (vec)_mm512_maskz_loadu_ps(first_lanes(lanes), p); }
+LONGLLAVA_INLINE vec load_some(const uint16_t* p, int lanes) {
+  const __m256i halves = _mm256_maskz_loadu_epi16(first_lanes(lanes), p);
+  return bits<vec>((uvec)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
+}
+LONGLLAVA_INLINE void store_some(float* p, vec x, int lanes) { _mm512_mask_storeu_ps(p, first_lanes(lanes), (__m512)x); }
+LONGLLAVA_INLINE void store_some(uint16_t* p, vec x, int lanes) {
+  uint16_t whole[WIDTH];
+  store(whole, x);
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(whole));
+  _mm256_mask_storeu_epi16(p, first_lanes(lanes), halves);
+}
+#else
 template <class T>
 LONGLLAVA_INLINE vec load_some(const T* p, int lanes) {
   T whole[WIDTH] = {};
@@ -94,6 +113,7 @@ LONGLLAVA_INLINE void store_some(T* p, vec x, int lanes) {
   store(whole, x);
   __builtin_memcpy(p, whole, lanes * sizeof(T));
 }
+#endif
 
 // b where either is NaN, as the processor's own instruction has it; GCC 12 makes a comparison and a choice of it at times.
 #if defined(__AVX512F__) && LONGLLAVA_WIDTH == 16  // unmasked, GCC 12 warns in its own header
