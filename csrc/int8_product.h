@@ -25,6 +25,72 @@ struct Tile {
   int64_t y_dtype, y_row;
 };
 
+template <class Out>
+LONGLLAVA_INLINE void write_some(Out* to, vec y, int lanes) {
+  if (lanes >= WIDTH) store(to, y);
+  else if (lanes > 0) store_some(to, y, lanes);
+}
+
+template <class Out>
+LONGLLAVA_INLINE void write_whole(Out* to, const vec (&y)[VECTORS]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < VECTORS; ++j) store(to + j * WIDTH, y[j]);
+}
+
+#if defined(LONGLLAVA_BF16)
+LONGLLAVA_INLINE void write_whole(uint16_t* to, const vec (&y)[VECTORS]) {
+  static_assert(VECTORS == 2, "one instruction for both");
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)y[1], (__m512)y[0]));
+}
+#endif
+
+// A tile whose sums are there, scaled and written some rows at a time.
+template <class Dot>
+struct Finished {
+  ivec sums[ROWS][VECTORS];
+  Tile t;
+  vec scale[VECTORS], bias[VECTORS];
+  int row = 0, rows = 0;  // the next one, their number
+
+  void open(const Tile& tile, int most) {
+    t = tile;
+    row = 0;
+    rows = t.rows < most ? t.rows : most;
+    for (int j = 0; j < VECTORS; ++j) {
+      const int left = t.outputs - j * WIDTH, lanes = left > 0 ? left : 0;
+      scale[j] = lanes >= WIDTH ? load(t.scale + j * WIDTH) : load_some(t.scale + j * WIDTH, lanes);
+      bias[j] = vec{};
+      if (t.bias != nullptr) bias[j] = lanes >= WIDTH ? load(t.bias + j * WIDTH) : load_some(t.bias + j * WIDTH, lanes);
+    }
+  }
+
+  void write(int n) {
+    const int end = row + n < rows ? row + n : rows;
+    if (t.y_dtype == DTYPE_FLOAT32) write_rows(static_cast<float*>(t.y), end);
+    else write_rows(static_cast<uint16_t*>(t.y), end);
+    row = end;
+  }
+
+ private:
+  template <class Out>
+  void write_rows(Out* y, int end) {
+    const bool whole = t.outputs >= TILE_OUTPUTS;
+    y += row * t.y_row;
+    for (int i = row; i < end; ++i, y += t.y_row) {
+      const uint32_t offset = Dot::OFFSET == 0 ? 0u : uint32_t(Dot::OFFSET) * uint32_t(t.row_sum[i]);
+      vec out[VECTORS];
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; ++j) {
+        const vec sum = __builtin_convertvector((ivec)((uvec)sums[i][j] - offset), vec);
+        out[j] = sum * scale[j] * t.row_scale[i] + bias[j];
+      }
+      if (whole) write_whole(y, out);
+      else
+        for (int j = 0; j < VECTORS; ++j) write_some(y + j * WIDTH, out[j], t.outputs - j * WIDTH);
+    }
+  }
+};
+
 #if defined(LONGLLAVA_AMX)
 // All tiles are 16 rows of 64 bytes: 0 to 3 sums, 4 and 5 rows of x, 6 and 7 weights, whose rows are steps.
 struct TileConfiguration {
@@ -37,10 +103,11 @@ struct TileConfiguration {
 LONGLLAVA_INLINE void memory_is_read() { asm volatile("" ::: "memory"); }
 
 // What earlier blocks of inputs left in t.sums, if any, plus rows of x times a panel: to t.sums if blocks follow, else to
-// `sums`. Steps come in sixteens: x is filled up with zeros.
+// `sums`. Steps come in sixteens: x is filled up with zeros. Between them the tile before is written, by units that the
+// products leave free.
 template <class Dot, int R>
 LONGLLAVA_INLINE void sum_tile(const typename Dot::Element* x, int64_t pitch, const typename Dot::Element* panel,
-                               int64_t n_steps, const Tile& t, ivec (&sums)[R][VECTORS]) {
+                               int64_t n_steps, const Tile& t, ivec (&sums)[ROWS][VECTORS], Finished<Dot>& before) {
   const int64_t across = t.sums_row * 4;
   memory_is_read();
   if (t.first) {
@@ -54,6 +121,7 @@ LONGLLAVA_INLINE void sum_tile(const typename Dot::Element* x, int64_t pitch, co
     if (R > 16) _tile_loadd(2, t.sums + 16 * t.sums_row, across);
     if (R > 16) _tile_loadd(3, t.sums + 16 * t.sums_row + 16, across);
   }
+  const int share = n_steps > 0 ? int((before.rows * 16 + n_steps - 1) / n_steps) : 0;  // of its rows, for each step
   for (int64_t step = 0; step < n_steps; step += 16, x += 64, panel += 16 * TILE_OUTPUTS * 4) {
     _tile_loadd(6, panel, TILE_OUTPUTS * 4);
     _tile_loadd(4, x, pitch);
@@ -65,7 +133,9 @@ LONGLLAVA_INLINE void sum_tile(const typename Dot::Element* x, int64_t pitch, co
       _tile_dpbssd(2, 5, 6);
       _tile_dpbssd(3, 5, 7);
     }
+    before.write(share);
   }
+  before.write(ROWS);
   int32_t* to = t.last ? reinterpret_cast<int32_t*>(&sums[0][0]) : t.sums;
   const int64_t to_row = t.last ? TILE_OUTPUTS : t.sums_row;
   _tile_stored(0, to, to_row * 4);
@@ -79,7 +149,7 @@ LONGLLAVA_INLINE void sum_tile(const typename Dot::Element* x, int64_t pitch, co
 // `sums`.
 template <class Dot, int R>
 LONGLLAVA_INLINE void sum_tile(const typename Dot::Element* x, int64_t pitch, const typename Dot::Element* panel,
-                               int64_t n_steps, const Tile& t, ivec (&result)[R][VECTORS]) {
+                               int64_t n_steps, const Tile& t, ivec (&result)[ROWS][VECTORS], Finished<Dot>&) {
   ivec sums[R][VECTORS] = {};
   if (!t.first)
     for (int i = 0; i < R; ++i)
@@ -110,49 +180,14 @@ LONGLLAVA_INLINE void sum_tile(const typename Dot::Element* x, int64_t pitch, co
 }
 #endif
 
-template <class Out>
-LONGLLAVA_INLINE void write_some(Out* to, vec y, int lanes) {
-  if (lanes >= WIDTH) store(to, y);
-  else if (lanes > 0) store_some(to, y, lanes);
-}
-
-// A tile's sums, scaled. Whole tiles are told apart, so that their stores have no conditions.
-template <class Dot, int R, class Out>
-LONGLLAVA_INLINE void write_tile(Out* y, const Tile& t, int rows, const vec (&scale)[VECTORS],
-                                 const vec (&bias)[VECTORS], const ivec (&sums)[R][VECTORS]) {
-  const bool whole = t.outputs >= TILE_OUTPUTS;
-  for (int i = 0; i < rows; ++i, y += t.y_row) {
-    const uint32_t offset = Dot::OFFSET == 0 ? 0u : uint32_t(Dot::OFFSET) * uint32_t(t.row_sum[i]);
-    vec out[VECTORS];
-#pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) {
-      const vec sum = __builtin_convertvector((ivec)((uvec)sums[i][j] - offset), vec);
-      out[j] = sum * scale[j] * t.row_scale[i] + bias[j];
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j)
-      if (whole) store(y + j * WIDTH, out[j]);
-      else write_some(y + j * WIDTH, out[j], t.outputs - j * WIDTH);
-  }
-}
-
 template <class Dot, int R>
 __attribute__((noinline)) static void tile(const typename Dot::Element* x, int64_t pitch,
-                                           const typename Dot::Element* panel, int64_t n_steps, const Tile& t) {
-  ivec sums[R][VECTORS];
-  sum_tile<Dot, R>(x, pitch, panel, n_steps, t, sums);
+                                           const typename Dot::Element* panel, int64_t n_steps, const Tile& t,
+                                           Finished<Dot>& now, Finished<Dot>& before) {
+  sum_tile<Dot, R>(x, pitch, panel, n_steps, t, now.sums, before);
   if (!t.last) return;
-  vec scale[VECTORS], bias[VECTORS];
-  for (int j = 0; j < VECTORS; ++j) {
-    const int lanes = t.outputs - j * WIDTH;
-    scale[j] = lanes >= WIDTH ? load(t.scale + j * WIDTH) : load_some(t.scale + j * WIDTH, lanes > 0 ? lanes : 0);
-    bias[j] = vec{};
-    if (t.bias != nullptr)
-      bias[j] = lanes >= WIDTH ? load(t.bias + j * WIDTH) : load_some(t.bias + j * WIDTH, lanes > 0 ? lanes : 0);
-  }
-  const int rows = t.rows < R ? t.rows : R;
-  if (t.y_dtype == DTYPE_FLOAT32) write_tile<Dot, R>(static_cast<float*>(t.y), t, rows, scale, bias, sums);
-  else write_tile<Dot, R>(static_cast<uint16_t*>(t.y), t, rows, scale, bias, sums);
+  now.open(t, R);
+  if (!OVERLAPS) now.write(R);
 }
 
 // Rows begin .. end - 1, quantised at x (the first of them), by a block of packed weights.
@@ -165,33 +200,39 @@ LONGLLAVA_INLINE void multiply_block(const Int8Plan& plan, const typename Dot::E
   const int64_t panel = int8_round_up(n_inputs, WIDTH * Dot::DEPTH) * TILE_OUTPUTS;
   const int64_t n_steps = (n_inputs + Dot::DEPTH - 1) / Dot::DEPTH, place = expert * a.outputs + output;
   const int64_t element = a.y_dtype == DTYPE_FLOAT32 ? 4 : 2;
+  Finished<Dot> finished[2];
+  int turn = 0;
   Tile t{};
   t.first = input == 0;
   t.last = input + n_inputs == a.inputs;
   t.sums_row = plan.step_outputs;
   t.y_dtype = a.y_dtype;
   t.y_row = a.outputs;
-  for (int64_t row = begin; row < end;) {
-    // a few rows at the end go in threes, unless a whole tile costs no more
-    const bool few = end - row <= ROWS / 2;
-    const int64_t most = few ? FEWER_ROWS : ROWS;
-    t.rows = int(end - row < most ? end - row : most);
-    const int64_t i = row - begin;
-    t.row_scale = row_scale + i;
-    t.row_sum = row_sum + i;
+  for (int64_t group = begin; group < end; group += ROWS_TOGETHER) {
+    const int64_t group_end = group + ROWS_TOGETHER < end ? group + ROWS_TOGETHER : end;
     for (int64_t n = 0; n < n_outputs; n += TILE_OUTPUTS) {
       t.outputs = int(n_outputs - n < TILE_OUTPUTS ? n_outputs - n : TILE_OUTPUTS);
       t.scale = a.scale + place + n;
       t.bias = a.bias != nullptr ? a.bias + place + n : nullptr;
-      t.sums = sums + i * plan.step_outputs + n;
-      t.y = static_cast<char*>(a.y) + (row * a.outputs + output + n) * element;
-      const typename Dot::Element* from = x + i * plan.pitch + input;
       const typename Dot::Element* weights = packed + n / TILE_OUTPUTS * panel;
-      if (few) tile<Dot, FEWER_ROWS>(from, plan.pitch, weights, n_steps, t);
-      else tile<Dot, ROWS>(from, plan.pitch, weights, n_steps, t);
+      for (int64_t row = group; row < group_end; row += t.rows) {
+        // a few rows at the end go in threes, unless a whole tile costs no more
+        const bool few = end - row <= ROWS / 2;
+        const int64_t most = few ? FEWER_ROWS : ROWS, i = row - begin;
+        t.rows = int(group_end - row < most ? group_end - row : most);
+        t.row_scale = row_scale + i;
+        t.row_sum = row_sum + i;
+        t.sums = sums + i * plan.step_outputs + n;
+        t.y = static_cast<char*>(a.y) + (row * a.outputs + output + n) * element;
+        const typename Dot::Element* from = x + i * plan.pitch + input;
+        Finished<Dot> &now = finished[turn], &before = finished[1 - turn];
+        if (few) tile<Dot, FEWER_ROWS>(from, plan.pitch, weights, n_steps, t, now, before);
+        else tile<Dot, ROWS>(from, plan.pitch, weights, n_steps, t, now, before);
+        turn = 1 - turn;
+      }
     }
-    row += t.rows;
   }
+  finished[1 - turn].write(ROWS);
 }
 
 template <class Dot>
