@@ -7,6 +7,7 @@
 // the K - 1 inputs in registers. Sums are over time and batch only, in fixed order: threads change no bit.
 // Bytes per token and channel: forward reads x and writes y; backward reads x and grad_y and writes grad_x.
 #include "causal_conv1d.h"
+#include "vector_math.h"
 
 namespace longllava {
 namespace LONGLLAVA_FORM {

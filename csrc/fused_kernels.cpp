@@ -4,6 +4,7 @@
 // it. Torch's own norm makes five passes over memory, and quantisation six more.
 #include "fused.h"
 #include "int8_rows.h"
+#include "vector_math.h"
 
 namespace longllava {
 namespace LONGLLAVA_FORM {

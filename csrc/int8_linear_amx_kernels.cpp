@@ -1,7 +1,7 @@
 // Int8 linear layers on processors that multiply tiles of int8 (AMX: Sapphire Rapids and later).
 //
-// These have AVX512_BF16, too. Only the AVX-512 form holds code, and only where the compiler knows AMX. See int8_linear_vnni_kernels.cpp for the
-// namespace.
+// These have AVX512_BF16, too. Only the AVX-512 form holds code, and only where the compiler knows AMX. See
+// int8_linear_vnni_kernels.cpp for the namespace.
 #if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 11)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("amx-tile,amx-int8,avx512bf16"))), apply_to = function)

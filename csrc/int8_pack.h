@@ -69,8 +69,8 @@ struct Pairs {
   }
 };
 
-// int8 in fours. What VNNI multiplies are weights as unsigned numbers, 128 too large: 128 times the row's sum comes off at
-// the end; sums are counted modulo 2^32, so that only the result has to fit. AMX takes them as they are.
+// int8 in fours. What VNNI multiplies are weights as unsigned numbers, 128 too large: 128 times the row's sum comes off
+// at the end; sums are counted modulo 2^32, so that only the result has to fit. AMX takes them as they are.
 struct Fours {
   typedef int8_t Element;
   static constexpr int DEPTH = 4;

@@ -3,12 +3,13 @@
 #pragma once
 
 #include "selective_scan.h"
+#include "vector_math.h"
 
 namespace longllava {
 namespace LONGLLAVA_FORM {
 namespace {
 
-// Exponentials computed in step (vector.h): more would not leave registers for the rest.
+// Exponentials computed in step (vector_math.h): more would not leave registers for the rest.
 constexpr int TOGETHER = WIDTH == 16 ? 4 : 2;
 
 const uint8_t ALL_PLAIN[SCAN_CHUNK] = {};
@@ -112,7 +113,7 @@ float* checkpoint(const ScanArguments& a, const Tile<BLOCKS>& tile, int64_t chun
   return a.checkpoints + index * a.states * WIDTH;
 }
 
-// True when |d A| may leave the range that needs no clamp (vector.h); where exp2 saturates, nothing needs one.
+// True when |d A| may leave the range that needs no clamp (vector_math.h); where exp2 saturates, nothing needs one.
 LONGLLAVA_INLINE bool needs_clamp(vec most_d, vec most_A) {
   return !EXP2_SATURATES && !(max_lanes(most_d * most_A) < 126.0f);
 }
