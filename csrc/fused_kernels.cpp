@@ -16,7 +16,7 @@ LONGLLAVA_INLINE vec rounded(vec x) {
   if constexpr (sizeof(T) == 2) {
     T stored[WIDTH];
     store(stored, x);
-    return load_row(stored);
+    return load(stored);
   }
   return x;
 }
@@ -38,7 +38,7 @@ LONGLLAVA_INLINE void each_vector(int64_t width, F f) {
 // Missing lanes are 0.
 template <class T>
 LONGLLAVA_INLINE vec get(const T* p, int lanes) {
-  return lanes == WIDTH ? load_row(p) : load_some(p, lanes);
+  return lanes == WIDTH ? load(p) : load_some(p, lanes);
 }
 
 template <class T>

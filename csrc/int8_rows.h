@@ -7,18 +7,6 @@
 namespace longllava {
 namespace LONGLLAVA_FORM {
 
-// One vector of a row. GCC 12 makes many instructions of a __builtin_convertvector.
-LONGLLAVA_INLINE vec load_row(const float* p) { return load(p); }
-LONGLLAVA_INLINE vec load_row(const uint16_t* p) {  // bfloat16
-#if defined(__AVX512F__)
-  return bits<vec>((uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) << 16);
-#elif defined(__AVX2__)
-  return bits<vec>((uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) << 16);
-#else
-  return load(p);
-#endif
-}
-
 LONGLLAVA_INLINE ivec larger(ivec a, ivec b) {
 #if defined(__AVX512F__)
   return (ivec)_mm512_maskz_max_epi32(0xffff, (__m512i)a, (__m512i)b);  // unmasked, GCC 12 warns in its own header
@@ -59,8 +47,8 @@ LONGLLAVA_INLINE uint32_t largest_bits(const T* x, int64_t n) {
   int64_t k = 0;
   for (; k + 4 * WIDTH <= n; k += 4 * WIDTH)
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) most[i] = larger(most[i], bits<ivec>(load_row(x + k + i * WIDTH)) & 0x7fffffff);
-  for (; k + WIDTH <= n; k += WIDTH) most[0] = larger(most[0], bits<ivec>(load_row(x + k)) & 0x7fffffff);
+    for (int i = 0; i < 4; ++i) most[i] = larger(most[i], bits<ivec>(load(x + k + i * WIDTH)) & 0x7fffffff);
+  for (; k + WIDTH <= n; k += WIDTH) most[0] = larger(most[0], bits<ivec>(load(x + k)) & 0x7fffffff);
   if (k < n) most[0] = larger(most[0], bits<ivec>(load_some(x + k, int(n - k))) & 0x7fffffff);
   const ivec all = larger(larger(most[0], most[1]), larger(most[2], most[3]));
   return uint32_t(fold_lanes(all, [](ivec a, ivec b) { return larger(a, b); }));
@@ -118,7 +106,7 @@ LONGLLAVA_INLINE void rotate_four(const T* x, float* out, int64_t pitch, int lan
   vec a[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    a[i] = lanes == WIDTH ? load_row(x + i * pitch) : load_some(x + i * pitch, lanes);
+    a[i] = lanes == WIDTH ? load(x + i * pitch) : load_some(x + i * pitch, lanes);
     if (FIRST) a[i] *= 0.25f;
   }
   const vec sums[4] = {a[0] + a[1], a[0] - a[1], a[2] + a[3], a[2] - a[3]};
@@ -152,7 +140,7 @@ LONGLLAVA_INLINE int32_t quantise_row(const T* x, int64_t n, const float* absmax
   ivec sum{};
   int64_t k = 0;
   for (; k + WIDTH <= n; k += WIDTH) {
-    const ivec values = nearest(load_row(x + k), row.factor);
+    const ivec values = nearest(load(x + k), row.factor);
     sum += values;
     narrow(out + k, values);
   }
