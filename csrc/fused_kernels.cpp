@@ -50,8 +50,8 @@ LONGLLAVA_INLINE void put(T* p, vec x, int lanes) {
 // Row `index` of the int8 rows, from y's numbers, which are rounded already.
 LONGLLAVA_INLINE void quantise(const FusedArguments& a, int64_t index, float* row) {
   if (a.rotated) rotate_row(row, a.width, row);
-  quantise_row(row, a.width, a.absmax == nullptr ? nullptr : a.absmax + index, a.values + index * a.width,
-               a.scale + index);
+  const float* absmax = a.absmax == nullptr ? nullptr : a.absmax + index;
+  quantise_row<false>(row, a.width, absmax, a.values + index * a.width, a.scale + index);
 }
 
 template <class T>

@@ -23,7 +23,7 @@ void rotate_rows(const Int8Arguments& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     rotate_row(static_cast<const T*>(a.x) + row * a.x_row, a.inputs, rotated);
     if (a.values != nullptr) {
-      quantise_row(rotated, a.inputs, nullptr, a.values + row * a.inputs, a.values_scale + row);
+      quantise_row<false>(rotated, a.inputs, nullptr, a.values + row * a.inputs, a.values_scale + row);
       continue;
     }
     T* y = static_cast<T*>(a.y) + row * a.inputs;
@@ -43,7 +43,7 @@ void int8_quantize_task(void* opaque, int64_t task) {
     a.x_dtype == DTYPE_FLOAT32 ? rotate_rows<float>(a, begin, end) : rotate_rows<uint16_t>(a, begin, end);
     return;
   }
-  for (int64_t row = begin; row < end; ++row) prepare_row(a, row, a.values + row * a.inputs, a.values_scale + row);
+  for (int64_t row = begin; row < end; ++row) prepare_row<false>(a, row, a.values + row * a.inputs, a.values_scale + row);
 }
 
 }  // namespace LONGLLAVA_FORM

@@ -23,6 +23,22 @@ struct TileConfiguration {
 // GCC's tile instructions do not say that they read memory: everything has to be in its place before them.
 LONGLLAVA_INLINE void memory_is_read() { asm volatile("" ::: "memory"); }
 
+// The lines of memory that a tile will write, fetched some rows at a time while it is multiplied: rows of y lie apart,
+// and a store that has to wait for its line holds up those behind it (1.06 times as fast in all, 192 inputs, bf16).
+struct Wanted {
+  const char* line;
+  int64_t row;
+  int rows;
+
+  Wanted(const Tile& t, int most) : line(static_cast<const char*>(t.y)) {
+    row = t.y_row * (t.y_dtype == DTYPE_FLOAT32 ? 4 : 2);
+    rows = !t.last ? 0 : t.rows < most ? t.rows : most;
+  }
+  void fetch(int n) {
+    for (n = n < rows ? n : rows, rows -= n; n > 0; --n, line += row) __builtin_prefetch(line, 1);
+  }
+};
+
 // What earlier blocks of inputs left in t.sums, if any, plus rows of x times a panel: to t.sums if blocks follow, else
 // to `sums`. Steps come in sixteens: x is filled up with zeros. Between them the tile before is written, by units that the
 // products leave free.
@@ -43,6 +59,8 @@ LONGLLAVA_INLINE void sum_tile(const typename Dot::Element* x, int64_t pitch, co
     if (R > 16) _tile_loadd(3, t.sums + 16 * t.sums_row + 16, across);
   }
   const int share = n_steps > 0 ? int((before.rows * 16 + n_steps - 1) / n_steps) : 0;  // of its rows, for each step
+  Wanted wanted(t, R);
+  const int lines = n_steps > 0 ? int((wanted.rows * 16 + n_steps - 1) / n_steps) : 0;
   for (int64_t step = 0; step < n_steps; step += 16, x += 64, panel += 16 * TILE_OUTPUTS * 4) {
     _tile_loadd(6, panel, TILE_OUTPUTS * 4);
     _tile_loadd(4, x, pitch);
@@ -54,6 +72,7 @@ LONGLLAVA_INLINE void sum_tile(const typename Dot::Element* x, int64_t pitch, co
       _tile_dpbssd(2, 5, 6);
       _tile_dpbssd(3, 5, 7);
     }
+    wanted.fetch(lines);
     before.write(share);
   }
   before.write(ROWS);
@@ -160,7 +179,7 @@ template <class Dot>
 LONGLLAVA_INLINE void quantise_rows(const Int8Plan& plan, int64_t begin, int64_t end, typename Dot::Element* out,
                                     float* scale, int32_t* sum) {
   for (int64_t row = begin; row < end; ++row, out += plan.pitch, ++scale, ++sum) {
-    *sum = prepare_row(plan.args, row, out, scale);
+    *sum = prepare_row<Dot::OFFSET != 0>(plan.args, row, out, scale);
     for (int64_t k = plan.args.inputs; k % PADDING != 0; ++k) out[k] = 0;
   }
 }

@@ -41,8 +41,7 @@ LONGLLAVA_INLINE int32_t fold_lanes(ivec x, Fold fold) {
 }
 
 // |x| as bits, integers of the same order with NaN above infinity: a maximum loses neither.
-template <class T>
-LONGLLAVA_INLINE uint32_t largest_bits(const T* x, int64_t n) {
+LONGLLAVA_INLINE uint32_t largest_bits(const float* x, int64_t n) {
   ivec most[4] = {};
   int64_t k = 0;
   for (; k + 4 * WIDTH <= n; k += 4 * WIDTH)
@@ -51,6 +50,26 @@ LONGLLAVA_INLINE uint32_t largest_bits(const T* x, int64_t n) {
   for (; k + WIDTH <= n; k += WIDTH) most[0] = larger(most[0], bits<ivec>(load(x + k)) & 0x7fffffff);
   if (k < n) most[0] = larger(most[0], bits<ivec>(load_some(x + k, int(n - k))) & 0x7fffffff);
   const ivec all = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+  return uint32_t(fold_lanes(all, [](ivec a, ivec b) { return larger(a, b); }));
+}
+
+// The same of bf16, two to a lane.
+LONGLLAVA_INLINE uint32_t largest_bits(const uint16_t* x, int64_t n) {
+  typedef int16_t pairs __attribute__((vector_size(WIDTH * 4)));
+  pairs most[2] = {};
+  int64_t k = 0;
+  for (; k + 4 * WIDTH <= n; k += 4 * WIDTH)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const pairs size = load_as<pairs>(x + k + 2 * i * WIDTH) & int16_t(0x7fff);
+      most[i] = size > most[i] ? size : most[i];
+    }
+  const pairs more = most[0] > most[1] ? most[0] : most[1];
+  ivec all = larger((ivec)((uvec)more << 16), (ivec)more & int32_t(0x7fff0000));
+  for (; k < n; k += WIDTH) {
+    const vec some = k + WIDTH <= n ? load(x + k) : load_some(x + k, int(n - k));
+    all = larger(all, bits<ivec>(some) & 0x7fffffff);
+  }
   return uint32_t(fold_lanes(all, [](ivec a, ivec b) { return larger(a, b); }));
 }
 
@@ -65,9 +84,12 @@ LONGLLAVA_INLINE RowScale scale_of(uint32_t largest) {
   return {absmax / 127.0f, 127.0f / absmax};
 }
 
-// To the nearest integer, ties to even, within -127 .. 127.
+// To the nearest integer, ties to even; with CLAMP within -127 .. 127, where a row's largest number alone does not see
+// to that.
+template <bool CLAMP>
 LONGLLAVA_INLINE ivec nearest(vec x, float factor) {
-  const vec scaled = minimum(splat(127.0f), maximum(splat(-127.0f), x * factor));
+  vec scaled = x * factor;
+  if (CLAMP) scaled = minimum(splat(127.0f), maximum(splat(-127.0f), scaled));
 #if defined(__AVX512F__)
   return (ivec)_mm512_maskz_cvtps_epi32(0xffff, (__m512)scaled);
 #elif defined(__AVX2__)
@@ -100,6 +122,36 @@ LONGLLAVA_INLINE void narrow(int16_t* out, ivec values) {
 #endif
 }
 
+// Four vectors, one after another: half the operations of one at a time.
+LONGLLAVA_INLINE void narrow(int8_t* out, const ivec (&values)[4]) {
+#if defined(__AVX512BW__)  // bytes lie in their 128 bits of each vector in turn
+  const __m512i low = _mm512_packs_epi32((__m512i)values[0], (__m512i)values[1]);
+  const __m512i high = _mm512_packs_epi32((__m512i)values[2], (__m512i)values[3]);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_maskz_permutexvar_epi32(0xffff, order, _mm512_packs_epi16(low, high));
+  _mm512_storeu_si512(out, bytes);
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_packs_epi32((__m256i)values[0], (__m256i)values[1]);
+  const __m256i high = _mm256_packs_epi32((__m256i)values[2], (__m256i)values[3]);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), bytes);
+#else
+  for (int i = 0; i < 4; ++i) narrow(out + i * WIDTH, values[i]);
+#endif
+}
+
+LONGLLAVA_INLINE void narrow(int16_t* out, const ivec (&values)[4]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  for (int i = 0; i < 4; i += 2) {
+    const __m256i mixed = _mm256_packs_epi32((__m256i)values[i], (__m256i)values[i + 1]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * WIDTH), _mm256_permute4x64_epi64(mixed, 0xd8));
+  }
+#else
+  for (int i = 0; i < 4; ++i) narrow(out + i * WIDTH, values[i]);
+#endif
+}
+
 // Columns k .. k + lanes - 1 of pieces of a row that lie `pitch` numbers apart, four by four: sums and differences.
 template <bool FIRST, class T>
 LONGLLAVA_INLINE void rotate_four(const T* x, float* out, int64_t pitch, int lanes) {
@@ -127,8 +179,30 @@ LONGLLAVA_INLINE void rotate_row(const T* x, int64_t n, float* out) {
   }
 }
 
-// One row of floats; returns the sum of its values. Out is int8_t or int16_t.
-template <class T, class Out>
+template <bool SUM, bool CLAMP, class T, class Out>
+LONGLLAVA_INLINE int32_t round_row(const T* x, int64_t n, float factor, Out* out) {
+  ivec sum{};
+  int64_t k = 0;
+  for (; k + 4 * WIDTH <= n; k += 4 * WIDTH) {
+    ivec values[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) values[i] = nearest<CLAMP>(load(x + k + i * WIDTH), factor);
+    if (SUM) sum += (values[0] + values[1]) + (values[2] + values[3]);
+    narrow(out + k, values);
+  }
+  for (; k < n; k += WIDTH) {
+    const int lanes = n - k < WIDTH ? int(n - k) : WIDTH;
+    const ivec values = nearest<CLAMP>(lanes == WIDTH ? load(x + k) : load_some(x + k, lanes), factor);
+    if (SUM) sum += values;
+    Out some[WIDTH];
+    narrow(some, values);
+    __builtin_memcpy(out + k, some, lanes * sizeof(Out));
+  }
+  return SUM ? fold_lanes(sum, [](ivec a, ivec b) { return a + b; }) : 0;
+}
+
+// One row of floats; with SUM returns the sum of its values. Out is int8_t or int16_t.
+template <bool SUM, class T, class Out>
 LONGLLAVA_INLINE int32_t quantise_row(const T* x, int64_t n, const float* absmax, Out* out, float* scale) {
   const uint32_t largest = absmax != nullptr ? bits<uint32_t>(*absmax) & 0x7fffffffu : largest_bits(x, n);
   const RowScale row = scale_of(largest);
@@ -137,21 +211,7 @@ LONGLLAVA_INLINE int32_t quantise_row(const T* x, int64_t n, const float* absmax
     if (n > 0) __builtin_memset(out, 0, n * sizeof(Out));  // an empty row may have no address
     return 0;
   }
-  ivec sum{};
-  int64_t k = 0;
-  for (; k + WIDTH <= n; k += WIDTH) {
-    const ivec values = nearest(load(x + k), row.factor);
-    sum += values;
-    narrow(out + k, values);
-  }
-  if (k < n) {
-    const ivec values = nearest(load_some(x + k, int(n - k)), row.factor);
-    sum += values;
-    Out some[WIDTH];
-    narrow(some, values);
-    __builtin_memcpy(out + k, some, (n - k) * sizeof(Out));
-  }
-  return fold_lanes(sum, [](ivec a, ivec b) { return a + b; });
+  return absmax != nullptr ? round_row<SUM, true>(x, n, row.factor, out) : round_row<SUM, false>(x, n, row.factor, out);
 }
 
 template <class Out>
@@ -164,8 +224,8 @@ LONGLLAVA_INLINE int32_t copy_row(const int8_t* x, int64_t n, Out* out) {
   return total;
 }
 
-// Row `row` of x, quantised if it is not yet.
-template <class Out>
+// Row `row` of x, quantised if it is not yet; with SUM returns the sum of its values.
+template <bool SUM, class Out>
 LONGLLAVA_INLINE int32_t prepare_row(const Int8Arguments& a, int64_t row, Out* out, float* scale) {
   const float* absmax = a.absmax != nullptr ? a.absmax + row : nullptr;
   if (a.x_dtype == DTYPE_INT8) {
@@ -173,8 +233,8 @@ LONGLLAVA_INLINE int32_t prepare_row(const Int8Arguments& a, int64_t row, Out* o
     return copy_row(static_cast<const int8_t*>(a.x) + row * a.x_row, a.inputs, out);
   }
   if (a.x_dtype == DTYPE_FLOAT32)
-    return quantise_row(static_cast<const float*>(a.x) + row * a.x_row, a.inputs, absmax, out, scale);
-  return quantise_row(static_cast<const uint16_t*>(a.x) + row * a.x_row, a.inputs, absmax, out, scale);
+    return quantise_row<SUM>(static_cast<const float*>(a.x) + row * a.x_row, a.inputs, absmax, out, scale);
+  return quantise_row<SUM>(static_cast<const uint16_t*>(a.x) + row * a.x_row, a.inputs, absmax, out, scale);
 }
 
 }  // namespace LONGLLAVA_FORM

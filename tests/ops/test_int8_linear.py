@@ -111,7 +111,7 @@ def test_every_form_of_the_kernels_gives_the_same(form: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_rows_follow_the_rule(dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     poison_empty(monkeypatch)
-    for width in (1, 7, 16, 37, 200):
+    for width in (1, 7, 16, 37, 64, 200):
         x = torch.randn(9, 2 * width)[:, :width] * torch.logspace(-20, 4, 9)[:, None]
         x[1], x[2, 0], x[3, -1], x[4] = 0, torch.nan, -torch.inf, 1e-35
         x[5, 0], x[6] = 6e4, torch.arange(width) - 63.5
@@ -133,8 +133,11 @@ def test_ties_go_to_even_and_too_small_a_maximum_saturates(backend: str) -> None
     assert quantize_rows(x, backend=backend).values.tolist() == [[127, 0, 2, 2, 0, -2, -2]]
     x = torch.tensor([[88.125, 44.0625]])  # 127 times a rounded reciprocal would give 63
     assert quantize_rows(x, backend=backend).values.tolist() == [[127, 64]]
-    x = torch.tensor([[1.0, -1.0, 0.25]])
-    assert quantize_rows(x, torch.tensor([0.5]), backend=backend).values.tolist() == [[127, -127, 64]]
+    for times in (1, 70):  # alone, and in rows that are taken several vectors at a time
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.tensor([[1.0, -1.0, 0.25]], dtype=dtype).repeat(1, times)
+            values = quantize_rows(x, torch.tensor([0.5]), backend=backend).values
+            assert values.tolist() == [[127, -127, 64] * times]
 
 
 @pytest.mark.parametrize("backend", HERE)
