@@ -19,6 +19,9 @@ namespace longllava {
 namespace avx512bf16 {
 void attention_tile(const AttentionCall& call, int64_t index);
 }
+namespace avx512amx {
+void attention_tile(const AttentionCall& call, int64_t index);
+}
 }  // namespace longllava
 #endif
 
@@ -59,6 +62,9 @@ Kernel pick_forward(const AttentionCall& call, bool bf16) {
   const bool few = call.n_queries * call.heads_per_group <= FEW_ROWS;
   if (few) return bf16 ? LONGLLAVA_PICK(attention_few_rows_bf16) : LONGLLAVA_PICK(attention_few_rows_float);
 #if defined(__x86_64__)
+#if defined(__clang__) || __GNUC__ >= 11
+  if (bf16 && has_amx() && call.scale > 0) return avx512amx::attention_tile;  // scores are scaled after their maximum
+#endif
   if (bf16 && has_avx512_bf16()) return avx512bf16::attention_tile;
 #endif
   return bf16 ? LONGLLAVA_PICK(attention_tile_bf16) : LONGLLAVA_PICK(attention_tile_float);

@@ -11,6 +11,13 @@ struct Single {
   typedef float Element;
   typedef vec Vector;
   static constexpr int DEPTH = 1;
+  static constexpr bool SCALES = true;  // scores come scaled
+  struct Setup {};
+  LONGLLAVA_INLINE int64_t depth(int64_t width) { return width; }  // of a row of q or k, in Elements
+  // From one t of v to the next; not a power of two, which would fill few sets of the cache.
+  LONGLLAVA_INLINE int64_t v_stride(int64_t, int64_t v_width) { return round_up(v_width, 16) + 16; }
+  LONGLLAVA_INLINE int64_t v_size(int64_t keys, int64_t v_width) { return keys * v_stride(keys, v_width); }
+  LONGLLAVA_INLINE int64_t v_place(int64_t stride, int64_t t, int64_t d) { return t * stride + d; }
   LONGLLAVA_INLINE vec add_product(vec sum, float a, vec b) { return sum + splat(a) * b; }
   LONGLLAVA_INLINE vec part(vec b, int) { return b; }
   LONGLLAVA_INLINE vec part(float a, int) { return splat(a); }
@@ -37,6 +44,12 @@ struct Pair {
   typedef uint32_t Element;
   typedef uvec Vector;
   static constexpr int DEPTH = 2;
+  static constexpr bool SCALES = true;
+  struct Setup {};
+  LONGLLAVA_INLINE int64_t depth(int64_t width) { return (width + 1) / 2; }
+  LONGLLAVA_INLINE int64_t v_stride(int64_t, int64_t v_width) { return round_up(v_width, 16) + 16; }
+  LONGLLAVA_INLINE int64_t v_size(int64_t keys, int64_t v_width) { return keys / 2 * v_stride(keys, v_width); }
+  LONGLLAVA_INLINE int64_t v_place(int64_t stride, int64_t t, int64_t d) { return t * stride + d; }
 
   LONGLLAVA_INLINE vec add_product(vec sum, uint32_t a, uvec b) {
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat(a), (__m512bh)b);
@@ -125,8 +138,8 @@ LONGLLAVA_INLINE void pack_rows(typename Dot::Element* packed, const void* rows,
 }
 
 // scores[key][row] = scale * k . q
-template <class Dot, int N>
-LONGLLAVA_INLINE void score_keys(float* scores, const typename Dot::Element* k, int64_t k_stride,
+template <int N, class Dot>
+LONGLLAVA_INLINE void score_keys(Dot, float* scores, const typename Dot::Element* k, int64_t k_stride,
                                  const typename Dot::Element* q_panel, int64_t depth, int64_t n_keys, float scale) {
   for (int64_t key = 0; key < n_keys; key += TILE_HEIGHT) {
     vec sums[TILE_HEIGHT][N] = {};
@@ -138,8 +151,8 @@ LONGLLAVA_INLINE void score_keys(float* scores, const typename Dot::Element* k, 
 }
 
 // sums[d][row] = sums[d][row] * shrink[row] + sum over keys of v[key][d] p[key][row]
-template <class Dot, int N>
-LONGLLAVA_INLINE void add_values(float* sums_panel, int64_t width, const typename Dot::Element* v, int64_t v_stride,
+template <int N, class Dot>
+LONGLLAVA_INLINE void add_values(Dot, float* sums_panel, int64_t width, const typename Dot::Element* v, int64_t v_stride,
                                  const typename Dot::Element* p, int64_t p_step, int64_t depth,
                                  const vec (&shrink)[N]) {
   for (int64_t d = 0; d < width; d += TILE_HEIGHT) {
@@ -155,8 +168,8 @@ LONGLLAVA_INLINE void add_values(float* sums_panel, int64_t width, const typenam
 }
 
 // The same where some v is NaN or infinite and some p is 0: a key that a row does not see adds nothing to it.
-template <class Dot, int N>
-LONGLLAVA_INLINE void add_values_seen(float* sums_panel, int64_t width, const typename Dot::Element* v,
+template <int N, class Dot>
+LONGLLAVA_INLINE void add_values_seen(Dot, float* sums_panel, int64_t width, const typename Dot::Element* v,
                                       int64_t v_stride, const typename Dot::Element* p, int64_t p_step,
                                       int64_t depth, const vec (&shrink)[N]) {
   for (int64_t d = 0; d < width; ++d) {
@@ -167,7 +180,7 @@ LONGLLAVA_INLINE void add_values_seen(float* sums_panel, int64_t width, const ty
         const typename Dot::Vector weight = load(p + t * p_step + j * WIDTH);
         for (int part = 0; part < Dot::DEPTH; ++part) {
           const vec one = Dot::part(weight, part);
-          sum = one == 0.0f ? sum : sum + one * Dot::part(v[t * v_stride + d], part);
+          sum = one == 0.0f ? sum : sum + one * Dot::part(v[Dot::v_place(v_stride, t, d)], part);
         }
       }
       store(place, sum);

@@ -8,7 +8,9 @@ namespace LONGLLAVA_FORM {
 
 // A product of matrices holds TILE_HEIGHT x TILE_VECTORS vectors in registers: 12 of AVX2's 16, 24 of AVX-512's 32, 8 of
 // SSE's 16.
-#if defined(__AVX512F__)
+#if defined(LONGLLAVA_AMX)  // AMX holds them in four tiles of 16 rows x 16 columns: attention_amx_kernels.cpp
+constexpr int TILE_HEIGHT = 32, TILE_VECTORS = 2;
+#elif defined(__AVX512F__)
 constexpr int TILE_HEIGHT = 8, TILE_VECTORS = 3;
 #elif defined(__AVX2__)
 constexpr int TILE_HEIGHT = 4, TILE_VECTORS = 3;
@@ -37,6 +39,19 @@ LONGLLAVA_INLINE void store_sums_of_lanes(float* target, const vec (&values)[4])
 }
 
 // 2^x for x <= ~120, relative error 2e-7; exactly 0 below -127 and for -infinity; NaN stays NaN.
+#if defined(__AVX512F__)
+// As exp2_together (vector_math.h); what would be denormal, which costs hundreds of cycles, is left out.
+LONGLLAVA_INLINE vec exp2_of(vec x) {
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-126.0f), _CMP_NLT_UQ);
+  const vec f = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  vec power = splat(0.00186928f) * f + 0.00900735f;
+  power = power * f + 0.0558121f;
+  power = power * f + 0.2401589f;
+  power = power * f + 0.69315207f;
+  power = power * f + 1.0f;
+  return (vec)_mm512_maskz_scalef_ps(normal, (__m512)power, (__m512)x);
+}
+#else
 // x = n + f with |f| <= 1/2: adding 1.5 * 2^23 + 127 leaves n + 127, the exponent's bits, in the lowest places.
 // The polynomial is the one of degree 5 nearest to 2^f on [-1/2, 1/2] (relative error) that is 1 at 0.
 LONGLLAVA_INLINE vec exp2_of(vec x) {
@@ -52,6 +67,7 @@ LONGLLAVA_INLINE vec exp2_of(vec x) {
   power = power * f + 1.0f;
   return power * (vec)((uvec)shifted << 23);
 }
+#endif
 
 LONGLLAVA_INLINE uint16_t float_to_bf16(float value) {  // to nearest, ties to even
   const uint32_t whole = bits<uint32_t>(value);

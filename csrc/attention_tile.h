@@ -64,9 +64,10 @@ struct PanelView {
   int32_t low, high;            // the rows' seq_idx >= 0
   bool has_hidden;
 
+  // ids may be null where there is no seq_idx: then only the ends are known.
   PanelView(const int32_t* ends, const int32_t* ids, int64_t n_rows)
       : first_end(ends[0]), last_end(ends[n_rows - 1]), low(INT32_MAX), high(-1), has_hidden(false) {
-    for (int64_t i = 0; i < n_rows; ++i) {
+    for (int64_t i = 0; ids != nullptr && i < n_rows; ++i) {
       if (ids[i] < 0) {
         has_hidden = true;
       } else {
@@ -115,6 +116,22 @@ LONGLLAVA_INLINE const KeyRange* key_range(const AttentionCall& call, const Atte
   if (call.key_ranges == nullptr) return nullptr;
   return call.key_ranges + task.batch * call.n_key_blocks + first_key / call.key_block;
 }
+
+// Rows of k or v that are read next, fetched a share at a time: they lie apart, in memory where keys are many.
+struct AheadRows {
+  const char* start;
+  int64_t row_bytes, stride_bytes, n;
+
+  template <class Input>
+  AheadRows(const Input* rows, int64_t stride, int64_t width, int64_t n_rows)
+      : start(reinterpret_cast<const char*>(rows)), row_bytes(width * int64_t(sizeof(Input))),
+        stride_bytes(stride * int64_t(sizeof(Input))), n(n_rows) {}
+
+  void fetch(int64_t share, int64_t n_shares) const {
+    for (int64_t i = n * share / n_shares; i < n * (share + 1) / n_shares; ++i)
+      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(start + i * stride_bytes + byte, 0, 2);
+  }
+};
 
 // Copies n rows of `width` numbers as fp32 into rows of `stride` floats. A row whose seq_idx is padding becomes 0,
 // so what it holds cannot matter; so do columns up to `stride` and rows up to n_padded. True if all is finite.

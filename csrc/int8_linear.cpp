@@ -30,7 +30,7 @@ void multiply(const Int8Arguments& a) {
 #if defined(__x86_64__)
   fast = has_avx512_vnni();
 #if defined(__clang__) || __GNUC__ >= 11
-  tiles = fast && a.depth == 0 && has_amx_int8();
+  tiles = fast && a.depth == 0 && has_amx();
 #endif
 #endif
   plan.depth = a.depth != 0 ? a.depth : fast ? 4 : 2;

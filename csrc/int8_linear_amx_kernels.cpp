@@ -12,6 +12,7 @@
 #define LONGLLAVA_BF16
 #undef LONGLLAVA_FORM
 #define LONGLLAVA_FORM avx512amx
+#include "amx.h"
 #include "int8_product.h"
 
 namespace longllava {

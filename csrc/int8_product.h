@@ -13,15 +13,7 @@ namespace longllava {
 namespace LONGLLAVA_FORM {
 
 #if defined(LONGLLAVA_AMX)
-// All tiles are 16 rows of 64 bytes: 0 to 3 sums, 4 and 5 rows of x, 6 and 7 weights, whose rows are steps.
-struct TileConfiguration {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// GCC's tile instructions do not say that they read memory: everything has to be in its place before them.
-LONGLLAVA_INLINE void memory_is_read() { asm volatile("" ::: "memory"); }
+// Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights, whose rows are steps.
 
 // The lines of memory that a tile will write, fetched some rows at a time while it is multiplied: rows of y lie apart,
 // and a store that has to wait for its line holds up those behind it (1.06 times as fast in all, 192 inputs, bf16).
@@ -233,9 +225,7 @@ LONGLLAVA_INLINE void work(Int8Plan& plan, int64_t number) {
   typedef typename Dot::Element Element;
   char* slot = plan.slots + number * plan.slot_bytes;
 #if defined(LONGLLAVA_AMX)
-  const TileConfiguration configuration;
-  asm volatile("" : : "r"(&configuration) : "memory");  // as in sum_tile
-  _tile_loadconfig(&configuration);
+  const TileRegisters tiles;
 #endif
   if (!plan.small) {
     const int64_t rows = plan.args.rows;
@@ -252,9 +242,6 @@ LONGLLAVA_INLINE void work(Int8Plan& plan, int64_t number) {
     if (plan.small) small_task<Dot>(plan, task, slot);
     else large_task<Dot>(plan, task, slot);
   }
-#if defined(LONGLLAVA_AMX)
-  _tile_release();
-#endif
 }
 
 }  // namespace LONGLLAVA_FORM

@@ -21,8 +21,8 @@ bool may_use_tiles() {
   const char* wanted = getenv("LONGLLAVA_AMX");
   if (wanted != nullptr && strcmp(wanted, "0") == 0) return false;
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned tile_and_int8 = 3u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile_and_int8) != tile_and_int8) return false;
+  constexpr unsigned tile_int8_bf16 = 3u << 24 | 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile_int8_bf16) != tile_int8_bf16) return false;
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
@@ -76,7 +76,7 @@ const Choice& choice() {
 Isa chosen_isa() { return choice().isa; }
 bool has_avx512_bf16() { return choice().bf16; }
 bool has_avx512_vnni() { return choice().vnni; }
-bool has_amx_int8() { return choice().amx; }
+bool has_amx() { return choice().amx; }
 
 }  // namespace longllava
 
@@ -90,7 +90,7 @@ LONGLLAVA_EXPORT const char* longllava_isa_name() {
   }
 }
 
-LONGLLAVA_EXPORT int longllava_uses_amx() { return longllava::has_amx_int8(); }
+LONGLLAVA_EXPORT int longllava_uses_amx() { return longllava::has_amx(); }
 
 // NULL, or one sentence: LONGLLAVA_ISA names a form that does not exist or that this processor lacks.
 LONGLLAVA_EXPORT const char* longllava_isa_error() {

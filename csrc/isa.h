@@ -22,7 +22,7 @@ enum class Isa { portable, avx2, avx512 };
 Isa chosen_isa();          // best form the processor runs, or the one LONGLLAVA_ISA names
 bool has_avx512_bf16();    // true only when the AVX-512 form is in use and the processor has AVX512_BF16
 bool has_avx512_vnni();    // the same of AVX512_VNNI
-bool has_amx_int8();       // and of AMX, where the system lets this process use its tiles
+bool has_amx();            // and of AMX for int8 and bf16, where the system lets this process use its tiles
 
 }  // namespace longllava
 

@@ -132,7 +132,7 @@ def torch_facts() -> dict[str, Any]:
 def compiled_form() -> str:
     from longllava.ops import native
 
-    return f"work, in their {native.isa()} form, int8 products {'by' if native.uses_amx() else 'without'} AMX"
+    return f"work, in their {native.isa()} form, int8 and bf16 products {'by' if native.uses_amx() else 'without'} AMX"
 
 
 def examine_op(op: str) -> dict[str, Any]:

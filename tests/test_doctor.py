@@ -109,7 +109,7 @@ def test_the_form_of_the_compiled_kernels_names_amx(uses: bool, word: str, monke
 
     monkeypatch.setattr(native, "isa", lambda: "avx512")
     monkeypatch.setattr(native, "uses_amx", lambda: uses)
-    assert doctor.compiled_form() == f"work, in their avx512 form, int8 products {word} AMX"
+    assert doctor.compiled_form() == f"work, in their avx512 form, int8 and bf16 products {word} AMX"
 
 
 def test_a_forced_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,13 +88,13 @@ print(native.isa())
 
 
 @needs_kernels
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_form_of_the_kernels(isa):
-    """The forms this processor has, each in a process of its own."""
+@pytest.mark.parametrize(("isa", "amx"), [("portable", "1"), ("avx2", "1"), ("avx512", "0"), ("avx512", "1")])
+def test_every_form_of_the_kernels(isa, amx):
+    """The forms this processor has, each in a process of its own; bf16 with and without AMX's tiles."""
     here = os.path.dirname(__file__)
     done = subprocess.run(
         [sys.executable, "-c", FORMS, here, os.path.dirname(os.path.dirname(here))],
-        env=os.environ | {"LONGLLAVA_ISA": isa},
+        env=os.environ | {"LONGLLAVA_ISA": isa, "LONGLLAVA_AMX": amx},
         capture_output=True,
         text=True,
     )
@@ -102,6 +102,23 @@ def test_every_form_of_the_kernels(isa):
         pytest.skip(f"this processor does not run {isa}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [isa]
+
+
+@needs_kernels
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0])
+@pytest.mark.parametrize("head_dim", [33, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_scale_and_scores_that_grow_from_block_to_block(dtype, head_dim, scale):
+    """The running softmax begins anew again and again, or hardly ever: scores rise by 2 ** 8 a block, or not at all."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, head_dim, generator=random) for n in (40, 330, 330))
+    k *= torch.linspace(0, 6, 330)[None, :, None, None]
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    truth, truth_lse = attention(*(x.double() for x in (q, k, v)), scale=scale, return_lse=True, backend="reference")
+    floor, floor_lse = attention(q, k, v, scale=scale, return_lse=True, backend="reference")
+    y, lse = attention(q, k, v, scale=scale, return_lse=True, backend="cpu")
+    assert error(y.double(), truth) <= 2 * error(floor.double(), truth) + 1e-5
+    assert error(lse.double(), truth_lse) <= 2 * error(floor_lse.double(), truth_lse) + 1e-6
 
 
 @needs_kernels
