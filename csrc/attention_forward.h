@@ -16,8 +16,8 @@
 namespace longllava {
 namespace LONGLLAVA_FORM {
 
-// Turns scores, times `scale`, into p = 2^(score - top) in place (of bf16: two keys to a word), brings top and total up to date, and
-// returns by how much earlier sums shrink.
+// Turns scores, times `scale`, into p = 2^(score - top) in place (of bf16: two keys to a word), brings top and total up
+// to date, and returns by how much earlier sums shrink.
 template <class Dot, int N>
 LONGLLAVA_INLINE void softmax_step(float* scores, float scale, int64_t n_keys, float* tops, float* totals,
                                    vec (&shrink)[N]) {
