@@ -30,7 +30,8 @@ NAME = "liblongllava_cpu.so"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-warning-option"]
 FLAGS += ["-Wno-maybe-uninitialized"]  # GCC 12's own AVX-512 headers raise it
-FLAGS += ["-fno-tree-loop-distribute-patterns"]  # GCC would copy arrays of vectors by memcpy, in 16-byte pieces
+# GCC alone, Clang does not know it: arrays of vectors would be copied by memcpy, in 16-byte pieces.
+GCC_FLAGS = ["-fno-tree-loop-distribute-patterns"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_FORMS: dict[str, list[str]] = {"portable": [], "avx2": AVX2, "avx512": AVX2 + AVX512}
@@ -59,9 +60,16 @@ def compiler() -> list[str]:
     raise NoCompiler("no C++ compiler: tried c++, g++, clang++; install one (apt install g++) or set CXX")
 
 
+def is_clang(command: list[str]) -> bool:
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    return "clang" in done.stdout
+
+
 def build(output_dir: str | Path) -> Path:
     """Compile and link into `output_dir`; return the library's path. Raises NoCompiler or RuntimeError."""
-    command = [*compiler(), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    chosen = compiler()
+    own = [] if is_clang(chosen) else GCC_FLAGS
+    command = [*chosen, *FLAGS, *own, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     forms = X86_FORMS if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
     with tempfile.TemporaryDirectory(prefix="longllava-build-") as scratch:
         jobs: list[list[str]] = []

@@ -139,15 +139,38 @@ def test_a_struct_of_another_size_is_refused() -> None:
         native.succeed(1, "op")
 
 
+def build_module():
+    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc/build.py")
+    assert spec is not None and spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    return build
+
+
+# Takes no option of GCC's alone, writes what -o names, and says whose it is.
+COMPILER = """#!/bin/sh
+case "$*" in --version) echo "{name} 14.0"; exit;; esac
+case "{name} $*" in *clang*-fno-tree-loop*) echo "unknown argument" >&2; exit 1;; esac
+echo "$*" >> {log}
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+"""
+
+
+@pytest.mark.parametrize("name", ["Debian clang version", "g++ (Debian)"])
+def test_each_compiler_gets_the_options_it_knows(name, tmp_path, monkeypatch) -> None:
+    (compiler := tmp_path / "compiler").write_text(COMPILER.format(name=name, log=tmp_path / "log"))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert build_module().build(tmp_path / "lib").is_file()
+    assert ("-fno-tree-loop" in (tmp_path / "log").read_text()) == name.startswith("g++")
+
+
 @pytest.mark.parametrize(
     ("named", "archs", "hoppers"),
     [("90a", ["90"], True), ("80 90a", ["80", "90"], True), ("90 90a", ["90"], True), ("80", ["80"], False)],
 )
 def test_90a_is_taken_for_90(named, archs, hoppers, monkeypatch) -> None:
-    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc/build.py")
-    assert spec is not None and spec.loader is not None
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    build = build_module()
     monkeypatch.setenv("LONGLLAVA_CUDA_ARCHS", named)
     assert build.cuda_archs() == archs
     assert build.hopper_codes(build.cuda_archs()) == ["-gencode=arch=compute_90a,code=sm_90a"] * hoppers
