@@ -129,7 +129,8 @@ LONGLLAVA_INLINE void differentiate_block(const Work& work, Tile& tile, const At
     const bool masked = view.first_end < first + n_keys || (range != nullptr && !view.sees_all(*range));
     with_count(rows.start(panel + 1) - rows.start(panel), [&](auto vectors) {
       constexpr int N = decltype(vectors)::value;
-      score_keys<N>(Single{}, work.scores, k, work.k_width, tile.q + start * work.width, work.width, n_keys, call.scale * LOG2_E);
+      score_keys<N>(Single{}, work.scores, k, work.k_width, tile.q + start * work.width, work.width, n_keys,
+                    call.scale * LOG2_E);
       if (masked) mask_scores<N>(work.scores, n_keys, first, key_ids, n_block, tile.ends + start, tile.ids + start);
       score_keys<N>(Single{}, work.dp, v, work.k_width, tile.grad_y + start * work.width, work.width, n_keys, 1.0f);
       differentiate_scores<N>(work.p + start, work.ds + start, work.scores, work.dp, n_keys, tile.log2_sums + start,

@@ -13,8 +13,6 @@ namespace longllava {
 namespace LONGLLAVA_FORM {
 
 #if defined(LONGLLAVA_AMX)
-// Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights, whose rows are steps.
-
 // The lines of memory that a tile will write, fetched some rows at a time while it is multiplied: rows of y lie apart,
 // and a store that has to wait for its line holds up those behind it (1.06 times as fast in all, 192 inputs, bf16).
 struct Wanted {
@@ -32,8 +30,8 @@ struct Wanted {
 };
 
 // What earlier blocks of inputs left in t.sums, if any, plus rows of x times a panel: to t.sums if blocks follow, else
-// to `sums`. Steps come in sixteens: x is filled up with zeros. Between them the tile before is written, by units that the
-// products leave free.
+// to `sums`. Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights, whose rows are steps. Steps come in sixteens: x is
+// filled up with zeros. Between them the tile before is written, by units that the products leave free.
 template <class Dot, int R>
 LONGLLAVA_INLINE void sum_tile(const typename Dot::Element* x, int64_t pitch, const typename Dot::Element* panel,
                                int64_t n_steps, const Tile& t, ivec (&sums)[ROWS][VECTORS], Finished<Dot>& before) {
