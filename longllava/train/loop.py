@@ -19,6 +19,7 @@ from torch import Tensor
 from longllava.data.packing import Batch, Misfit
 from longllava.data.recipes import Recipe
 from longllava.errors import InputError, TrainingError
+from longllava.evals.memory import give_back
 from longllava.files import write_text
 from longllava.inputs.processor import Processor
 from longllava.model import Model
@@ -135,6 +136,7 @@ def train(
                 log.step(step)
                 if step % config.log_every == 0 or step == total:
                     log.write(step, {**meter.take(engine.gather), "norm": norm, "rate": rate, "phase": number})
+                    give_back()
                 if inside + 1 == phase.steps and number in config.average_phases:
                     tensors = engine.trained()
                     if chief:
