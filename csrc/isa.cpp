@@ -15,7 +15,8 @@ namespace longllava {
 namespace {
 
 // AMX's tiles are 8 KB more for the system to save: on Linux a process asks for them. LONGLLAVA_AMX=0 forbids them. On a
-// Xeon nano's two int8 layers of 8,192 rows take 1.4 and 0.9 ms with them, 3.6 and 1.6 with VNNI, at best.
+// Xeon, at best, nano's two int8 layers of 8,192 rows take 1.0 and 0.6 ms with them, 2.7 and 1.3 with VNNI; attention of
+// 2,048 queries to 38,000 keys in bf16 takes 87 ms, 491 by pairs.
 bool may_use_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   const char* wanted = getenv("LONGLLAVA_AMX");
