@@ -82,24 +82,28 @@ void attend_tile(const AttentionCall& call, int64_t index) {
   const Input* v_source = static_cast<const Input*>(call.v) + task.batch * v_strides.batch + task.group * v_strides.head;
   const int32_t* known_ids = call.seq_q == nullptr ? nullptr : ids;
   const PanelView tile(ends, known_ids, task.n_rows);
+  const auto n_from = [&](int64_t key) {  // keys of the block that begins there
+    const int64_t left = task.end_key - key;
+    return left < 0 ? 0 : left < block ? left : block;
+  };
 
   for (int64_t first = task.first_key; first < task.end_key; first += block) {
     const KeyRange* range = key_range(call, task, first);
     if (range != nullptr && !tile.may_see(*range)) continue;
     const int32_t* key_ids = call.seq_k == nullptr ? nullptr : call.seq_k + task.batch * call.n_keys + first;
-    const int64_t n_block = task.end_key - first < block ? task.end_key - first : block;
-    const int64_t n_staged = round_up(n_block, TILE_HEIGHT);
+    const int64_t n_block = n_from(first), n_staged = round_up(n_block, TILE_HEIGHT);
     Dot::stage_keys(k, depth, k_source + first * k_strides.token, k_strides.token, n_block, n_staged, width, key_ids);
     const bool finite = Dot::stage_values(v, v_stride, v_source + first * v_strides.token, v_strides.token, n_block,
                                           n_staged, width, key_ids);
-    const int64_t after = first + block, left = task.end_key - after, n_after = left < 0 ? 0 : left < block ? left : block;
-    const AheadRows k_ahead(k_source + after * k_strides.token, k_strides.token, width, n_after);
-    const AheadRows v_ahead(v_source + after * v_strides.token, v_strides.token, width, n_after);
+    const int64_t after = first + block;
+    const AheadRows k_ahead(k_source + after * k_strides.token, k_strides.token, width, n_from(after));
+    const AheadRows v_ahead(v_source + after * v_strides.token, v_strides.token, width, n_from(after));
     for (int64_t panel = 0; panel < panels.n_panels; ++panel) {
       k_ahead.fetch(panel, panels.n_panels);
       v_ahead.fetch(panel, panels.n_panels);
       const int64_t start = panels.start(panel) * WIDTH, end = panels.start(panel + 1) * WIDTH;
-      const PanelView view(ends + start, known_ids == nullptr ? nullptr : ids + start, (end < task.n_rows ? end : task.n_rows) - start);
+      const int64_t n_rows = (end < task.n_rows ? end : task.n_rows) - start;
+      const PanelView view(ends + start, known_ids == nullptr ? nullptr : ids + start, n_rows);
       if (view.last_end <= first || (range != nullptr && !view.may_see(*range))) continue;
       const int64_t n_seen = view.last_end - first < n_block ? view.last_end - first : n_block;
       const int64_t n_keys = round_up(n_seen, TILE_HEIGHT);

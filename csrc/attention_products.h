@@ -6,18 +6,22 @@
 namespace longllava {
 namespace LONGLLAVA_FORM {
 
-// How products are taken. fp32: one number of a and one vector of b at a time.
-struct Single {
+// How products are taken. Those in registers have v as [t][channel].
+struct InRegisters {
+  static constexpr bool SCALES = true;  // scores come scaled
+  struct Setup {};
+  // From one t of v to the next; not a power of two, which would fill few sets of the cache.
+  LONGLLAVA_INLINE int64_t v_stride(int64_t, int64_t v_width) { return round_up(v_width, 16) + 16; }
+  LONGLLAVA_INLINE int64_t v_place(int64_t stride, int64_t t, int64_t d) { return t * stride + d; }
+};
+
+// fp32: one number of a and one vector of b at a time.
+struct Single : InRegisters {
   typedef float Element;
   typedef vec Vector;
   static constexpr int DEPTH = 1;
-  static constexpr bool SCALES = true;  // scores come scaled
-  struct Setup {};
   LONGLLAVA_INLINE int64_t depth(int64_t width) { return width; }  // of a row of q or k, in Elements
-  // From one t of v to the next; not a power of two, which would fill few sets of the cache.
-  LONGLLAVA_INLINE int64_t v_stride(int64_t, int64_t v_width) { return round_up(v_width, 16) + 16; }
   LONGLLAVA_INLINE int64_t v_size(int64_t keys, int64_t v_width) { return keys * v_stride(keys, v_width); }
-  LONGLLAVA_INLINE int64_t v_place(int64_t stride, int64_t t, int64_t d) { return t * stride + d; }
   LONGLLAVA_INLINE vec add_product(vec sum, float a, vec b) { return sum + splat(a) * b; }
   LONGLLAVA_INLINE vec part(vec b, int) { return b; }
   LONGLLAVA_INLINE vec part(float a, int) { return splat(a); }
@@ -40,16 +44,12 @@ struct Single {
 
 #if defined(LONGLLAVA_PAIRS)
 // bf16: two numbers of a and two of b at a time, the first in the low half of 32 bits.
-struct Pair {
+struct Pair : InRegisters {
   typedef uint32_t Element;
   typedef uvec Vector;
   static constexpr int DEPTH = 2;
-  static constexpr bool SCALES = true;
-  struct Setup {};
   LONGLLAVA_INLINE int64_t depth(int64_t width) { return (width + 1) / 2; }
-  LONGLLAVA_INLINE int64_t v_stride(int64_t, int64_t v_width) { return round_up(v_width, 16) + 16; }
   LONGLLAVA_INLINE int64_t v_size(int64_t keys, int64_t v_width) { return keys / 2 * v_stride(keys, v_width); }
-  LONGLLAVA_INLINE int64_t v_place(int64_t stride, int64_t t, int64_t d) { return t * stride + d; }
 
   LONGLLAVA_INLINE vec add_product(vec sum, uint32_t a, uvec b) {
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat(a), (__m512bh)b);

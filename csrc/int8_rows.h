@@ -179,6 +179,7 @@ LONGLLAVA_INLINE void rotate_row(const T* x, int64_t n, float* out) {
   }
 }
 
+// One row whose factor is known; with SUM returns the sum of its values.
 template <bool SUM, bool CLAMP, class T, class Out>
 LONGLLAVA_INLINE int32_t round_row(const T* x, int64_t n, float factor, Out* out) {
   ivec sum{};

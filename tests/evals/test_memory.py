@@ -11,11 +11,13 @@ from longllava.evals.memory import _malloc_trim
 
 # blocks of 64 KB, below what glibc maps one by one; every hundredth stays
 HOLES = """
+import resource
+
 import torch
 from longllava.evals.memory import give_back
 
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 
 blocks = [torch.ones(2**14) for _ in range(6400)]
 blocks = blocks[::100]
