@@ -49,8 +49,8 @@ class NoCompiler(RuntimeError):
 
 def compiler() -> list[str]:
     """The command that compiles C++: CXX if set, else c++, g++ or clang++. Raises NoCompiler."""
-    if chosen := os.environ.get("CXX"):
-        command = shlex.split(chosen)
+    chosen = os.environ.get("CXX", "")
+    if command := shlex.split(chosen):
         if shutil.which(command[0]) is None:
             raise NoCompiler(f"CXX={chosen}: no such command; set CXX to a C++17 compiler, or unset it")
         return command

@@ -76,24 +76,30 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise InputError(IS_A_FILE.format(folder))
     beside = folder if folder.is_dir() else folder.parent
-    made = [parent for parent in (beside, *beside.parents) if not parent.exists()]
-    try:
-        beside.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=beside) as temporary:
-            staged = Path(temporary) / "whole"
-            staged.mkdir()  # with the usual mode: what is around it is closed to others
-            with naming_as(folder, staged):
-                yield staged
-                for path in staged.rglob("*"):
-                    if path.is_file():
-                        sync(path)
-            put_in_place(staged, folder)
-    except BaseException:
-        for parent in made:
-            with contextlib.suppress(OSError):  # someone else has written into it
-                parent.rmdir()
-        raise
+    with made_folder(beside), tempfile.TemporaryDirectory(prefix=".writing-", dir=beside) as temporary:
+        staged = Path(temporary) / "whole"
+        staged.mkdir()  # with the usual mode: what is around it is closed to others
+        with naming_as(folder, staged):
+            yield staged
+            for path in staged.rglob("*"):
+                if path.is_file():
+                    sync(path)
+        put_in_place(staged, folder)
     sync(beside)
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """A folder, made with its parents where they are missing; if the block fails, what was made and is empty goes."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):  # someone else has written into it
+                path.rmdir()
+        raise
 
 
 def put_in_place(staged: Path, folder: Path) -> None:

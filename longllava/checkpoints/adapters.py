@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longllava.checkpoints.folders import listed
+from longllava.checkpoints.folders import RECORD, listed
 from longllava.errors import CheckpointError
 from longllava.files import write_text
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from longllava.model import Model
 
 ADAPTER_CONFIG = "adapter_config.json"
-RECORD = "training.json"  # of which stage a model is, for the stage that starts from it
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
 PREFIX = "base_model.model."

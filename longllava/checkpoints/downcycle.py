@@ -7,6 +7,7 @@ experts to one before it lists them, so it takes expert 0; and it multiplies the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,8 @@ def downcycle(
         raise CheckpointError(f"take: expert {take} of {n_experts}; give 0 to {n_experts - 1}, mean or router")
     if not isinstance(take, int) and take not in ("mean", "router"):
         raise CheckpointError(f"take: got {take!r}; give the number of an expert, mean or router")
+    if not math.isfinite(scale):
+        raise CheckpointError(f"scale: got {scale}; give a finite number")
     if calibrate is not None and take != "router":
         raise CheckpointError(f"calibrate: a text is read with take router only, not with {take!r}")
     measured = {} if calibrate is None else measured_shares(experts, Path(calibrate).expanduser())

@@ -13,6 +13,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+RECORD = "training.json"  # of which stage a model is, for the stage that starts from it
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 UNFINISHED = ".unfinished-"  # a folder in a model's folder that holds what a save has yet to put in place
 LISTED = 8  # names shown of each kind of fault

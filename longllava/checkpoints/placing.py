@@ -62,6 +62,11 @@ def placement_of(device_map: str | Mapping[str, Any], model: Model, dtype: torch
     import torch
 
     if isinstance(device_map, Mapping):
+        for key, name in device_map.items():
+            try:
+                torch.device(name)
+            except (RuntimeError, TypeError):
+                raise ConfigError(f"device_map: {key!r}: got {name!r}, allowed: cpu, cuda, cuda:1 ...") from None
         return placed(device_map, model.config.backbone.n_layers)
     if device_map != AUTO:
         raise ConfigError(f"device_map: got {device_map!r}, allowed: {AUTO!r} or a table such as {{'': 'cuda:0'}}")

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from longllava.checkpoints.adapters import is_adapter
-from longllava.checkpoints.folders import INDEX, UNFINISHED, WEIGHTS
+from longllava.checkpoints.folders import INDEX, RECORD, UNFINISHED, WEIGHTS
 from longllava.checkpoints.stored import DTYPES
 from longllava.errors import CheckpointError
-from longllava.files import naming, sync, write_json
+from longllava.files import made_folder, naming, sync, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -56,16 +56,16 @@ def write_folder(
 
     Files are complete under temporary names before the first is renamed; weights of an earlier save are removed. While
     old ones and new ones stand side by side, a folder UNFINISHED* says so, and find_folder refuses the mixture.
-    replaced: names of files that an earlier model may have left, and that go where the new one has none.
+    replaced: names of files that an earlier model may have left, and that go where the new one has none; the record
+    of how that model was trained goes always, and whoever trained this one writes it after.
     """
     folder = Path(os.path.expanduser(folder))  # as find_folder reads it
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: a file of that name exists; give a folder")
     if is_adapter(folder):
         raise CheckpointError(f"{folder}: it holds an adapter, which would be read instead of the model; give another")
-    folder.mkdir(parents=True, exist_ok=True)
     shards = split(outputs, shard_bytes)
-    with tempfile.TemporaryDirectory(prefix=STAGED, dir=folder) as temporary:
+    with made_folder(folder), tempfile.TemporaryDirectory(prefix=STAGED, dir=folder) as temporary:
         staged = Path(temporary)
         names = shard_names(len(shards))
         for name, keys in zip(names, shards):
@@ -85,7 +85,7 @@ def exchange(folder: Path, staged: Path, names: list[str], replaced: Sequence[st
     moving = folder / (UNFINISHED + staged.name.removeprefix(STAGED))
     os.rename(staged, moving)
     sync(folder)
-    for name in replaced:
+    for name in (RECORD, *replaced):
         (folder / name).unlink(missing_ok=True)
     for path in sorted(moving.iterdir(), key=lambda path: path.suffix == ".json"):
         os.replace(path, folder / path.name)

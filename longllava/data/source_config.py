@@ -36,7 +36,8 @@ class SourceConfig:
     count). columns: our names -> theirs (records.py).
     image_root: where pictures and videos lie; without it beside the file, or inside the table. question: asked of
     records that hold an answer only. marks: "written", or "first" where records without <image> have pictures first.
-    duplicates: of ids: refuse, drop, keep. max_bad: the share of records that may be unusable. media: data/media.py.
+    duplicates: of ids: refuse, drop, keep; a stream's are not compared. max_bad: the share of records that may be
+    unusable. media: data/media.py.
     """
 
     name: str
@@ -97,6 +98,11 @@ class SourceConfig:
             raise ConfigError(f"source {self.name!r}: format datasets takes one path")
         if self.streaming and self.count is None:
             raise ConfigError(f"source {self.name!r}: streaming needs a count; a stream does not say how long it is")
+        if self.streaming and self.duplicates == "drop":
+            raise ConfigError(
+                f"source {self.name!r}: duplicates: drop needs all ids beforehand, and streaming gives none; leave out"
+                " one of the two"
+            )
 
 
 def data_root(written: str | None, folder: Path) -> Path:

@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longllava.checkpoints.folders import RECORD
 from longllava.version import __version__
 
 if TYPE_CHECKING:
     from longllava.data.recipes import Recipe
     from longllava.train.config import TrainConfig
 
-RECORD = "training.json"
 # what may differ between a run and its going on: nothing, or the rounding alone
 FREE = ("output", "preset", "save_every", "log_every", "report_to", "evaluate", "eval_questions", "device", "threads",
         "recipe", "feature_cache", "engine", "offload", "gradient_checkpointing", "offload_activations")  # fmt: skip

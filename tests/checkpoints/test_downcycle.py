@@ -157,6 +157,8 @@ def test_what_cannot_be_read_for_calibration(readers, tmp_path):
 def test_what_cannot_be_taken(experts, tmp_path, take, words):
     with pytest.raises(CheckpointError, match=words):
         downcycle(experts, tmp_path / "out", take=take)
+    with pytest.raises(CheckpointError, match="scale: got nan; give a finite number"):
+        downcycle(experts, tmp_path / "out", scale=float("nan"))
 
 
 def test_a_dense_model_cannot_become_denser(tmp_path):

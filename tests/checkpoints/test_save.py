@@ -60,6 +60,7 @@ def test_round_trip_in_shards(tmp_path):
 def test_saving_again_leaves_nothing_of_the_old(tmp_path):
     save(tmp_path, shard_bytes=20_000)
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "training.json").write_text('{"stage": "stage3"}')  # of the model that goes
     save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json", "model.safetensors", "notes.txt", "tokenizer.json",
@@ -75,6 +76,9 @@ def test_a_save_that_fails_leaves_the_old(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save(tmp_path, dtype=torch.bfloat16)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path / "new" / "model")
+    assert not (tmp_path / "new").exists()
 
 
 def test_dtypes_but_recurrences_stay_fp32(tmp_path):

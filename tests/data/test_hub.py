@@ -129,6 +129,8 @@ def test_what_a_stream_cannot_give(folder: Path, tmp_path: Path, monkeypatch) ->
         record_source(row(folder, path=str(tmp_path / "none"), streaming=True, count=5), folder)
     with pytest.raises(ConfigError, match="streaming needs a count"):
         row(folder, streaming=True)
+    with pytest.raises(ConfigError, match="duplicates: drop needs all ids beforehand"):
+        row(folder, streaming=True, count=5, duplicates="drop")
     with pytest.raises(ConfigError, match="subset goes with format: datasets"):
         SourceConfig(name="s", kind="llava", licence="x", origin="x", path="a.json", subset="b")
 

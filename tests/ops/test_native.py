@@ -165,6 +165,13 @@ def test_each_compiler_gets_the_options_it_knows(name, tmp_path, monkeypatch) ->
     assert ("-fno-tree-loop" in (tmp_path / "log").read_text()) == name.startswith("g++")
 
 
+def test_a_blank_name_of_a_compiler_names_none(monkeypatch) -> None:
+    monkeypatch.setenv("CXX", " ")
+    blank = build_module().compiler()
+    monkeypatch.delenv("CXX")
+    assert blank == build_module().compiler()
+
+
 @pytest.mark.parametrize(
     ("named", "archs", "hoppers"),
     [("90a", ["90"], True), ("80 90a", ["80", "90"], True), ("90 90a", ["90"], True), ("80", ["80"], False)],

@@ -120,6 +120,8 @@ def test_wrong_maps_are_refused(folder):
         LongLLaVA.from_pretrained(folder, device="cpu", device_map="auto")
     with pytest.raises(InputError, match="device: got 'tpu'"):
         LongLLaVA.from_pretrained(folder, device_map={"": "tpu"})
+    with pytest.raises(ConfigError, match="device_map: '': got 'cpuu', allowed: cpu"):
+        load_model(folder, device_map={"": "cpuu"})
     with pytest.raises(ConfigError, match="no part 'lm_head'"):
         LongLLaVA.from_pretrained(folder, device_map={"": "cpu", "lm_head": "cpu"})
 
