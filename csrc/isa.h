@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#define LONGLLAVA_ABI 6  // longllava/ops/native.py holds the same number
+#define LONGLLAVA_ABI 7  // longllava/ops/native.py holds the same number
 #define LONGLLAVA_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace longllava {

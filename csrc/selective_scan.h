@@ -11,7 +11,7 @@
 namespace longllava {
 
 constexpr int SCAN_MAX_STATES = 256;
-constexpr int SCAN_CHUNK = 32;           // tokens between two saved states, and of one step of backward
+constexpr int SCAN_CHUNK = 16;           // tokens between two saved states, and of one step of backward
 constexpr int SCAN_FORWARD_CHUNK = 8;    // tokens of one step of forward; divides SCAN_CHUNK
 // Channels that a task walks together. Rows lie pages apart, so the wider the tile, the fewer address translations;
 // the fewer tokens a step takes, the less of it leaves the first cache (E = 1024, fp32, two cores with AVX-512:

@@ -1,7 +1,7 @@
 // Selective scan, backward, for one instruction set (isa.h). Forward: selective_scan_kernels.cpp.
 //
 // Reads the state saved before each chunk, walks the chunk forward once more, keeping decay and decayed state of one
-// group of states (8 KiB with AVX2), and then back. dB and dC are sums over channels: lanes are added once per tile,
+// group of states (4 KiB with AVX2), and then back. dB and dC are sums over channels: lanes are added once per tile,
 // tiles in fixed order within a slice, slices in fixed order at the end, so threads never change a bit.
 #include "selective_scan_tile.h"
 

@@ -6,7 +6,7 @@
 // block by block of WIDTH channels the walk; a row at a time the gate (silu). Rows are read and written where the
 // arithmetic is, and what goes from step to step stays in the first cache.
 // Memory per token and channel: u, delta, z in, y out, each once; nothing else grows with length except the
-// saved states (N / 32 floats per channel and token) when gradients are wanted.
+// saved states (N / 16 floats per channel and token) when gradients are wanted.
 #include "selective_scan_tile.h"
 
 namespace longllava {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longllava.ops.fused import rms_norm, rms_norm_parts
@@ -16,20 +15,20 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.device.type == "cpu":  # differentiated by torch itself
-            if x.dtype == torch.float32:
-                return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-            # the published order: normalise in fp32, round, then scale in the weights' dtype
-            return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
-        y, _ = rms_norm(x, self.weight, self.eps)
+        y, _ = rms_norm(x, self.weight, self.eps, dtype=self.dtype_of(x))
         assert isinstance(y, Tensor)
         return y
 
     def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of total = residual + x, and total, in one pass where there is a kernel."""
-        y, total = rms_norm(x, self.weight, self.eps, residual)
+        y, total = rms_norm(x, self.weight, self.eps, residual, dtype=self.dtype_of(x))
         assert isinstance(y, Tensor)
         return y, total
+
+    def dtype_of(self, x: Tensor) -> torch.dtype | None:
+        """Of the norm of x: under autocast that of the products that read it, which else would each make a copy."""
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def normed_parts(x: Tensor, norms: list[RMSNorm]) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ import torch
 from longllava.errors import BackendError
 
 PATH = Path(__file__).resolve().parent.parent / "lib" / "liblongllava_cpu.so"
-ABI = 6  # csrc/isa.h holds the same number; raise both when the C interface changes
+ABI = 7  # csrc/isa.h holds the same number; raise both when the C interface changes
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in csrc/vector.h
 
 

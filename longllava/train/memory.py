@@ -21,7 +21,7 @@ from longllava.train.lora import LoraConfig, layers_of
 
 FLOAT = 4
 LOSS_CHUNK = 2048  # train/loss.py
-SCAN_CHUNK = 32  # tokens between two scan states that are kept for the backward pass (csrc, and the GPU's kernels)
+SCAN_CHUNK = 16  # tokens between two scan states that are kept for the backward pass (csrc; 32 on a GPU)
 # of deepspeed 0.19, in numbers: weights that ZeRO-3 has together at once, fetched ahead; gradients in a bucket
 LIVE, AHEAD, BUCKET = 1_000_000_000, 50_000_000, 500_000_000
 
@@ -66,8 +66,9 @@ def of_phase(config: TrainConfig, model: ModelConfig, number: int, world: int, v
     rows = min(phase.rows_at_once or mine, mine)
     n_tokens = rows * phase.row_length
     learns = "backbone" in config.train_only
-    layers = [layer_bytes(backbone, i, n_tokens, value_bytes, learns) for i in range(backbone.n_layers)]
-    inputs = n_tokens * backbone.width * value_bytes
+    residual_bytes = FLOAT if engine_named(config) == "torch" else value_bytes  # autocast leaves sums in fp32
+    layers = [layer_bytes(backbone, i, n_tokens, value_bytes, residual_bytes, learns) for i in range(backbone.n_layers)]
+    inputs = n_tokens * backbone.width * residual_bytes
     ends = bridge_bytes(model, n_tokens, value_bytes) + 3 * inputs  # embedded; the last norm and what is labelled
     if phase.alignment_only:
         layers, kept = [Layer(0, 0)], ends
@@ -147,24 +148,27 @@ class Layer(NamedTuple):
     running: int
 
 
-def layer_bytes(config: BackboneConfig, layer: int, n_tokens: int, value_bytes: int, learns: bool = True) -> Layer:
+def layer_bytes(
+    config: BackboneConfig, layer: int, n_tokens: int, value_bytes: int, residual_bytes: int, learns: bool = True
+) -> Layer:
     """What autograd keeps of a layer's run, and what its backward pass takes beside it at its worst.
 
     learns: whether its weights do. Those that do not need no inputs of their products.
     """
     width, inner, small = config.width, config.d_inner(), config.dt_rank + 2 * config.state_size
-    sums = (4 if learns else 2) * width
-    norm = (width if learns else 0) + (0 if value_bytes == FLOAT else 1.5 * width)  # the result; what was made in fp32
+    ratio = residual_bytes / value_bytes
+    sums = 3 * width * ratio  # the sums before both norms, and the result
+    norms = 2 * width if learns else 0
     if config.mixers()[layer] == "attention":  # q, k, v, y
         mixer = config.head_dim * (2 * config.n_heads + 2 * config.n_kv_heads)
-    else:  # x and z, convolved, delta, y; what delta, B and C come from: whole, cut, normed; scan states, in fp32
+    else:  # x and z, convolved, delta, y; what delta, B and C come from, whole and normed; scan states, in fp32
         states = inner * config.state_size * FLOAT // (SCAN_CHUNK * value_bytes)
-        mixer = (5 if learns else 4) * inner + 3 * small + states
-    running = width + (2 if learns else 3) * config.mlp_width  # gradients of the result, of SiLU, product and gate
-    mlp = (4 if learns else 3) * config.mlp_width  # gate, up, SiLU, product
+        mixer = (5 if learns else 4) * inner + 2 * small + states
+    running = width * ratio + (2 if learns else 3) * config.mlp_width  # gradients of result, product, gate and up
+    mlp = (3 if learns else 2) * config.mlp_width  # gate, up, product
     if config.has_experts(layer):  # a token's rows: sent, returned, sorted back; experts run one after the other
         mlp, running = config.n_experts_per_token * (mlp + (3 if learns else 2) * width) - width, 6 * width
-    return Layer(*(int(n_tokens * value_bytes * count) for count in (2 * norm + mixer + sums + mlp, running)))
+    return Layer(*(int(n_tokens * value_bytes * count) for count in (norms + mixer + sums + mlp, running)))
 
 
 def bridge_bytes(model: ModelConfig, n_tokens: int, value_bytes: int) -> int:

@@ -126,6 +126,16 @@ def test_a_sum_is_rounded_before_it_is_normalised(dtype) -> None:
     assert torch.equal(y, fused_triton.rms_norm(total, weight, 1e-6, None, False)[0])
 
 
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_result_is_in_the_dtype_that_is_asked_for(dtype, out) -> None:
+    """As under autocast: the weight in fp32."""
+    x, weight = torch.randn(4, 300).to(dtype), torch.randn(300)
+    y, truth = (fused.rms_norm(x, weight, 1e-6, dtype=out, backend=b)[0] for b in ("triton", "reference"))
+    assert y.dtype == out and error(y, truth) <= CUT[torch.bfloat16 if torch.bfloat16 in (dtype, out) else out]
+    assert fused.rms_norm(x, weight, 1e-6, backend="triton")[0].dtype == torch.float32
+
+
 def test_nan_and_infinity_of_a_row_stay_in_it() -> None:
     x, weight = torch.randn(3, 8), torch.ones(8)
     x[1, 2], x[2, 0] = torch.nan, torch.inf
@@ -158,8 +168,8 @@ def test_ops_choose_it_here_and_keep_torchs_rules() -> None:
     rows = x[0].detach().requires_grad_()
     other = torch.randn(3, 48, requires_grad=True)
     for quantized in (False, True):
-        torch.library.opcheck(fused.call.rms_norm, (rows, scale.new_ones(48), 1e-6, other, quantized, "triton"),
-                              test_utils=tests)  # fmt: skip
+        args = (rows, scale.new_ones(48), 1e-6, other, quantized, rows.dtype, "triton")
+        torch.library.opcheck(fused.call.rms_norm, args, test_utils=tests)
         for rotated in {False, quantized}:
             torch.library.opcheck(fused.call.swiglu, (rows, other, None, quantized, rotated, "triton"),
                                   test_utils=tests)  # fmt: skip

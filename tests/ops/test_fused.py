@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,6 +61,7 @@ def test_int8_output_is_the_quantisation_of_the_other(dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_the_compiled_kernels_are_the_reference(dtype) -> None:
     compare(dtype)
+    compare_gradients(dtype)
 
 
 def compare(dtype: torch.dtype) -> None:
@@ -87,12 +90,75 @@ def compare(dtype: torch.dtype) -> None:
             assert torch.equal(int8.values, same.values) and torch.equal(int8.scale, same.scale)
 
 
+def compare_gradients(dtype: torch.dtype) -> None:
+    """With those of fp64: the kernels' own, of rows of many magnitudes, of views, and of every mixture of dtypes, such
+    as autocast's: rows and weight in fp32, y in bf16."""
+    torch.manual_seed(0)
+    # rows of 1,000 and of 0.001 each by their own largest gradient; bf16: two roundings
+    most = 2e-6 if dtype == torch.float32 else 2**-7
+    for width in (1, 3, 8, 33, 200, 1024):
+        magnitude = 10 ** torch.linspace(-3, 3, 37)[:, None]
+        x, up = (torch.randn(37, 2 * width) * magnitude).to(dtype).chunk(2, -1)
+        for other, out in itertools.product(DTYPES[:2], DTYPES[:2]):
+            weight, grad = torch.randn(width).to(other), torch.randn(37, 2 * width).to(out)[:, ::2]
+            got = gradients_of(lambda x, w: rms_norm(x, w, 1e-6, dtype=out, backend="cpu")[0], grad, x, weight)
+            expected = gradients_of(lambda x, w: rms_norm(x, w, 1e-6)[0], grad.double(), x.double(), weight.double())
+            assert got[0].dtype == dtype and got[1].dtype == other
+            bound = most if dtype == other == torch.float32 else 2**-7
+            if width > 1:  # of one number alone the gradient is what rounding leaves of 0
+                assert error(got[0], expected[0], -1) < bound
+            assert error(got[1], expected[1], None) < bound
+        grad = torch.randn(37, width).to(dtype)
+        got = gradients_of(lambda x, up: swiglu(x, up, backend="cpu"), grad, x, up)
+        expected = gradients_of(swiglu, grad.double(), x.double(), up.double())
+        for ours, truth in zip(got, expected):
+            assert ours.dtype == dtype and error(ours, truth, -1) < most
+
+
+def gradients_of(run, grad, *inputs):
+    inputs = tuple(x.detach().requires_grad_() for x in inputs)
+    return torch.autograd.grad(run(*inputs), inputs, grad)
+
+
+def error(got, truth, dim):
+    """The largest, relative to the largest value along `dim` (of all, with None)."""
+    most = truth.abs().max() if dim is None else truth.abs().amax(dim, keepdim=True)
+    return float(((got.double() - truth).abs() / most.clamp(min=1e-20)).max())
+
+
+@needs_kernels
+def test_gradients_of_rows_of_no_length_and_no_rows_and_of_one_input_alone() -> None:
+    for shape in ((0, 8), (2, 0), (0, 0)):
+        x, weight, y = torch.ones(shape), torch.ones(shape[1]), torch.ones(shape)
+        for ours in (gradients_of(lambda x, w: rms_norm(x, w, 1e-6)[0], y, x, weight), gradients_of(swiglu, y, x, x)):
+            assert ours[0].shape == shape and not ours[1].any() if shape[0] == 0 else ours[1].shape[0] in shape
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    both = gradients_of(lambda x, w: rms_norm(x, w, 1e-6)[0], torch.ones(3, 8), x, weight)
+    alone = gradients_of(lambda x: rms_norm(x, weight, 1e-6)[0], torch.ones(3, 8), x)
+    frozen = gradients_of(lambda w: rms_norm(x, w, 1e-6)[0], torch.ones(3, 8), weight)
+    assert torch.equal(alone[0], both[0]) and torch.equal(frozen[0], both[1])
+
+
+@needs_kernels
+def test_gradients_do_not_depend_on_threads() -> None:
+    x, weight, threads = torch.randn(4096, 512), torch.randn(512), torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(gradients_of(lambda x, w: rms_norm(x, w, 1e-6)[0], torch.ones(4096, 512), x, weight))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0]))
+
+
 @needs_kernels
 def test_the_compiled_kernels_say_what_they_do_not_take() -> None:
     x = torch.ones(2, 8)
     for run, words in (
-        (lambda: rms_norm(x.half(), torch.ones(8).half(), 1e-6, backend="cpu"), "float16 and float16"),
-        (lambda: rms_norm(x.bfloat16(), torch.ones(8), 1e-6, backend="cpu"), "bfloat16 and float32"),
+        (lambda: rms_norm(x.half(), torch.ones(8).half(), 1e-6, backend="cpu"), "and bfloat16, got float16"),
+        (lambda: rms_norm(x, torch.ones(8), 1e-6, dtype=torch.half, backend="cpu"), "and bfloat16, got float16"),
         (lambda: swiglu(torch.ones(1, 2 * 32769), backend="cpu"), "at most 32768, got 32769"),
     ):
         with pytest.raises(BackendError, match=words):
@@ -104,13 +170,18 @@ def test_as_custom_ops_they_keep_torchs_rules_and_have_the_references_gradients(
     x, residual, weight = (torch.randn(shape, requires_grad=True) for shape in ((3, 48), (3, 48), (48,)))
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     for quantized in (False, True):
-        args = (x, weight, 1e-6, residual, quantized, "cpu")
+        args = (x, weight, 1e-6, residual, quantized, torch.float32, "cpu")
         torch.library.opcheck(call.rms_norm, args, test_utils=tests)
         torch.library.opcheck(call.swiglu, (x, residual, None, quantized, False, "cpu"), test_utils=tests)
+    torch.library.opcheck(call.rms_norm, (x, weight, 1e-6, None, False, torch.bfloat16, "cpu"), test_utils=tests)
+    grad = torch.randn(3, 48)
+    torch.library.opcheck(call.rms_norm_gradients, (grad, grad, weight.detach(), 1e-6), test_utils=tests[:2])
+    torch.library.opcheck(call.swiglu_gradients, (grad, grad, grad), test_utils=tests[:2])
     found = []
     inputs = x, residual, weight
     for backend in ("cpu", "reference"):
         y, total = rms_norm(x, weight, 1e-6, residual, backend=backend)
+        y, _ = rms_norm(y, weight, 1e-6, backend=backend)
         loss = (y + swiglu(total, y, backend=backend)).square().mean()
         first = torch.autograd.grad(loss, inputs, create_graph=True)
         found.append((*first, *torch.autograd.grad(sum(grad.square().sum() for grad in first), inputs)))

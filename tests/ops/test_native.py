@@ -36,7 +36,7 @@ from longllava.ops.causal_conv1d import cases as conv_cases, cpu as conv_cpu, re
 from longllava.ops.selective_scan import cases as scan_cases, cpu as scan_cpu, reference as scan_reference
 from tests.ops.parity import assert_matches
 from tests.ops.test_conv3x3 import compare as compare_convolutions
-from tests.ops.test_fused import compare
+from tests.ops.test_fused import compare, compare_gradients
 from tests.ops.test_pixel_conv import compare as compare_pixel_convolutions
 assert native.isa() == sys.argv[1], native.isa()
 chosen = ("plain", "two-tiles", "many-states", "bf16-wild", "wild", "two-taps-two-tiles")
@@ -46,6 +46,7 @@ for cases, cpu, reference in ((scan_cases, scan_cpu, scan_reference), (conv_case
             assert_matches(cpu.run, reference.run, cases.NAMES, case.inputs(), slack=2e-6)
 for dtype in (torch.float32, torch.bfloat16):
     compare(dtype)
+    compare_gradients(dtype)
 compare_convolutions(height=9, width=6, inputs=48, outputs=80)
 compare_pixel_convolutions(height=25, width=31, outputs=48)
 """

@@ -25,17 +25,20 @@ SMALL = BackboneConfig(vocab_size=512, width=64, n_heads=4, n_kv_heads=1, head_d
 KINDS = {"mamba": (SMALL, 0), "attention": (SMALL, 4), "experts": (dataclasses.replace(SMALL, n_experts=16), 1)}
 
 
-def measured(config: BackboneConfig, layer: int, dtype: torch.dtype, learns: bool, n_tokens: int) -> tuple[int, int]:
+def measured(
+    config: BackboneConfig, layer: int, dtype: torch.dtype, autocast: bool, learns: bool, n_tokens: int
+) -> tuple[int, int]:
     """(kept by autograd, at most beside it) of a layer's forward and backward."""
     torch.manual_seed(0)
     block = Block(config, layer).train()
     block.mixer.initialise_()
-    block.to(dtype).requires_grad_(learns)
-    x_BLD = torch.randn(1, n_tokens, config.width).to(dtype).requires_grad_()
+    block.to(torch.float32 if autocast else dtype).requires_grad_(learns)
+    x_BLD = torch.randn(1, n_tokens, config.width).to(torch.float32 if autocast else dtype).requires_grad_()
     gradient = torch.ones_like(x_BLD)
     context = Context(torch.zeros(1, n_tokens, dtype=torch.int32))
     with LiveBytes() as live:
-        y_BLD, state = block(x_BLD, context, None)
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            y_BLD, state = block(x_BLD, context, None)
         saved = live.now
         y_BLD.backward(gradient.clone())
     return saved, live.peak - saved
@@ -43,13 +46,16 @@ def measured(config: BackboneConfig, layer: int, dtype: torch.dtype, learns: boo
 
 @needs_kernels  # what plain torch keeps is another matter
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ids=["float32", "bfloat16", "autocast"],
+)  # fmt: skip
 @pytest.mark.parametrize("learns", [True, False])
-def test_a_layer(kind: str, dtype: torch.dtype, learns: bool) -> None:
+def test_a_layer(kind: str, dtype: torch.dtype, autocast: bool, learns: bool) -> None:
     config, layer = KINDS[kind]
-    few, many = (measured(config, layer, dtype, learns, n_tokens) for n_tokens in (512, 1024))
+    few, many = (measured(config, layer, dtype, autocast, learns, n_tokens) for n_tokens in (512, 1024))
     saved, beside = (b - a for a, b in zip(few, many))  # without what does not grow with tokens
-    expected = layer_bytes(config, layer, 512, dtype.itemsize, learns)
+    expected = layer_bytes(config, layer, 512, dtype.itemsize, 4 if autocast else dtype.itemsize, learns)
     assert expected.saved == pytest.approx(saved, rel=0.05)
     assert sum(expected) == pytest.approx(saved + beside, rel=0.05)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from longllava.errors import LongLLaVAError
@@ -33,13 +34,14 @@ def rms_norm(
     residual: Tensor | None = None,
     *,
     quantized: bool = False,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor | Quantized, Tensor]:
     """weight * total / sqrt(mean(total^2) + eps), where total = residual + x, or x without a residual.
 
     Shapes:  x, residual (..., D), of one dtype; weight (D).
     dtypes:  fp32, bf16 or fp16 (fp64 in plain torch). The sum is rounded to x's dtype, then normalised in fp32,
-             rounded, and scaled, as Jamba does.
+             rounded, and scaled, as Jamba does. y is in `dtype`: by default what x and weight promote to.
     Returns: (y, total). With `quantized` y is what `quantize_rows(y)` gives, and y itself is never written. total is x
              itself without a residual.
     Gradients go to x, weight and residual; with `quantized` there are none.
@@ -51,9 +53,10 @@ def rms_norm(
         raise LongLLaVAError(
             f"rms_norm: residual must be {tuple(x.shape)} in {x.dtype}, got {tuple(residual.shape)} in {residual.dtype}"
         )
-    args = (_rows(x), weight, eps, None if residual is None else _rows(residual), quantized)
+    dtype = dtype or torch.promote_types(x.dtype, weight.dtype)
+    args = (_rows(x), weight, eps, None if residual is None else _rows(residual), quantized, dtype)
     y, scale, total = normed(*args, backend)
-    return _wrapped(y, scale, x), x if total is None else total.view(x.shape)
+    return _wrapped(y, scale, x.shape, dtype), x if total is None else total.view(x.shape)
 
 
 def rms_norm_parts(
@@ -113,13 +116,13 @@ def swiglu(
         )
     args = (_rows(gate), _rows(up), None if absmax is None else absmax.reshape(-1), quantized, rotated)
     y, scale = swish_gated(*args, backend)
-    return _wrapped(y, scale, gate)
+    return _wrapped(y, scale, gate.shape, gate.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
 
 
-def _wrapped(y: Tensor, scale: Tensor | None, like: Tensor) -> Tensor | Quantized:
-    y = y.view(like.shape)
-    return y if scale is None else Quantized(y, scale.view(like.shape[:-1]), like.dtype)
+def _wrapped(y: Tensor, scale: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | Quantized:
+    y = y.view(shape)
+    return y if scale is None else Quantized(y, scale.view(shape[:-1]), dtype)

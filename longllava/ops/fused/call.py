@@ -1,7 +1,8 @@
 """The backends of the fused ops, and torch custom ops that call the chosen one.
 
 Plain torch differentiates and compiles the reference by itself. A kernel is called directly where nothing watches;
-under autograd and torch.compile it stands in a custom op, whose gradients are the reference's, computed again.
+under autograd and torch.compile it stands in a custom op. Gradients come from the compiled kernels on the CPU, else
+from the reference, which computes the op again.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longllava.ops.dispatch import Backend, choose
 from longllava.ops.fused import cpu, reference, triton
 
+_silu_backward = torch.ops.aten.silu_backward
 MODULES = (("cpu", cpu), ("triton", triton), ("reference", reference))
 # the last is the judge; of the others the quickest to say no goes first: a CPU that decodes comes here for each norm
 RMS_NORM_BACKENDS = tuple(Backend(name, module.rms_norm, module.why_not_rms_norm) for name, module in MODULES)
@@ -25,10 +28,16 @@ RMS_NORM_PARTS_BACKENDS = (
 
 
 def normed(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, quantized: bool, backend: str | None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    quantized: bool,
+    dtype: torch.dtype,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y or its int8 values, the scale of these, the new residual."""
-    args = (x, weight, eps, residual, quantized)
+    args = (x, weight, eps, residual, quantized, dtype)
     chosen = choose("rms_norm", RMS_NORM_BACKENDS, *args, forced=backend)
     if chosen.run is reference.rms_norm or not _watched(x, weight, residual):
         y, scale, total = chosen.run(*args)
@@ -57,9 +66,15 @@ def _watched(*tensors: Tensor | None) -> bool:
 
 
 def _rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, quantized: bool, backend: str
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    quantized: bool,
+    dtype: torch.dtype,
+    backend: str,
 ) -> list[Tensor]:
-    args = (x, weight, eps, residual, quantized)
+    args = (x, weight, eps, residual, quantized, dtype)
     found = choose("rms_norm", RMS_NORM_BACKENDS, *args, forced=backend).run(*args)
     return [x for x in found if x is not None]
 
@@ -74,35 +89,53 @@ def _swiglu(
 
 rms_norm = torch.library.custom_op("longllava::rms_norm", _rms_norm, mutates_args=())
 swiglu = torch.library.custom_op("longllava::swiglu", _swiglu, mutates_args=())
+rms_norm_gradients = torch.library.custom_op(
+    "longllava::rms_norm_backward", cpu.rms_norm_gradients, mutates_args=(), device_types="cpu"
+)
+swiglu_gradients = torch.library.custom_op(
+    "longllava::swiglu_backward", cpu.swiglu_gradients, mutates_args=(), device_types="cpu"
+)
 
 
-def _outputs(x: Tensor, quantized: bool) -> list[Tensor]:
+def _outputs(x: Tensor, quantized: bool, dtype: torch.dtype) -> list[Tensor]:
     if not quantized:
-        return [x.new_empty(x.shape)]
+        return [x.new_empty(x.shape, dtype=dtype)]
     return [x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)]
 
 
 @rms_norm.register_fake
-def _(x, weight, eps, residual, quantized, backend):  # type: ignore[no-untyped-def]
-    return _outputs(x, quantized) + ([] if residual is None else [x.new_empty(x.shape)])
+def _(x, weight, eps, residual, quantized, dtype, backend):  # type: ignore[no-untyped-def]
+    return _outputs(x, quantized, dtype) + ([] if residual is None else [x.new_empty(x.shape)])
 
 
 @swiglu.register_fake
 def _(gate, up, absmax, quantized, rotated, backend):  # type: ignore[no-untyped-def]
-    return _outputs(gate, quantized)
+    return _outputs(gate, quantized, gate.dtype)
+
+
+@rms_norm_gradients.register_fake
+def _(grad, x, weight, eps):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+@swiglu_gradients.register_fake
+def _(grad, gate, up):  # type: ignore[no-untyped-def]
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
 def _setup_norm(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weight, ctx.eps, residual, ctx.quantized, _ = inputs
+    x, weight, ctx.eps, residual, ctx.quantized, ctx.dtype, _ = inputs
     ctx.save_for_backward(x, weight, residual)
 
 
 def _differentiate_norm(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x, weight, residual = ctx.saved_tensors
+    if residual is None and _by_kernel(ctx, grads[0], cpu.why_not_rms_norm(x, weight, ctx.eps, None, False, ctx.dtype)):
+        return *rms_norm_gradients(grads[0], x, weight, ctx.eps), *[None] * 5
     wanted = [None if ctx.quantized else grads[0], None, None if residual is None else grads[-1]]
-    found = _again(lambda x, weight, residual: reference.rms_norm(x, weight, ctx.eps, residual, False),
+    found = _again(lambda x, weight, residual: reference.rms_norm(x, weight, ctx.eps, residual, False, ctx.dtype),
                    (x, weight, residual), wanted)  # fmt: skip
-    return found[0], found[1], None, found[2], None, None
+    return found[0], found[1], None, found[2], None, None, None
 
 
 def _setup_swiglu(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -111,9 +144,19 @@ def _setup_swiglu(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
 
 
 def _differentiate_swiglu(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    gate, up = ctx.saved_tensors
+    if _by_kernel(ctx, grads[0], cpu.why_not_swiglu(gate)):
+        return *swiglu_gradients(grads[0], gate, up), None, None, None, None
+    if _by_kernel(ctx, grads[0], None):
+        return _silu_backward(grads[0] * up, gate), grads[0] * F.silu(gate), None, None, None, None
     wanted = [None if ctx.quantized else grads[0], None]
-    found = _again(lambda gate, up: reference.swiglu(gate, up, None, False), ctx.saved_tensors, wanted)
+    found = _again(lambda gate, up: reference.swiglu(gate, up, None, False), (gate, up), wanted)
     return found[0], found[1], None, None, None, None
+
+
+def _by_kernel(ctx: Any, grad: Tensor | None, why_not: str | None) -> bool:
+    """Not where gradients are to have gradients of their own."""
+    return why_not is None and grad is not None and not ctx.quantized and not torch.is_grad_enabled()
 
 
 def _again(run: Any, inputs: tuple[Tensor | None, ...], grads: list[Tensor | None]) -> list[Tensor | None]:

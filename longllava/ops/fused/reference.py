@@ -19,14 +19,21 @@ def why_not_swiglu(gate: Tensor, *args: object) -> str | None:
     return None
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, residual_TD: Tensor | None, quantized: bool) -> Found:
+def rms_norm(
+    x_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    residual_TD: Tensor | None,
+    quantized: bool,
+    dtype: torch.dtype | None = None,
+) -> Found:
     total_TD = None if residual_TD is None else residual_TD + x_TD
     summed_TD = x_TD if total_TD is None else total_TD
     if x_TD.dtype in (torch.float32, torch.float64):
         y_TD = F.rms_norm(summed_TD, weight_D.shape, weight_D, eps)
     else:  # the published order: normalise in fp32, round, then scale in the weights' dtype
         y_TD = weight_D * F.rms_norm(summed_TD.float(), weight_D.shape, eps=eps).to(x_TD.dtype)
-    return (*_finished(y_TD, quantized), total_TD)
+    return (*_finished(y_TD if dtype is None else y_TD.to(dtype), quantized), total_TD)
 
 
 def why_not_rms_norm_parts(x: Tensor, *args: object) -> str | None:

@@ -31,11 +31,13 @@ def why_not_swiglu(
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, quantized: bool
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, quantized: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    from longllava.ops.fused.triton_kernels import TYPES
     from longllava.ops.fused.triton_kernels import rms_norm as kernel
 
-    y, scale = _outputs(x, quantized)
+    dtype = dtype or torch.promote_types(x.dtype, weight.dtype)
+    y, scale = _outputs(x, quantized, dtype)
     total = None if residual is None else x.new_empty(x.shape)
     if x.numel():
         x, residual = rowed(x), None if residual is None else rowed(residual)
@@ -44,7 +46,7 @@ def rms_norm(
             kernel[(-(-x.shape[0] // rows),)](
                 x, weight.contiguous(), residual, y, scale, total, x.shape[0], x.stride(0),
                 0 if residual is None else residual.stride(0), float(eps), D=x.shape[1], ROWS=rows, BLOCK=block,
-                num_warps=warps, **UNFUSED,
+                ROUNDED=TYPES[dtype], num_warps=warps, **UNFUSED,
             )  # fmt: skip
     return y, scale, total
 
@@ -100,9 +102,9 @@ def swiglu(
     return y, scale
 
 
-def _outputs(x: Tensor, quantized: bool) -> tuple[Tensor, Tensor | None]:
+def _outputs(x: Tensor, quantized: bool, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
     if not quantized:
-        return x.new_empty(x.shape), None
+        return x.new_empty(x.shape, dtype=dtype), None
     scale = x.new_empty(x.shape[:1], dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.int8), scale if x.shape[1] else scale.fill_(1)
 

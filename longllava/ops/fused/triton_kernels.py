@@ -1,9 +1,12 @@
 """Norm and SwiGLU as Triton kernels, R rows a program, each in one pass over memory. D (F) numbers of a block."""
 
+import torch
 import triton
 import triton.language as tl
 
 from longllava.ops.triton_int8 import magnitude_bits, scales, to_int8
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -27,15 +30,16 @@ def normed(x_RD, weight, d_D, eps, D: tl.constexpr):
     mean_R = tl.sum(wide_RD * wide_RD, 1) / D
     normed_RD = (wide_RD * tl.rsqrt(mean_R + eps)[:, None]).to(x_RD.dtype)
     weight_D = tl.load(weight + d_D, mask=d_D < D, other=0)
-    return (normed_RD.to(tl.float32) * weight_D.to(tl.float32)[None]).to(x_RD.dtype)
+    return normed_RD.to(tl.float32) * weight_D.to(tl.float32)[None]
 
 
 @triton.jit
 def rms_norm(
     x, weight, residual, y, scale, total, n_rows, x_row, residual_row, eps,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """y (T, D), and with a residual total = residual + x; int8 with scale (T) where scale is given."""
+    """y (T, D), and with a residual total = residual + x; int8 with scale (T) where scale is given, of what y would be,
+    a number of the dtype ROUNDED."""
     row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside_R = row_R < n_rows
     d_D = tl.arange(0, BLOCK)
@@ -46,7 +50,7 @@ def rms_norm(
         old_RD = tl.load(residual + (row_R * residual_row)[:, None] + d_D[None], mask=mask_RD, other=0)
         x_RD = (x_RD.to(tl.float32) + old_RD.to(tl.float32)).to(total.dtype.element_ty)
         tl.store(total + spot_RD, x_RD, mask=mask_RD)
-    y_RD = normed(x_RD, weight, d_D, eps, D)
+    y_RD = normed(x_RD, weight, d_D, eps, D).to(ROUNDED)
     write(y_RD, None, y, scale, row_R, inside_R, mask_RD, spot_RD)
 
 
@@ -55,7 +59,8 @@ def norm_part(x, weight, y, row_R, n_rows, x_row, eps, D: tl.constexpr, BLOCK: t
     d_D = tl.arange(0, BLOCK)
     mask_RD = (row_R < n_rows)[:, None] & (d_D < D)[None]
     x_RD = tl.load(x + (row_R * x_row)[:, None] + d_D[None], mask=mask_RD, other=0)
-    tl.store(y + (row_R * D)[:, None] + d_D[None], normed(x_RD, weight, d_D, eps, D), mask=mask_RD)
+    y_RD = normed(x_RD, weight, d_D, eps, D).to(y.dtype.element_ty)
+    tl.store(y + (row_R * D)[:, None] + d_D[None], y_RD, mask=mask_RD)
 
 
 @triton.jit

@@ -149,8 +149,8 @@ def gradients(
 
 
 def saved_shape(batch: int, length: int, channels: int, n_states: int) -> tuple[int, ...]:
-    """(numbers,): states of whole vectors of 16 channels before every 32 tokens, as the kernels order them."""
-    return (batch * -(-length // 32) * -(-channels // 16) * 16 * n_states,)
+    """(numbers,): states of whole vectors of 16 channels before every 16 tokens, as the kernels order them."""
+    return (batch * -(-length // 16) * -(-channels // 16) * 16 * n_states,)
 
 
 selective_scan, run, run_ = wrapped("selective_scan", compute, gradients, saved_shape, device_types="cpu")
