@@ -84,6 +84,7 @@ def visit(source: Any, open_reference: Callable | None, use: Callable[[Image.Ima
             check_size(*source.size)
             with LOADING:
                 source.load()
+                upright_by(source)  # the first look takes it out of one table and into another: one thread at a time
             return use(source)
     if hasattr(source, "__array_interface__"):
         return use(from_array(source))

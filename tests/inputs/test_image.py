@@ -3,13 +3,16 @@
 import io
 import re
 import resource
+import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from longllava.errors import InputError
 from longllava.inputs import image as image_module
@@ -125,6 +128,18 @@ def test_pictures_opened_by_the_caller_are_read_as_files_are():
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(open_image, [lazy] * 16))
     assert all(np.array_equal(np.asarray(result), pixels(data)) for result in results)
+
+
+def test_one_picture_in_several_threads_is_turned_in_all_of_them(monkeypatch):
+    """Pillow takes a tag out of what it has read when it is first asked for it; who asks meanwhile finds none."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.open(io.BytesIO(encoded(picture(), "JPEG", exif=exif)))
+    read, pauses = ImageFileDirectory_v2.__getitem__, cycle((0.1, 0.3))
+    monkeypatch.setattr(ImageFileDirectory_v2, "__getitem__", lambda *call: (time.sleep(next(pauses)), read(*call))[1])
+    with ThreadPoolExecutor(2) as pool:
+        sizes = {opened.size for opened in pool.map(open_image, [turned] * 2)}
+    assert sizes == {picture().size[::-1]}
 
 
 def test_a_name_too_long_for_a_file_is_a_reference_or_a_missing_file():
