@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Unpack
 
-    from longllava.generation.session import Options, Reading, Score, Session
+    from longllava.generation.scoring import Score
+    from longllava.generation.session import Options, Reading, Session
     from longllava.inputs.chat import Piece
     from longllava.inputs.tokenizer import Tokenizer
     from longllava.model import Model

@@ -1,6 +1,7 @@
 """Reading a prompt into a model's state, and answering from it."""
 
 from longllava.generation.sampling import Sampling
-from longllava.generation.session import Score, Session
+from longllava.generation.scoring import Score
+from longllava.generation.session import Session
 
 __all__ = ["Sampling", "Score", "Session"]

@@ -8,7 +8,6 @@ to a session is the same tokens as the whole prompt at once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
@@ -22,6 +21,7 @@ from longllava.generation.decoding import is_static, static_tokens
 from longllava.generation.keywords import check_keywords
 from longllava.generation.prefill import Reader
 from longllava.generation.sampling import Sampling, next_tokens
+from longllava.generation.scoring import Score, score_ids
 from longllava.generation.streaming import TextStream
 from longllava.inputs.chat import (
     Answer,
@@ -71,21 +71,6 @@ class Reading(TypedDict, total=False):
 
 class Options(Settings, Reading, total=False):
     """All of it."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """How likely an answer is, token by token, given what came before it (teacher-forced).
-
-    log_probabilities: natural, of each token of the answer (not its end). exact: all are the likeliest.
-    """
-
-    log_probabilities: tuple[float, ...]
-    exact: bool
-
-    @property
-    def log_probability(self) -> float:
-        return sum(self.log_probabilities)
 
 
 class Session:
@@ -206,19 +191,7 @@ class Session:
         if not ids:
             raise InputError("answer: it is empty; there is nothing to score")
         hidden_1D, state = self.reader.read(asked, sources, self.room(len(encoded.ids)), self.n_tokens)
-        return self.score_ids(hidden_1D, state, self.n_tokens + len(asked.ids), ids)
-
-    @torch.inference_mode()
-    def score_ids(self, hidden_1D: Tensor, state: State, start: int, ids: list[int]) -> Score:
-        model = self.reader.model
-        ids_1L = torch.tensor([ids], device=hidden_1D.device)
-        hiddens_LD = hidden_1D
-        if len(ids) > 1:
-            later_1LD, _ = model(model.embed(ids_1L[:, :-1]), Context(start=start), state)
-            hiddens_LD = torch.cat([hidden_1D, later_1LD[0]])
-        log_LV = torch.log_softmax(self.reader.logits(hiddens_LD).float(), -1)
-        scores_L = log_LV.gather(-1, ids_1L[0, :, None])[:, 0]
-        return Score(tuple(scores_L.tolist()), bool((log_LV.argmax(-1) == ids_1L[0]).all()))
+        return score_ids(self.reader, hidden_1D, state, self.n_tokens + len(asked.ids), ids)
 
     def respond(self, pieces: Sequence[Piece], sources: Sequence[Any], sampling: Sampling) -> Iterator[str]:
         """The answer to `pieces`, which end where it begins. Faults of the prompt are raised at once.
