@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longllava.generation.prefill import Reader
+from longllava.generation.sampling import Sampling, check_finite, drawn
 from longllava.nn import Context, State
 
 POSITIONS = 256  # 64 MiB of fp32 logits at 65,536 words
@@ -33,7 +34,10 @@ class Score:
 
 @torch.inference_mode()
 def score_ids(reader: Reader, hidden_1D: Tensor, state: State, start: int, ids: list[int]) -> Score:
-    """ids: the answer's, at least one. hidden_1D, state: after what stands before it. start: where its tokens begin."""
+    """ids: the answer's, at least one. hidden_1D, state: after what stands before it. start: where its tokens begin.
+
+    Raises: LongLLaVAError when logits are not finite.
+    """
     model = reader.model
     ids_1L = torch.tensor([ids], device=hidden_1D.device)
     scores: list[float] = []
@@ -46,8 +50,9 @@ def score_ids(reader: Reader, hidden_1D: Tensor, state: State, start: int, ids: 
             hiddens_LD = torch.cat([hiddens_LD, later_1LD[0]])
         for hidden_PD in hiddens_LD.split(POSITIONS):
             ids_P = ids_1L[0, len(scores) : len(scores) + len(hidden_PD)]
-            log_PV = torch.log_softmax(reader.logits(hidden_PD).float(), -1)
-            scores += log_PV.gather(-1, ids_P[:, None])[:, 0].tolist()
-            exact = exact and bool((log_PV.argmax(-1) == ids_P).all())
+            logits_PV = reader.logits(hidden_PD)
+            likeliest = check_finite(drawn(logits_PV, Sampling(), None).tolist())
+            scores += torch.log_softmax(logits_PV.float(), -1).gather(-1, ids_P[:, None])[:, 0].tolist()
+            exact = exact and likeliest == ids_P.tolist()
         hiddens_LD = hiddens_LD[:0]
     return Score(tuple(scores), exact)

@@ -277,8 +277,9 @@ def test_damaged_models_say_so():
     model = tiny_model()
     with torch.no_grad():
         model.model.backbone.final_norm.weight.fill_(torch.nan)
-    with pytest.raises(LongLLaVAError, match="logits are NaN"):
-        model.generate("a")
+    for call in (lambda: model.generate("a"), lambda: model.score("a", "b")):
+        with pytest.raises(LongLLaVAError, match="logits are NaN"):
+            call()
 
 
 def test_gradients_stay_on_for_the_caller():
