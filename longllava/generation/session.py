@@ -95,7 +95,8 @@ class Session:
         if text is None:
             pieces = media_pieces(n_images, n_frames, prompt)
         else:
-            pieces = [*self.line_before(text, sources), *string_pieces(text, n_images, n_frames, prompt)]
+            pieces = string_pieces(text, n_images, n_frames, prompt)  # which also looks at whether it is text
+            pieces = [*self.line_before(text, sources), *pieces]
         pieces, sources = expand(pieces, sources, prompt)
         self.take(self.reader.processor.tagged(pieces), sources)
 

@@ -183,6 +183,8 @@ def test_a_failed_append_changes_nothing():
     answer = album.ask("a", **SHORT)
     with pytest.raises(InputError, match=r"image 2 of 2: nothing\.png: no such file"):
         album.append(images=[PICTURES[0], "nothing.png"])
+    with pytest.raises(InputError, match="expected a string, got bytes"):
+        album.append(text=b"a")
     assert album.ask("a", **SHORT) == answer
 
 
