@@ -123,6 +123,7 @@ def test_difference_is_relative_to_the_truth() -> None:
     truth = (torch.tensor([2.0, -4.0]), torch.tensor([1.0]))
     assert doctor.difference((torch.tensor([2.0, -4.2]), torch.tensor([1.0])), truth) == pytest.approx(0.05)
     assert doctor.difference(torch.tensor([1.0]), torch.tensor([1.0])) == 0
+    assert doctor.difference(torch.tensor([127]).char(), torch.tensor([-127]).char()) == 2
 
 
 def test_tables_and_json_tell_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
