@@ -22,6 +22,8 @@ def checked_map(
         raise InputError("device and device_map: give one of them")
     if device_map is None or isinstance(device_map, str):
         return device_map
+    if not isinstance(device_map, Mapping):
+        raise InputError(f"device_map: got {device_map!r}, allowed: 'auto' or a table such as {{'': 'cuda:0'}}")
     return {key: str(checked_device(on)) for key, on in device_map.items()}
 
 
@@ -32,7 +34,7 @@ def checked_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise InputError(f"device: got {device!r}, allowed: cpu, cuda, cuda:1 ...") from None
     if target.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device: got {device!r}, but torch sees no GPU; use device='cpu'")

@@ -47,6 +47,13 @@ def test_devices_that_are_not_there(device, tmp_path):
         LongLLaVA.from_pretrained(tmp_path, device=device)
 
 
+@pytest.mark.parametrize("argument", [{"device": 0.5}, {"device": ["cpu"]}, {"device_map": ["cpu"]}, {"device_map": 0}])
+def test_devices_of_a_wrong_type(argument):
+    (name,) = argument
+    with pytest.raises(InputError, match=f"^{name}: got .*, allowed: "):
+        LongLLaVA.from_pretrained("nano", **argument)
+
+
 def test_every_kind_of_image_source_is_the_same_picture(files):
     from pathlib import Path
 
