@@ -272,7 +272,7 @@ def test_chat_keeps_history_and_survives_a_wrong_path(
     ]
 
 
-def test_expand(tmp_path: Path) -> None:
+def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("f2.jpg", "f10.JPG", "f1.png", "readme.md"):
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
@@ -282,6 +282,10 @@ def test_expand(tmp_path: Path) -> None:
     assert expand([f"{folder}/f*.[jJ]*"]) == [f"{folder}/f2.jpg", f"{folder}/f10.JPG"]
     assert expand(["https://example.org/a?b=*", f"{folder}/readme.md"]) == [
         "https://example.org/a?b=*", f"{folder}/readme.md"]  # fmt: skip
+    (tmp_path / "photos:2024").mkdir()
+    (tmp_path / "photos:2024/a.png").touch()
+    monkeypatch.chdir(tmp_path)
+    assert expand(["photos:2024", "photos:*/*.png", "world:7"]) == ["photos:2024/a.png"] * 2 + ["world:7"]
     for name, words in (("empty", "holds no pictures"), ("x*.png", "no such file")):
         with pytest.raises(InputError, match=words):
             expand([f"{folder}/{name}"])

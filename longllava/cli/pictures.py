@@ -18,7 +18,8 @@ def expand(names: Iterable[str]) -> list[str]:
     """
     found: list[str] = []
     for name in names:
-        if re.match(r"[a-z][a-z0-9+.-]+:", name):  # "world:..." names a drawn picture; the reader knows which
+        # "world:..." names a drawn picture, the reader knows which; files and folders may have such names too
+        if re.match(r"[a-z][a-z0-9+.-]+:", name) and not glob.glob(name):
             found.append(name)
         else:
             found.extend(expand_local(name))
