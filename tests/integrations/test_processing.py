@@ -67,6 +67,10 @@ def test_a_string_is_a_question(processor, question):
     for images in (PICTURES[:n], [PICTURES[:n]]):
         features = processor(text=question, images=images, return_tensors="pt")
         assert features["input_ids"].tolist() == [ids] and torch.equal(features["pixel_values"], pixels)
+    asked = [{"role": "user", "content": "a?"}]
+    assert torch.equal(tokenized(processor, "a?")["input_ids"], tokenized(processor, asked)["input_ids"])
+    with pytest.raises(InputError, match="expected a string or a list of messages, got dict"):
+        processor.apply_chat_template(asked[0])
 
 
 def test_what_was_rendered_is_read_as_it_was_meant(processor):

@@ -131,7 +131,8 @@ class LongLLaVAProcessor(ProcessorMixin):
         if chat_template not in (None, self.chat_template):
             raise InputError("chat_template: the layout is the model's own; leave it out")
         options = checked({**options, **(processor_kwargs or {}), "return_tensors": return_tensors})
-        several = bool(conversation) and not isinstance(conversation[0], Mapping)
+        # a string is a question, whose letters are no conversations
+        several = isinstance(conversation, (list, tuple)) and not isinstance(next(iter(conversation), {}), Mapping)
         rendered = [self.render(Told(messages, add_generation_prompt, continue_final_message))
                     for messages in (conversation if several else [conversation])]  # fmt: skip
         if not tokenize:
