@@ -152,6 +152,7 @@ def test_options_count_and_unknown_ones_are_told(processor, tmp_path):
         ({"tokens_per_imag": 4}, "tokens_per_imag: no such option; allowed: fps"),
         ({"return_tensors": "np"}, "return_tensors: got 'np', allowed: pt, auto"),
         ({"tokens_per_image": 5}, "tokens_per_image: got 5, allowed"),
+        ({"max_length": "99"}, "max_length: got '99', expected a whole number above 0"),
         ({"audio": [0]}, "audio: this model hears nothing"),
         ({"images": "https://example.org/a.png"}, "image 1 of 1: https://example.org/a.png"),
     ):

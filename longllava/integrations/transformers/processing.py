@@ -31,6 +31,7 @@ from longllava.inputs.prompts import Media, prompt_turns
 from longllava.inputs.template import chat_template as template_of
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.integrations.transformers.tokenization import LongLLaVATokenizer
+from longllava.settings import check_count
 
 MEDIA = tuple(field.name for field in dataclasses.fields(MediaOptions))
 # options of a call, and the values of those that are only checked: other code gives them of its own accord
@@ -224,6 +225,7 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"{name}: no such option; allowed: {', '.join((*OWN, *CHECKED))}")
         if name in CHECKED and value not in CHECKED[name]:
             raise InputError(f"{name}: got {value!r}, allowed: {', '.join(map(str, CHECKED[name]))}")
+    check_count("max_length", given.get("max_length", 1))
     return given
 
 
