@@ -159,7 +159,9 @@ def check_origin(about: Any, reader: Reader, path: Path) -> None:
             f"{path}: its keys and values are in {kinds[not reader.int8_cache]}, this model is asked for"
             f" {kinds[reader.int8_cache]}; load the model with the same kv_dtype"
         )
-    if about.get("tokens_per_image") != reader.tokens_per_image:
+    bridge = reader.model.config.bridge
+    usual = bridge.tokens_per_image if bridge else None  # what None asks for
+    if (about.get("tokens_per_image") or usual) != (reader.tokens_per_image or usual):
         raise CheckpointError(
             f"{path}: made with tokens_per_image={about.get('tokens_per_image')}, this model has"
             f" {reader.tokens_per_image}; load the model with the same"

@@ -116,6 +116,8 @@ def test_another_models_session_is_refused(saved):
     more.tokens_per_image = 16
     with pytest.raises(CheckpointError, match="made with tokens_per_image=None, this model has 16"):
         more.load_session(saved[1])
+    more.tokens_per_image = 4  # the model's own number, which None asks for
+    assert more.load_session(saved[1]).n_images == saved[0].n_images
 
 
 def test_fingerprints_see_one_changed_weight():
