@@ -41,7 +41,7 @@ class Mamba(nn.Module):
         self.D_E = nn.Parameter(torch.ones(inner))
         self.out_proj = Linear(inner, width, bias=config.proj_bias)
         self.int8_rows_from = NEVER  # tokens a sequence from which out_proj gets int8 rows (longllava.quant)
-        self.known_A: tuple[tuple[int, int, torch.device], Tensor] | None = None
+        self.known_A: tuple[tuple[int, int, torch.device], Tensor, Tensor] | None = None
 
     def forward(
         self, x_BLD: Tensor, ctx: Context, state: MambaState | None = None, last_only: bool = False
@@ -87,7 +87,8 @@ class Mamba(nn.Module):
             return -log_EN.float().exp()
         key = (log_EN.data_ptr(), 0 if log_EN.is_inference() else log_EN._version, log_EN.device)
         if self.known_A is None or self.known_A[0] != key:
-            self.known_A = (key, -log_EN.float().exp())
+            # A_log too: while it is held, no other tensor has its address
+            self.known_A = (key, -log_EN.float().exp(), log_EN.detach())
         return self.known_A[1]
 
     def train(self, mode: bool = True) -> Mamba:

@@ -246,3 +246,14 @@ def test_a_step_that_leaves_no_trace_in_versions_is_seen():
     fresh = tiny("jamba")
     fresh.load_state_dict(backbone.state_dict())
     assert torch.equal(after, run(fresh, x_BLD, [])[0]) and not torch.equal(after, before)
+
+
+def test_weights_that_take_the_place_of_others_are_seen():
+    """Read twice between two calls, they may lie where the first ones did."""
+    mixer = tiny("jamba").layers[0].mixer
+    with torch.no_grad():
+        for _ in range(50):
+            mixer.A()
+            for _ in range(2):
+                mixer.A_log_EN = torch.nn.Parameter(mixer.A_log_EN + 0.01)
+            torch.testing.assert_close(mixer.A(), -mixer.A_log_EN.exp(), rtol=0, atol=0)
