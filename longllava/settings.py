@@ -19,6 +19,8 @@ from longllava.errors import ConfigError, InputError
 from longllava.files import write_json
 
 T = TypeVar("T")
+# beside their own errors, what json and yaml raise of a value: no such day, too many digits, !!bool x
+UNREADABLE = (ValueError, LookupError, AttributeError, RecursionError)
 
 
 def load(cls: type[T], source: str | Path | dict, overrides: typing.Sequence[str] = ()) -> T:
@@ -45,7 +47,7 @@ def read_mapping(path: str | Path) -> dict:
             data = yaml.load(text, Loader=unique_loader())
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, *UNREADABLE) as error:
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
@@ -93,7 +95,10 @@ def set_override(data: dict, override: str) -> None:
             raise ConfigError(f"override {override!r}: {parent} is no mapping; give it whole, {parent}=...")
         data[parent] = dict(data.get(parent) or {})
         data = data[parent]
-    data[last] = yaml.load(value, Loader=unique_loader())
+    try:
+        data[last] = yaml.load(value, Loader=unique_loader())
+    except (yaml.YAMLError, *UNREADABLE) as error:
+        raise ConfigError(f"override {override!r}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def build(cls: type[T], data: Any, where: str) -> T:
@@ -142,7 +147,10 @@ def convert(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: expected a mapping, got {value!r}")
         return {str(k): convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = float("inf")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
     if isinstance(value, float) and not abs(value) < float("inf"):

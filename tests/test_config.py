@@ -56,6 +56,13 @@ def test_the_published_sizes():
         ("name: a\nname: b", ["'name'", "twice"]),
         ("[1, 2]", ["expected a mapping"]),
         ("a: [", ["cannot be read"]),
+        ("name: 2001-13-45", ["cannot be read", "month"]),
+        ("backbone: {width: " + "9" * 5000 + "}", ["cannot be read", "5000 digits"]),
+        ("backbone: {norm_eps: 1" + "0" * 400 + "}", ["norm_eps", "is not a number a setting can have"]),
+        ("name: !!int word", ["cannot be read", "word"]),
+        ("name: !!int ''", ["cannot be read"]),
+        ("name: !!bool word", ["cannot be read", "word"]),
+        ("name: !!timestamp word", ["cannot be read"]),
     ],
 )
 def test_bad_settings_are_one_sentence_that_names_file_and_key(tmp_path, text, words):
@@ -76,11 +83,15 @@ def test_overrides_reach_into_parts_and_numbers_are_numbers(tmp_path):
     assert (config.backbone.width, config.backbone.init_std, config.backbone.norm_eps) == (64, 0.01, 1e-5)
     with pytest.raises(ConfigError, match="key=value"):
         load(ModelConfig, path, ["backbone.width"])
+    for value in ("[1", "2001-13-45", "*one", "{a: 1, a: 2}"):
+        with pytest.raises(ConfigError, match="override 'name=.*': cannot be read") as caught:
+            load(ModelConfig, path, [f"name={value}"])
+        assert "\n" not in str(caught.value)
 
 
 def test_json_refuses_nan_and_repeated_keys(tmp_path):
     path = tmp_path / "config.json"
-    for text in ('{"name": NaN}', '{"name": "a", "name": "b"}', "[" * 5000):
+    for text in ('{"name": NaN}', '{"name": "a", "name": "b"}', "[" * 5000, f'{{"name": {"9" * 5000}}}'):
         path.write_text(text)
         with pytest.raises(ConfigError):
             load(ModelConfig, path)
