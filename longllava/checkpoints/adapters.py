@@ -39,6 +39,8 @@ SAMPLE = 64  # values of each parameter that a fingerprint sees
 # what peft's LoRA can do beyond W + scale * B A
 PLAIN = {"use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none", "rank_pattern": {},
          "alpha_pattern": {}, "alora_invocation_tokens": None, "layer_replication": None}  # fmt: skip
+# beginnings that take from W what the adapters begin with: they belong to another W than the base's
+TAKEN_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     for name, plain in PLAIN.items():
         if config.get(name, plain) not in (plain, None):
             raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {name} is {config[name]!r}; merge it with peft itself")
+    if str(begun := config.get("init_lora_weights")).lower().startswith(TAKEN_FROM_BASE):
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: init_lora_weights is {begun!r}, which changes the base too; merge it with peft"
+            " itself"
+        )
     return config
 
 
