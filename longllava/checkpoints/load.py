@@ -22,7 +22,7 @@ from longllava.checkpoints.folders import CONFIG, find_folder, listed
 from longllava.checkpoints.int8 import Quantiser, damaged_scales, int8_config
 from longllava.checkpoints.names import Naming, Source, recognise
 from longllava.checkpoints.placing import FP32_NAMES as FP32_NAMES
-from longllava.checkpoints.placing import check_room, placement_of, stored_dtype
+from longllava.checkpoints.placing import check_room, most_stored, placement_of, stored_dtype
 from longllava.checkpoints.published import read_config
 from longllava.checkpoints.stored import Stored, read_entries
 from longllava.checkpoints.towers import tower_entries
@@ -80,8 +80,9 @@ def load_model(
     else:
         with torch.device("meta"):
             model = build_model(config)
-        placement = placement_of({"": str(device)} if device_map is None else device_map, model, dtype)
-        check_room(model, dtype, placement)
+        planned = dtype or most_stored(read_entries(folder).values())
+        placement = placement_of({"": str(device)} if device_map is None else device_map, model, planned)
+        check_room(model, planned, placement)
     quantise = stored.int8 is None and config.int8 is not None
     load_weights_(model, folder, device=placement, dtype=dtype, allow_missing=allow_missing, quantise=quantise)
     model.place_(placement.first, placement.layers)  # also buffers that no checkpoint holds

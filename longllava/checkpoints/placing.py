@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from longllava.checkpoints.stored import Stored
 from longllava.errors import CheckpointError, ConfigError
 from longllava.plan.memory import free_bytes, sized
 from longllava.plan.need import prompt_need
@@ -29,6 +32,15 @@ def stored_dtype(key: str, stored: torch.dtype, asked: torch.dtype | None) -> to
     if not stored.is_floating_point:
         return stored
     return torch.float32 if key.rsplit(".", 1)[-1] in FP32_NAMES else (asked or stored)
+
+
+def most_stored(tensors: Iterable[Stored]) -> torch.dtype | None:
+    """The dtype that most of a folder's floats are stored in; None where there are none."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        if tensor.dtype.is_floating_point:
+            sizes[tensor.dtype] += math.prod(tensor.shape)
+    return max(sizes, key=lambda dtype: sizes[dtype], default=None)
 
 
 def weight_bytes(model: Model, dtype: torch.dtype | None) -> dict[str, int]:

@@ -113,6 +113,18 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(folder, monkey
         LongLLaVA.from_pretrained(folder, device="cpu", dtype="float32")
 
 
+def test_weights_that_keep_their_dtype_are_counted_in_it(folder, tmp_path, monkeypatch):
+    model = LongLLaVA.from_pretrained(folder, device="cpu", dtype="float32")
+    model.save_pretrained(tmp_path / "half", dtype="bfloat16")
+    n_bytes = (tmp_path / "half/model.safetensors").stat().st_size
+    monkeypatch.setenv(memory.VARIABLE, str(n_bytes))
+    assert load_model(tmp_path / "half").backbone.embed_tokens.weight.dtype == torch.bfloat16
+    for dtype, free in ((torch.float32, n_bytes), (None, n_bytes // 2)):
+        monkeypatch.setenv(memory.VARIABLE, str(free))
+        with pytest.raises(CheckpointError, match="the weights take"):
+            load_model(tmp_path / "half", dtype=dtype)
+
+
 def test_wrong_maps_are_refused(folder):
     with pytest.raises(ConfigError, match="device_map: got 'balanced', allowed: 'auto' or a table"):
         LongLLaVA.from_pretrained(folder, device_map="balanced")
