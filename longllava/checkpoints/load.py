@@ -163,9 +163,10 @@ class Places:
         whole_numbers: list[str] = []
         fractions: list[str] = []
         for key, source in self.sources.items():
+            allowed = key.startswith(tuple(allow_missing)) and not any(name in self.stored for name in source.names)
             for name, shape in zip(source.names, source.shapes, strict=True):
                 if name not in self.stored:
-                    missing += [] if key.startswith(tuple(allow_missing)) else [name]
+                    missing += [] if allowed else [name]
                 elif self.stored[name].shape != shape:
                     wrong.append(f"{name} {self.stored[name].shape} instead of {shape}")
                 elif self.stored[name].dtype.is_floating_point == (key in self.counters):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from longllava.checkpoints import find_folder, load_model, load_weights_
 from longllava.errors import CheckpointError, ConfigError
+from tests.checkpoints import published
 from tests.checkpoints.folders import TINY, change, same, save
 from tests.tiny import tiny_model
 
@@ -35,6 +36,15 @@ def test_parts_may_be_missing_where_allowed(tmp_path):
     assert same(model.backbone, TINY.model.backbone)
     assert all(torch.equal(bridge[key], value) for key, value in model.bridge.state_dict().items())
     assert not any(tensor.is_meta for tensor in load_model(folder, allow_missing=("bridge.",)).parameters())
+
+
+@pytest.mark.parametrize("gone", ["q", "k"])
+def test_a_part_of_a_joined_weight_is_missing_where_the_whole_may_be(tmp_path, gone):
+    published.longllava(tmp_path)
+    name = f"model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.{gone}_proj.weight"
+    change(tmp_path, lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=f"1 missing: {name}"):
+        load_model(tmp_path, allow_missing=("encoder.",))
 
 
 def test_all_faults_in_one_error_and_the_model_untouched(tmp_path):
