@@ -51,7 +51,7 @@ BACKBONE = {
     "initializer_range": "init_std",
 }
 # transformers' defaults where they are not ours: configs may leave them out
-JAMBA_DEFAULTS = {"num_experts": 16}
+JAMBA_DEFAULTS = {"num_experts": 16, "mamba_dt_rank": "auto"}
 PROMPT = "longllava_prompt"  # our key in their configs: how this model is spoken to, where that is not the layout's way
 # settings that change the answers, and the only values that this library knows
 FIXED: dict[str, tuple] = {
@@ -143,7 +143,7 @@ def backbone_of(data: Mapping[str, Any], folder: Path) -> BackboneConfig:
     width, n_heads = values.get("width", BackboneConfig.width), values.get("n_heads", BackboneConfig.n_heads)
     if isinstance(width, int) and isinstance(n_heads, int) and n_heads > 0:
         values["head_dim"] = width // n_heads
-    if values.get("dt_rank") == "auto":
+    if values.get("dt_rank") == "auto" and isinstance(width, int):
         values["dt_rank"] = -(-width // 16)
     return build(BackboneConfig, values, f"{folder / CONFIG}: backbone")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,11 @@ def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object], name
     tensors = load_file(folder / name)
     edit(tensors)
     save_file(tensors, folder / name)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:

@@ -17,15 +17,10 @@ from longllava.config import PUBLISHED_PROMPT, BridgeConfig, EncoderConfig, Prom
 from longllava.errors import CheckpointError, ConfigError, LongLLaVAError
 from longllava.model import Model
 from tests.checkpoints import published
-from tests.checkpoints.folders import assert_same, change, weights
+from tests.checkpoints.folders import assert_same, change, edit_config, weights
 from tests.tiny import tiny_config, tiny_model, tiny_pictures, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-
-
-def edit_config(folder, **changes) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def used_of_the_tower(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -255,17 +250,6 @@ def test_a_folder_of_any_layout_answers_as_the_model_did(tmp_path):
     assert text_only.generate(**asked) == tiny.generate(**asked) != ""
     with pytest.raises(LongLLaVAError, match="no encoder"):
         text_only.generate(**asked, images=pictures)
-
-
-def test_what_a_config_leaves_out_is_transformers_default(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "jamba"}')
-    backbone = read_config(tmp_path).backbone
-    assert (backbone.n_experts, backbone.n_experts_per_token, backbone.width, backbone.tie_embeddings) == (
-        16,
-        2,
-        4096,
-        False,
-    )
 
 
 def test_pooling_as_the_original_reads_it(tmp_path):
