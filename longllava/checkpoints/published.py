@@ -123,7 +123,9 @@ def read_llava(data: Mapping[str, Any], folder: Path) -> ModelConfig:
             f"{folder / CONFIG}: vision_feature_select_strategy {strategy!r}; 'default' drops the class token of CLIP,"
             " SigLIP has none and takes 'full'"
         )
-    backbone = backbone_of(text, folder)
+    # one of the two says so, as transformers reads it
+    tied = data.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+    backbone = backbone_of({**text, "tie_word_embeddings": tied}, folder)
     bridge = BridgeConfig(pool="none", tokens_per_image=encoder.grid() ** 2, hidden=backbone.width)
     prompt = prompt_of(data, folder, PromptConfig())
     return ModelConfig(name=folder.name, encoder=encoder, bridge=bridge, backbone=backbone, prompt=prompt)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import json
 
+import pytest
+import torch
+
+from longllava.checkpoints import load_model
 from longllava.checkpoints.published import read_config
 from longllava.errors import ConfigError
-from tests.checkpoints.folders import edit_config
+from longllava.nn import Context
+from tests.checkpoints import published
+from tests.checkpoints.folders import change, edit_config
 
 
 def test_what_a_config_leaves_out_is_transformers_default(tmp_path):
@@ -20,3 +26,19 @@ def test_what_a_config_leaves_out_is_transformers_default(tmp_path):
     edit_config(tmp_path, hidden_size="wide")
     with pytest.raises(ConfigError, match="backbone: width: expected int, got 'wide'"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["whole", "text"])
+def test_stock_llava_whose_output_layer_is_its_embedding(tmp_path, part):
+    from transformers import LlavaForConditionalGeneration
+
+    published.llava(tmp_path)
+    change(tmp_path, lambda tensors: tensors.pop("language_model.lm_head.weight"))
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    edit_config(tmp_path, tie_word_embeddings=part == "whole",
+                text_config={**text, "tie_word_embeddings": part == "text"})  # fmt: skip
+    theirs, ids = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval(), torch.arange(3, 20)[None]
+    model = load_model(tmp_path)
+    with torch.no_grad():
+        logits = model.logits(model(model.embed(ids), Context())[0])
+        torch.testing.assert_close(logits, theirs(input_ids=ids).logits, rtol=0, atol=1e-4)
