@@ -9,7 +9,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
 from typing import TYPE_CHECKING
@@ -125,8 +125,10 @@ def open_source(source: str | Path, text_only: bool = False) -> Source:
     folder = find_folder(source)
     if is_adapter(folder):
         raise CheckpointError(f"{folder}: it holds an adapter, not a model; longllava merge makes one of both")
+    from longllava.quant import text_part
+
     config = read_config(folder)
-    model = on_meta(replace(config, encoder=None, bridge=None) if text_only else config)
+    model = on_meta(text_part(config) if text_only else config)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     parts = ("backbone.",) if text_only else ()
     places = find_places(folder, model, shapes, parts)
@@ -178,6 +180,6 @@ def write_layout(
         copy_missing(BESIDE, source.folder, staged, staged)
         write_config(staged, fields, config)
         if config.int8 is not None:
-            write_manifest(staged, source.n_bytes())
+            write_manifest(staged, source.n_bytes() if source.model.config.int8 is None else None)
 
     return write_folder(target, named, rest, shard_bytes, BESIDE)

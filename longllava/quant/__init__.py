@@ -1,7 +1,7 @@
 """Int8 from outside: a built model's linear layers are replaced by ones with int8 weights. The model never knows."""
 
 from longllava.config import Int8Config
-from longllava.quant.apply import Place, build_model, float_places, fuse_scans_, quantize_
+from longllava.quant.apply import Place, build_model, float_places, fuse_scans_, quantize_, text_part
 from longllava.quant.layers import (
     Inputs,
     Int8Experts,
@@ -31,4 +31,5 @@ __all__ = [
     "float_places",
     "fuse_scans_",
     "quantize_",
+    "text_part",
 ]

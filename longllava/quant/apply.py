@@ -35,6 +35,7 @@ from longllava.quant.weights import all_finite, fill_
 # hundredth of the products
 FLOATS = ("x_proj", "dt_proj", "router")
 HEAD = "lm_head"
+NAMING = ("keep", "weight_only", "two_terms", "rotated")  # fields of Int8Config that name layers
 FUSED: dict[type, Any] = {
     RMSNorm: QuantizedNorm, LayerNorm: QuantizedLayerNorm, Activation: QuantizedActivation
 }  # fmt: skip
@@ -90,6 +91,20 @@ def build_model(config: ModelConfig) -> Model:
         fuse_scans_(model, config.int8.scan_epilogue)
         model.config = config
     return model
+
+
+def text_part(config: ModelConfig) -> ModelConfig:
+    """The language model alone, whose int8 names no part and no layer that it does not have."""
+    text = dataclasses.replace(config, encoder=None, bridge=None, int8=None, n_parameters=None)
+    if config.int8 is None or "backbone" not in config.int8.parts:
+        return text
+    with torch.device("meta"):
+        names = linear_names(Model(text))
+    named: dict[str, Any] = {
+        field: tuple(pattern for pattern in getattr(config.int8, field) or () if named_by(pattern, names))
+        for field in NAMING
+    }
+    return dataclasses.replace(text, int8=dataclasses.replace(config.int8, parts=("backbone",), **named))
 
 
 def float_places(model: Model) -> dict[str, Place]:
@@ -171,11 +186,19 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) or pattern in name.split(".") for pattern in patterns)
 
 
+def linear_names(model: Model) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def named_by(pattern: str, names: Iterable[str]) -> bool:
+    return any(matches(name, (pattern,)) for name in names)
+
+
 def check_names(model: Model, config: Int8Config) -> None:
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for field in ("keep", "weight_only", "two_terms", "rotated"):
+    names = linear_names(model)
+    for field in NAMING:
         for pattern in getattr(config, field) or ():  # what is chosen without a word need not be in every model
-            if pattern not in ROTATED and not any(matches(name, (pattern,)) for name in names):
+            if pattern not in ROTATED and not named_by(pattern, names):
                 lasts = sorted({name.rpartition(".")[2] for name in names})
                 raise ConfigError(
                     f"int8.{field}: {pattern!r} is no linear layer of this model; its layers end in {', '.join(lasts)}"

@@ -79,7 +79,27 @@ def test_a_quantised_model_saved_in_shards_is_read_back(tmp_path):
         "what is this", pictures, max_new_tokens=5
     )
     convert_layout(tmp_path, tmp_path / "again")
-    assert same(load_model(tmp_path / "again"), tiny.model) and (tmp_path / "again/int8.json").is_file()
+    assert same(load_model(tmp_path / "again"), tiny.model)
+    assert "bytes_before" not in json.loads((tmp_path / "again/int8.json").read_text())  # of floats: not known here
+
+
+@pytest.mark.parametrize(
+    ("config", "left"),
+    [
+        (Int8Config(), Int8Config()),
+        (Int8Config(parts=("backbone", "encoder", "bridge")), Int8Config()),
+        (Int8Config(parts=("encoder",)), None),
+        (
+            Int8Config(parts=("encoder", "backbone"), keep=("qkv", "*.0.mixer.*"), rotated=("bridge.up", "down_proj")),
+            Int8Config(keep=("*.0.mixer.*",), rotated=("down_proj",)),
+        ),
+    ],
+)
+def test_the_language_model_of_an_int8_folder(floats, tmp_path, config, left):
+    whole = load_model(quantize_folder(floats, tmp_path / "int8", config))
+    text = load_model(convert_layout(tmp_path / "int8", tmp_path / "text", text_only=True))
+    assert text.config.int8 == (left and left.chosen()) and text.config.encoder is None
+    assert same(text.backbone, whole.backbone)
 
 
 def test_nano_whose_encoder_lies_elsewhere(tmp_path):
