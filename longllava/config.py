@@ -12,8 +12,6 @@ from longllava.errors import ConfigError
 from longllava.settings import divides, one_of, positive
 
 MODEL_TYPE = "longllava"
-
-
 MOST_EXPERTS = 16_384  # in all layers
 
 
@@ -58,7 +56,7 @@ class EncoderConfig:
     weights: str | None = None
 
     def __post_init__(self) -> None:
-        positive(self, "image_size", "patch_size", "width", "n_layers", "n_heads", "mlp_width")
+        positive(self, "image_size", "patch_size", "width", "n_layers", "n_heads", "mlp_width", "norm_eps")
         at_most(self, "encoder", image_size=16_384, width=65536, n_layers=1024, mlp_width=1 << 20)
         divides(self, "n_heads", "width")
         if self.image_size < self.patch_size:
@@ -67,14 +65,27 @@ class EncoderConfig:
         if not len(self.stem_widths) == len(self.stem_strides) == len(self.stem_blocks):
             raise ConfigError("encoder: stem_widths, stem_strides and stem_blocks must be of one length")
         if self.stem_widths:
-            divides(self, "patch_size", "image_size")
-        if self.stem_widths and math.prod(self.stem_strides) != self.patch_size:
-            raise ConfigError(
-                f"encoder.stem_strides: {list(self.stem_strides)} make {math.prod(self.stem_strides)} pixels a"
-                f" token, patch_size is {self.patch_size}; make them equal"
-            )
+            self.check_stem()
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ConfigError(f"encoder: mean {list(self.mean)}, std {list(self.std)}; expected 3 numbers, std above 0")
         if not -self.n_layers - 1 <= self.select_layer <= self.n_layers:
             raise ConfigError(f"encoder.select_layer: {self.select_layer} of {self.n_layers} layers")
+
+    def check_stem(self) -> None:
+        for name, least, most in (("stem_widths", 1, 65536), ("stem_strides", 1, 16_384), ("stem_blocks", 0, 1024)):
+            if not all(least <= value <= most for value in getattr(self, name)):
+                raise ConfigError(f"encoder.{name}: got {list(getattr(self, name))}, allowed: {least} to {most} each")
+        divides(self, "patch_size", "image_size")
+        if math.prod(self.stem_strides) != self.patch_size or self.stem_sides()[-1] != self.grid():
+            got = f"{list(self.stem_strides)} make {self.stem_sides()[-1]} tokens a side, not {self.grid()}"
+            raise ConfigError(f"encoder.stem_strides: {got}; give even ones whose product is patch_size")
+
+    def stem_sides(self) -> list[int]:
+        """Of a picture, after each of the stem's convolutions: even strides divide it exactly."""
+        sides = [self.image_size]
+        for stride in self.stem_strides:
+            sides.append((sides[-1] + 2 * (stride // 2 or 1)) // stride - 1)
+        return sides[1:]
 
     def grid(self) -> int:
         """Tokens on a side, before pooling."""
@@ -148,6 +159,8 @@ class BackboneConfig:
         divides(self, "n_kv_heads", "n_heads")
         at_most(self, "backbone", width=65536, n_layers=1024, vocab_size=4_194_304, mlp_width=1 << 20, n_experts=4096,
                 state_size=256, conv_size=8, n_heads=1024, head_dim=4096, dt_rank=65536, expand=64)  # fmt: skip
+        if 1 < self.n_experts < self.n_experts_per_token:
+            raise ConfigError(f"backbone.n_experts_per_token: {self.n_experts_per_token} of {self.n_experts} experts")
         if self.n_layers * self.n_experts > MOST_EXPERTS:  # modules: few bytes must not take minutes
             raise ConfigError(
                 f"backbone.n_experts: {self.n_layers} layers of {self.n_experts}; at most {MOST_EXPERTS} in all"

@@ -38,6 +38,11 @@ def test_the_published_sizes():
         assert sum(p.numel() for p in backbone.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
+def stem(stride: int, width: int = 8, blocks: int = 1) -> str:
+    return (f"encoder: {{image_size: 12, patch_size: {abs(stride)}, stem_widths: [{width}], stem_strides: [{stride}],"
+            f" stem_blocks: [{blocks}]}}\nbridge: {{tokens_per_image: 1}}")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -51,6 +56,14 @@ def test_the_published_sizes():
         ("backbone: {head_dim: 10000}", ["backbone.head_dim", "at most 4096"]),
         ("backbone: {n_heads: 3, n_kv_heads: 2}", ["n_kv_heads", "divide"]),
         ("backbone: {norm_eps: .nan}", ["norm_eps"]),
+        ("backbone: {n_experts: 3, n_experts_per_token: 4}", ["n_experts_per_token", "4 of 3 experts"]),
+        ("encoder: {mean: [0.5]}", ["encoder: mean [0.5]", "3 numbers"]),
+        ("encoder: {std: [0.5, 0.0, 0.5]}", ["std [0.5, 0.0, 0.5]", "above 0"]),
+        ("encoder: {norm_eps: -1.0e-5}", ["norm_eps", "above 0"]),
+        (stem(3), ["encoder.stem_strides: [3] make 3 tokens a side, not 4", "even"]),
+        (stem(-3), ["encoder.stem_strides", "[-3]", "1 to 16384"]),
+        (stem(4, width=0), ["encoder.stem_widths", "[0]", "1 to 65536"]),
+        (stem(4, blocks=10**9), ["encoder.stem_blocks", "[1000000000]", "0 to 1024"]),
         ("bridge: {tokens_per_image: 100}", ["tokens_per_image", "100", "allowed"]),
         ("encoder: null", ["encoder and bridge"]),
         ("name: a\nname: b", ["'name'", "twice"]),

@@ -102,10 +102,7 @@ def encoder_workspace(config: EncoderConfig, value_bytes: int) -> int:
     n_tokens = config.grid() ** 2 + (config.class_token and not config.stem_widths)
     attention = 5 * n_tokens * config.width
     mlp = 2 * n_tokens * config.width + 3 * n_tokens * config.mlp_width
-    side, stem = config.image_size, 0
-    for width, stride in zip(config.stem_widths, config.stem_strides):
-        side //= stride
-        stem = max(stem, 4 * width * side**2)
+    stem = max((4 * width * side**2 for width, side in zip(config.stem_widths, config.stem_sides())), default=0)
     return pixels * (1 + FLOAT + value_bytes) + max(attention, mlp, stem) * value_bytes
 
 

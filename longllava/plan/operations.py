@@ -93,10 +93,9 @@ def encoder_operations(config: EncoderConfig) -> int:
 
 
 def stem_operations(config: EncoderConfig) -> int:
-    side, previous, total = config.image_size, 3, 0
-    for width, stride, n_blocks in zip(config.stem_widths, config.stem_strides, config.stem_blocks, strict=True):
-        padding = stride // 2 if stride > 1 else stride
-        side = (side + 2 * padding - 2 * stride) // stride + 1
+    sides, previous, total = config.stem_sides(), 3, 0
+    stages = zip(config.stem_widths, config.stem_strides, config.stem_blocks, sides, strict=True)
+    for width, stride, n_blocks, side in stages:
         total += 2 * side**2 * width * (previous * (2 * stride) ** 2 + n_blocks * 2 * 9 * width)
         previous = width
-    return total + 2 * side**2 * previous * config.width
+    return total + 2 * sides[-1] ** 2 * previous * config.width
