@@ -127,6 +127,8 @@ class Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=self.config.init_std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.normal_(self.embed_tokens.weight, std=self.config.embedding_std)
         for block in self.blocks():
             block.mixer.initialise_()

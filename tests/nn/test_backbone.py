@@ -236,6 +236,17 @@ def test_the_last_hidden_state_alone_is_the_last_of_all_and_the_state_is_the_sam
                 torch.testing.assert_close(a.segments()[-1][:2], b.segments()[-1][:2], rtol=0, atol=1e-5)
 
 
+def test_fresh_weights_are_the_same_for_a_seed_biases_too():
+    made = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        backbone = Backbone(BackboneConfig(**TINY, proj_bias=True))
+        torch.manual_seed(0)
+        backbone.initialise_()
+        made.append(backbone.state_dict())
+    assert [name for name in made[0] if not torch.equal(made[0][name], made[1][name])] == []
+
+
 @torch.no_grad()
 def test_a_step_that_leaves_no_trace_in_versions_is_seen():
     backbone, x_BLD = tiny("jamba"), torch.randn(1, 9, 32)
