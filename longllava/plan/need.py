@@ -63,7 +63,10 @@ def prompt_need(
     chunk = rows * min(chunk_tokens, n_tokens)
     at_once = [mixer_workspace(backbone, mixer, chunk, value_bytes) for mixer in set(mixers)]
     if mixers:
-        at_once.append(3 * chunk * backbone.mlp_width * value_bytes)
+        # int8 experts multiply the rows of all of them at once, floats' one expert after the other
+        several = config.int8 is not None and any(map(backbone.has_experts, range(backbone.n_layers)))
+        rows_fed = chunk * (backbone.n_experts_per_token if several else 1)
+        at_once.append(3 * rows_fed * backbone.mlp_width * value_bytes)
     if ends:
         at_once.append(2 * rows * backbone.vocab_size * FLOAT)
     if ends and config.encoder is not None and images_per_batch:

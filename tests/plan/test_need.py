@@ -5,11 +5,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from longllava.config import BackboneConfig, ModelConfig
 from longllava.errors import ConfigError, InputError
+from longllava.model import Model
+from longllava.nn import Context
 from longllava.plan import check_fits, memory, prompt_need
 from longllava.plan.need import HEAP_FACTOR, Need
+from longllava.quant import quantize_
+from tests.live_bytes import LiveBytes
 
 
 def need(n_tokens, **changes):
@@ -37,6 +42,22 @@ def test_the_widest_moment_decides():
     on_host = [need(100, value_bytes=4, on_host=host).workspace for host in (False, True)]
     assert on_host[1] == int(on_host[0] * HEAP_FACTOR)
     assert need(8192, on_host=True) == need(8192)  # its blocks are large enough to be given back
+
+
+@pytest.mark.parametrize(("n_experts", "int8"), [(1, False), (1, True), (4, False), (4, True)])
+def test_the_widest_moment_is_what_lives_at_once(n_experts, int8):
+    backbone = BackboneConfig(vocab_size=64, width=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=32, dt_rank=4,
+                              mlp_width=1024, n_experts=n_experts, expert_every=1, expert_at=0)  # fmt: skip
+    model = Model(ModelConfig(encoder=None, bridge=None, backbone=backbone)).eval()
+    model.initialise_()
+    if int8:
+        quantize_(model)
+    with torch.inference_mode():
+        x_BLD, state = torch.randn(1, 2048, 64), model.backbone.empty_state(1, 2048, "cpu", torch.float32)
+        with LiveBytes() as live:
+            model(x_BLD, Context(), state)
+    found = prompt_need(model.config, 2048, value_bytes=4, chunk_tokens=2048)
+    assert 0.6 * found.total() < live.peak < 1.15 * found.total()
 
 
 def test_parts_of_a_split_model_are_the_whole():
