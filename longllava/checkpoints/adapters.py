@@ -65,6 +65,9 @@ def read_adapter(folder: str | Path) -> Adapter:
     """Raises: CheckpointError naming the file and what it holds."""
     folder = Path(folder)
     config = read_adapter_config(folder)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: r is {rank!r} and lora_alpha {alpha!r}, expected numbers")
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     tensors = read_weights(folder)
     if damaged := [name for name, x in tensors.items() if not x.is_floating_point() or not bool(x.isfinite().all())]:
@@ -75,16 +78,15 @@ def read_adapter(folder: str | Path) -> Adapter:
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         module = name.removesuffix(".lora_A.weight")
         other = tensors.pop(f"{module}.lora_B.weight", None)
-        if other is None or other.shape[1] != tensors[name].shape[0]:
+        if other is None or not other.ndim == tensors[name].ndim == 2 or other.shape[1] != tensors[name].shape[0]:
             alone.append(module)
         else:
             pairs[module.removeprefix(PREFIX)] = (tensors.pop(name), other)
     alone += [name for name in tensors if MARK in name]
     if alone:
         raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: adapters without a fitting other half: {listed(alone)}")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: r is {rank!r} and lora_alpha {alpha!r}, expected numbers")
+    if others := [module for module, (a, _) in pairs.items() if len(a) != rank]:
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: adapters of another rank than r, {rank}: {listed(others)}")
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     base = str(config.get("base_model_name_or_path") or "")
     whole = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}

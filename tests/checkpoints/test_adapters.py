@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from longllava.checkpoints import load_model
 from longllava.checkpoints.adapters import merge_, read_adapter
@@ -34,3 +36,22 @@ def test_adapters_that_began_with_the_bases_weights_are_refused(tmp_path: Path, 
     merge_(mine, read_adapter(folder), folder, base)
     for name, tensor in theirs.merge_and_unload().state_dict().items():
         torch.testing.assert_close(mine.state_dict()[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("edit", "config", "message"),
+    [
+        (lambda a, b: (a, b[:, 0]), {}, "adapters without a fitting other half: base_model.model.backbone.layers.0"),
+        (lambda a, b: (a[0, 0], b), {}, "adapters without a fitting other half: base_model.model.backbone.layers.0"),
+        (lambda a, b: (a, b[..., None]), {}, "adapters without a fitting other half: base_model.model.backbone."),
+        (lambda a, b: (a, b), {"r": 8}, "adapters of another rank than r, 8: backbone.layers.0"),
+    ],
+)
+def test_adapters_of_other_shapes_are_refused(tmp_path: Path, edit: Any, config: dict[str, int], message: str) -> None:
+    name, halves = "base_model.model.backbone.layers.0.mixer.in_proj", edit(torch.ones(4, 32), torch.ones(128, 4))
+    tensors = {f"{name}.lora_{half}.weight": x.contiguous() for half, x in zip("AB", halves, strict=True)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=message):
+        read_adapter(tmp_path)
