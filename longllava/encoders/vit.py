@@ -42,7 +42,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         # with values even in a model built on meta: no checkpoint holds them
-        mean_std = torch.tensor([config.mean, config.std], device="cpu").view(2, 1, 3, 1, 1) * 255
+        mean_std = torch.tensor([config.mean, config.std], dtype=torch.float32, device="cpu").view(2, 1, 3, 1, 1) * 255
         self.register_buffer("mean", mean_std[0].clone(), persistent=False)
         self.register_buffer("std", mean_std[1].clone(), persistent=False)
         n_tokens = config.grid() ** 2

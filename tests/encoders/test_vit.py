@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from longllava.checkpoints import load_model
 from longllava.config import EncoderConfig
 from longllava.encoders import build_encoder
 from longllava.encoders.vit import patch_rows
@@ -37,6 +38,17 @@ def test_without_gradients_it_gives_the_same(activation, changes):
     with torch.no_grad():
         found = vit(pixels)
     assert truth.std() > 0.1 and torch.allclose(found, truth, atol=2e-5)
+
+
+def test_the_callers_default_dtype_changes_no_picture():
+    pixels, found = torch.randint(0, 256, (1, 3, 96, 96), generator=torch.Generator().manual_seed(1)).byte(), []
+    for default in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            found.append(load_model("nano", dtype=torch.float32).encode(pixels))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*found)
 
 
 def test_off_a_cpu_a_product_and_its_activation_are_one_call(monkeypatch):
