@@ -12,7 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch.autograd import forward_ad
+
 from longllava.errors import BackendError
+
+PLAIN_TORCH_ONLY = "torch.func and forward-mode differentiation go through plain torch alone"
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Backend:
 
 def choose(op: str, backends: Sequence[Backend], *args: Any, forced: str | None = None) -> Backend:
     """First backend able to run `args`, those that are first for them before the others. `forced`, or the variable
-    LONGLLAVA_<OP>, names the only candidate.
+    LONGLLAVA_<OP>, names the only candidate. Where tensors may be `transformed`, the last alone can run: the judge, in
+    plain torch.
 
     Raises BackendError when the name is unknown or no candidate can run the call, with every reason.
     """
@@ -48,9 +54,11 @@ def choose(op: str, backends: Sequence[Backend], *args: Any, forced: str | None 
     later: list[Backend] = []
     for backend in backends:
         (sooner if backend.first_for is not None and backend.first_for(*args) else later).append(backend)
+    plain_torch_only = transformed()
     for backend in sooner + later:
         if forced is None or backend.name == forced:
-            reason = backend.why_not(*args)
+            hidden = plain_torch_only and backend is not backends[-1]
+            reason = PLAIN_TORCH_ONLY if hidden else backend.why_not(*args)
             if reason is None:
                 return backend
             reasons[backend.name] = reason
@@ -59,6 +67,13 @@ def choose(op: str, backends: Sequence[Backend], *args: Any, forced: str | None 
         raise BackendError(f"{op}: no backend {forced!r}; allowed are {names}")
     listed = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
     raise BackendError(f"{op}: no backend can run this call:\n{listed}")
+
+
+def transformed() -> bool:
+    """Whether tensors may hold what kernels, which are given addresses, do not see: tangents, or torch.func's wraps."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longllava.errors import LongLLaVAError
 from longllava.ops.attention import cpu, cudnn, reference, sdpa, triton
-from longllava.ops.dispatch import Backend, choose
+from longllava.ops.dispatch import Backend, choose, transformed
 
 # best first; the last is the judge
 BACKENDS = tuple(
@@ -79,7 +79,7 @@ def merge(results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     y (B, L, H, K) in any float dtype, lse (B, L, H) fp32; the result has the first y's dtype. A query that saw
     nothing in a set takes nothing from it.
     """
-    if results[0][0].device.type != "cpu" and triton.why_not_merge(results) is None:
+    if results[0][0].device.type != "cpu" and not transformed() and triton.why_not_merge(results) is None:
         return triton.merged(results)
     lse_NBLH = torch.stack([lse for _, lse in results])
     lse_BLH = lse_NBLH.logsumexp(0)

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from longllava.ops.dispatch import Backend, choose
+from longllava.errors import LongLLaVAError
+from longllava.ops.dispatch import Backend, choose, transformed
 from longllava.ops.int8_linear import cpu, cuda, reference, triton
 
 # best first; the last is the judge
@@ -33,10 +35,19 @@ def multiply(
 ) -> Tensor:
     """The product by the first backend that can, or the one asked for. Gradients go to x alone."""
     wants_grad = torch.is_grad_enabled() and x_TK.requires_grad
+    if transformed() and (wants_grad or any(_has_tangent(t) for t in (x_TK, x_scale_T))):
+        raise LongLLaVAError(
+            "int8_linear: torch.func and forward-mode differentiation find no derivative here; call backward(), or use "
+            "the float weights"
+        )
     plain = type(x_TK) is Tensor and not wants_grad and not torch.compiler.is_compiling()
     call: Any = _multiply if plain else int8_linear
     y_TN: Tensor = call(x_TK, weight, scale, bias, x_scale_T, offsets, mode, dtype, backend)
     return y_TN
+
+
+def _has_tangent(x: Tensor | None) -> bool:
+    return x is not None and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _multiply(
@@ -72,7 +83,7 @@ def _quantized(x: Tensor, absmax: Tensor | None, rotated: bool, backend: str | N
 
 def rotated_rows(x_TK: Tensor, backend: str | None) -> Tensor:
     """Rotated rows, with gradients."""
-    wants_grad = torch.is_grad_enabled() and x_TK.requires_grad
+    wants_grad = torch.is_grad_enabled() and x_TK.requires_grad and not transformed()
     plain = type(x_TK) is Tensor and not wants_grad and not torch.compiler.is_compiling()
     call: Any = _rotated if plain else rotate_rows
     y_TK: Tensor = call(x_TK, backend)
