@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from longllava.errors import BackendError
+from longllava.ops.dispatch import constant_when_traced
 
 PATH = Path(__file__).resolve().parent.parent / "lib" / "liblongllava_cpu.so"
 ABI = 7  # csrc/isa.h holds the same number; raise both when the C interface changes
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in csrc/vector.h
 
 
-_loaded: tuple[ctypes.CDLL | None, str | None] | None = None  # a plain variable: torch.compile reads through it
+_loaded: tuple[ctypes.CDLL | None, str | None] | None = None
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
@@ -56,6 +57,7 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+@constant_when_traced
 def why_not() -> str | None:
     """None when the kernels can be used, else one sentence. Raises for an impossible LONGLLAVA_ISA."""
     return _load()[1]

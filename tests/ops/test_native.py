@@ -130,6 +130,13 @@ def test_a_library_of_another_interface_is_a_reason(fresh) -> None:
     assert f"speak interface {known}, this longllava needs 99" in str(native.why_not())
 
 
+def test_the_library_may_be_loaded_first_under_torch_compile(fresh) -> None:
+    torch.compiler.reset()
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    compiled = torch.compile(lambda x: rms_norm(x, weight, 1e-5)[0], backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), rms_norm(x, weight, 1e-5)[0])
+
+
 def test_a_struct_of_another_size_is_refused() -> None:
     needs_library()
     library = native.library()
