@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longllava.ops.dispatch import constant_when_traced
 from longllava.ops.few_rows import few_rows_linear
 from longllava.ops.vision import activate_, linear_activated
 
@@ -53,9 +54,14 @@ def better_in_fp32(x: Tensor, weight: Tensor) -> bool:
     return not has_products(x.dtype)
 
 
-@functools.cache
+@constant_when_traced
 def has_products(dtype: torch.dtype) -> bool:
     """Whether torch has instructions for products of this dtype on this CPU; True where it cannot say."""
+    return _has_products(dtype)
+
+
+@functools.cache
+def _has_products(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return True
     if dtype == torch.bfloat16:

@@ -50,6 +50,15 @@ def test_fp32_and_mixed_dtypes_go_to_torch() -> None:
 
 def test_torch_is_asked_what_this_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    linear.has_products.cache_clear()
+    linear._has_products.cache_clear()
     assert linear.has_products(torch.float32)
     assert linear.has_products(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def test_compiles_in_one_graph_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the processor has is asked beside the graph: torch.compile does not trace the question."""
+    monkeypatch.undo()
+    torch.compiler.reset()
+    layer, x = Linear(48, 7).bfloat16(), torch.randn(MANY, 48).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
