@@ -155,7 +155,7 @@ void attend_few_rows(const AttentionCall& call, int64_t index) {
     for (int64_t row = 0; row < n_rows; ++row) {
       float* line = scores + row * KEY_BLOCK;
       for (int64_t key = 0; masked && key < n_keys; ++key) {
-        seen[row][key] = first + key < ends[row] && (key_ids == nullptr || key_ids[key] == ids[row]);
+        seen[row][key] = first + key < ends[row] && (key_ids == nullptr || (ids[row] >= 0 && key_ids[key] == ids[row]));
         if (!seen[row][key]) line[key] = NEGATIVE_INFINITY;
       }
       for (int64_t key = n_keys; key < KEY_BLOCK; ++key) line[key] = NEGATIVE_INFINITY;

@@ -57,7 +57,7 @@ LONGLLAVA_INLINE void with_count(int64_t n_vectors, const Run& run) {
 }
 
 // What the rows of one panel may see. `ids` are the rows' seq_idx, with HIDDEN for a row that sees nothing.
-constexpr int32_t HIDDEN = -2;  // no key has it: a key's padding is -1
+constexpr int32_t HIDDEN = -2;  // no key has it: a key's padding counts as -1, whatever is below 0 there
 
 struct PanelView {
   int64_t first_end, last_end;  // the first and the last row see keys below these, as far as order goes
@@ -169,7 +169,7 @@ LONGLLAVA_INLINE void mask_scores(float* scores, int64_t n_keys, int64_t first_k
   }
   for (int64_t key = 0; key < n_keys; ++key) {
     const ivec position = splat(static_cast<int32_t>(first_key + key));
-    const ivec id = splat(key_ids == nullptr ? 0 : key < n_ids ? key_ids[key] : -1);
+    const ivec id = splat(key_ids == nullptr ? 0 : key < n_ids && key_ids[key] >= 0 ? key_ids[key] : -1);
     for (int j = 0; j < N; ++j) {
       float* place = scores + (key * N + j) * WIDTH;
       const ivec visible = (position < row_end[j]) & (id == row_id[j]);

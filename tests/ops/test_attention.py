@@ -208,6 +208,22 @@ def test_padding_may_be_nan_in_every_backend(backend, return_lse):
         torch.testing.assert_close(got, truth)
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("n_queries", [3, 40])
+def test_every_value_below_0_is_padding(backend, n_queries):
+    q, (k, v) = torch.randn(2, n_queries, 2, 8), torch.randn(2, 2, 80, 1, 8)
+    if reason := backend.why_not(q, k, v):
+        pytest.skip(reason)
+    keys = torch.randint(-3, 2, (2, 80), dtype=torch.int32)
+    found = []
+    for seq_idx in (keys, keys.clamp(min=-1)):
+        own = {"seq_idx_q": seq_idx[:, :n_queries], "seq_idx_k": seq_idx}
+        found.append(attention(q, k, v, **own, return_lse=True, backend=backend.name))
+    (y, lse), truth = found
+    assert torch.equal(y, truth[0]) and torch.equal(lse, truth[1])
+    assert (y[keys[:, :n_queries] < 0] == 0).all()
+
+
 @needs_kernels
 def test_a_value_that_is_not_finite_reaches_those_who_see_it():
     q, k, v = torch.randn(1, 100, 2, 8), torch.randn(1, 100, 1, 8), torch.randn(1, 100, 1, 8)
