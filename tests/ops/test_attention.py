@@ -318,6 +318,7 @@ def test_errors_name_what_is_wrong():
         (lambda: attention(q, k, k[:, :5]), r"\(1, 5, 2, 8\)"),
         (lambda: attention(q, k[..., :4], k[..., :4]), "agree in batch and head size"),
         (lambda: attention(q[:, :, :3], k, k), "multiple of k's, got 3 and 2"),
+        (lambda: attention(q[:, :, :0], k, k), "multiple of k's, got 0 and 2"),
         (lambda: attention(q, k[:, :3], k[:, :3]), "4 queries and 3 keys"),
         (lambda: attention(q, k.bfloat16(), k), "one float dtype"),
         (lambda: attention(q, k, k, seq_idx_q=seq_idx), "go together"),

@@ -102,7 +102,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, seq_idx_q: Tensor | No
             "attention: q, k and v must agree in batch and head size, and that must not be 0, "
             f"got {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    if n_groups == 0 or n_heads % n_groups:
+    if n_groups == 0 or n_heads == 0 or n_heads % n_groups:
         raise LongLLaVAError(f"attention: q's heads must be a multiple of k's, got {n_heads} and {n_groups}")
     if causal and n_keys < n_queries:
         raise LongLLaVAError(
