@@ -69,6 +69,12 @@ Piece chunk_piece(const ConvPlan& plan, const Tile& tile, int64_t first, int ste
                flags, next >= 0 && next + CONV_CHUNK <= length ? step : 0};
 }
 
+bool only_padding(const Piece& piece) {
+  int t = 0;
+  while (t < piece.n_tokens && piece.flags[t] == TOKEN_PADDING) ++t;
+  return t == piece.n_tokens;
+}
+
 template <int K>
 void walk(const vec* weight, vec bias, vec* window, const uint8_t* flags, int n_tokens, const vec* x, vec* y,
           Ahead& ahead) {
@@ -147,6 +153,10 @@ void backward(const ConvPlan& plan, Tile& tile) {
   if (K > 1) read_window(a, tile, a.grad_state_out);
   for (int64_t first = (a.length - 1) / CONV_CHUNK * CONV_CHUNK; first >= 0 && a.length > 0; first -= CONV_CHUNK) {
     const Piece piece = chunk_piece(plan, tile, first, -CONV_CHUNK);
+    if (only_padding(piece)) {  // each would look for its window through all the padding before it
+      write_piece(a.grad_x, piece, x[0]);
+      continue;
+    }
     read_piece(a.x, piece, x[0]);
     read_piece(a.grad_y, piece, grad[0]);
     window_before<K>(plan, tile, first, before);
