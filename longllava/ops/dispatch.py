@@ -7,6 +7,7 @@ can run the call, else one sentence. A forced backend runs or raises; it never f
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,21 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` of a plain torch form, whose first argument is a tensor: autocast, which changes no kernel, would make its
+    fp32 products in 16 bits."""
+
+    @functools.wraps(run)
+    def run_in_own_dtypes(x: torch.Tensor, *args: Any) -> Any:
+        kind = x.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return run(x, *args)
+        with torch.autocast(kind, enabled=False):
+            return run(x, *args)
+
+    return run_in_own_dtypes
 
 
 def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -86,3 +86,19 @@ def test_int8_products_refuse_derivatives_they_do_not_have() -> None:
         torch.func.grad(lambda x: int8_linear(x, *INT8).sum())(U)
     with forward_ad.dual_level():  # nothing to differentiate
         assert torch.equal(int8_linear(U, *INT8), int8_linear(U, *INT8, backend="reference"))
+
+
+@pytest.mark.parametrize(("scan", "attends"), [("blocked", "sdpa"), ("reference", "reference")])
+def test_autocast_leaves_plain_torchs_products_in_fp32(scan, attends) -> None:
+    """As it leaves the kernels': sums over the scan's states, scores and sums of int8 products are fp32."""
+    rows = torch.cat([U.flatten(0, 1)] * 7)  # 70, too many for the kernel of mode weight_only
+
+    def made() -> list[Tensor]:
+        y, state = selective_scan(U, *TABLES, backend=scan)
+        attended = attention(KEYS, KEYS, KEYS, return_lse=True, backend=attends)
+        return [y, state, *attended, int8_linear(rows, *INT8, mode="weight_only")]
+
+    expected = made()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = made()
+    assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(found, expected, strict=True))

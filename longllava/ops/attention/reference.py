@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longllava.ops.dispatch import without_autocast
+
 
 def why_not(*args: object) -> str | None:
     return None
@@ -28,6 +30,7 @@ def visible(
     return visible_BLS
 
 
+@without_autocast
 def run(
     q_BLHK: Tensor,
     k_BSGK: Tensor,

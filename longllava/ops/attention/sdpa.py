@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longllava.ops import native
 from longllava.ops.attention import reference
+from longllava.ops.dispatch import without_autocast
 
 QUERY_BLOCK = 512  # at 40,000 keys a block's mask takes 20 MB
 SCORES = 2**21  # of a block with lse: 8 MiB, which the system need not bring in anew for every block
@@ -21,6 +22,7 @@ def why_not(*args: object) -> str | None:
     return None
 
 
+@without_autocast
 def run(
     q_BLHK: Tensor,
     k_BSGK: Tensor,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from longllava.ops import native
+from longllava.ops.dispatch import without_autocast
 from longllava.ops.quantized import quantize, rotate
 
 BLOCK = 1024  # 1,024 x 128 x 128 = 2^24
@@ -32,6 +33,7 @@ def rotate_rows(x: Tensor) -> Tensor:
     return rotate(x).to(x.dtype)
 
 
+@without_autocast
 def run(
     x_TK: Tensor,
     weight_XNK: Tensor,

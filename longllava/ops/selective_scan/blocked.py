@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longllava.ops import native
+from longllava.ops.dispatch import without_autocast
 from longllava.ops.selective_scan.reference import step_sizes
 from longllava.ops.sequences import reset_mask
 
@@ -28,6 +29,7 @@ def why_not(*args: object) -> str | None:
     return None
 
 
+@without_autocast
 def run(
     u_BLE: Tensor,
     delta_BLE: Tensor,
