@@ -1,5 +1,8 @@
 """The linear layer of few rows: torch's product where no kernel serves, its gradients, and what it refuses."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +32,18 @@ def test_what_does_not_fit_is_named():
         few_rows_linear(x, weight, backend="triton")
     assert "in rows, of x's dtype" in str(triton.why_not(x[:4].half(), weight))
     assert "has no backward" in str(triton.why_not(x[:4].requires_grad_(), weight))
+
+
+def test_a_bias_of_any_stride_is_the_same_bias(monkeypatch):
+    """The kernel, here what it reads, takes its numbers one after another."""
+
+    def multiply(x, weight, scale, bias, y, n_outputs, weight_row, **shape):
+        y.copy_(x @ weight.T + bias.as_strided((n_outputs,), (1,)))
+
+    name = "longllava.ops.few_rows.triton_kernels"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(multiply={(5,): multiply}))
+    x, weight, bias = torch.randn(2, 6), torch.randn(5, 6), torch.randn(10)[::2]
+    torch.testing.assert_close(triton.run(x, weight, bias), F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "bytes_each", "rows", "expected"), [
