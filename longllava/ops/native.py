@@ -96,6 +96,19 @@ def plain(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
+def ids(seq_idx: torch.Tensor | None) -> torch.Tensor | None:
+    """seq_idx as the kernels read it, int32. Raises BackendError for a value that would become another one."""
+    if seq_idx is None:
+        return None
+    found = plain(seq_idx, torch.int32)
+    if found.dtype is not seq_idx.dtype and bool((found != seq_idx).any()):
+        raise BackendError(
+            f"the compiled kernels take seq_idx in 32 bits, got {seq_idx.min()} to {seq_idx.max()}; "
+            "number the samples from 0"
+        )
+    return found
+
+
 def rows(x_BLE: torch.Tensor | None) -> tuple[int, int, int, int]:
     """The fields of csrc/rows.h's Rows: address, element type, stride of batch and of token in elements."""
     if x_BLE is None:

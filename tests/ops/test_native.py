@@ -267,3 +267,19 @@ def test_a_tensor_on_another_device_is_an_error() -> None:
     for call in calls:
         with pytest.raises(BackendError, match="need CPU tensors, got one on meta beside others"):
             call()
+
+
+def test_a_seq_idx_beyond_32_bits_is_an_error() -> None:
+    """2^32 had become 0, another sample's number, and 2^31 padding."""
+    needs_library()
+    u, delta, A, B, C, *_ = ScanCase("wide", length=3).inputs()
+    for beyond in (2**32, 2**31, -(2**31) - 1):
+        seq_idx = torch.tensor([0, 1, beyond]).expand(len(u), 3)
+        for call in (
+            lambda seq_idx: selective_scan(u, delta, A, B, C, None, seq_idx=seq_idx, backend="cpu"),
+            lambda seq_idx: causal_conv1d(u, torch.ones(u.shape[2], 4), seq_idx=seq_idx, backend="cpu"),
+            lambda seq_idx: attention(u[..., None], u[..., None], u[..., None], seq_idx_q=seq_idx, backend="cpu"),
+        ):
+            call(seq_idx.clamp(-1, 2))
+            with pytest.raises(BackendError, match=f"32 bits, got .*{beyond}"):
+                call(seq_idx)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longllava.ops import native
-from longllava.ops.native import address, plain
+from longllava.ops.native import address, ids, plain
 
 FIELDS = struct.Struct("@10qd36q")  # csrc/attention_plan.h, AttentionArguments
 NO_ROWS = (0, 0, 0, 0)
@@ -93,8 +93,7 @@ def _forward(
     forward, _ = _kernels()
     dtype = q.dtype
     q, k, v = _readable(q), _readable(k), _readable(v)
-    if seq_idx_q is not None and seq_idx_k is not None:
-        seq_idx_q, seq_idx_k = plain(seq_idx_q, torch.int32), plain(seq_idx_k, torch.int32)
+    seq_idx_q, seq_idx_k = ids(seq_idx_q), ids(seq_idx_k)
     # new_empty: torch.empty would follow the caller's default dtype and device
     y = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3] if return_lse else 0, dtype=torch.float32)
@@ -125,8 +124,7 @@ def _backward(
     _, backward = _kernels()
     dtype = q.dtype
     q, k, v, y, grad_y = (_readable(x) for x in (q, k, v, y, grad_y))
-    if seq_idx_q is not None and seq_idx_k is not None:
-        seq_idx_q, seq_idx_k = plain(seq_idx_q, torch.int32), plain(seq_idx_k, torch.int32)
+    seq_idx_q, seq_idx_k = ids(seq_idx_q), ids(seq_idx_k)
     lse = plain(lse)
     grad_lse = None if grad_lse is None else plain(grad_lse)
     grads = tuple(x.new_empty(x.shape) for x in (q, k, v))

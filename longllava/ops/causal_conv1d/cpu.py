@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longllava.ops import native
 from longllava.ops.causal_conv1d.autograd import wrapped
-from longllava.ops.native import address, plain, readable, rows
+from longllava.ops.native import address, ids, plain, readable, rows
 
 FIELDS = struct.Struct("@44q")  # csrc/causal_conv1d.h, ConvArguments
 NO_ROWS = (0, 0, 0, 0)
@@ -47,7 +47,7 @@ def _prepared(
         plain(weight),
         None if bias is None else plain(bias),
         None if state is None else readable(state),
-        None if seq_idx is None else plain(seq_idx, torch.int32),
+        ids(seq_idx),
     )
 
 

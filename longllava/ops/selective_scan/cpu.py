@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longllava.ops import native
-from longllava.ops.native import address, plain, readable, rows
+from longllava.ops.native import address, ids, plain, readable, rows
 from longllava.ops.selective_scan.autograd import wrapped
 
 FIELDS = struct.Struct("@67q")  # csrc/selective_scan.h, ScanArguments
@@ -99,7 +99,7 @@ def _prepared(
     """The same tensors as the kernels read them; copies only where needed."""
     rowed = [None if x is None else readable(x) for x in (u, delta, B, C, z)]
     packed = [None if x is None else plain(x) for x in (A, D, bias, state)]
-    return [*rowed, *packed, None if seq_idx is None else plain(seq_idx, torch.int32)]
+    return [*rowed, *packed, ids(seq_idx)]
 
 
 def gradients(
