@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -100,8 +101,9 @@ class Pictures:
         if bridge is None or encoder is None:
             return
         self.tokens = encoder.grid() ** 2
-        if bridge.pool == "2d":  # a mean of means: later phases may pool the rest of the way
-            self.tokens = max(phase.tokens_per_image or bridge.tokens_per_image for phase in config.phases)
+        if bridge.pool == "2d":  # a mean of means: each phase pools the rest of the way, 9 and 4 tokens from 36
+            counts = [phase.tokens_per_image or bridge.tokens_per_image for phase in config.phases]
+            self.tokens = math.lcm(*map(math.isqrt, counts)) ** 2
         if config.feature_cache and not self.trains:
             self.cache = encoder_cache(model, processor, tokens=self.tokens, device=device, dtype=dtype)
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
+from longllava.bridges.pool import pool_features
 from longllava.checkpoints import find_folder
 from longllava.config import ModelConfig
+from longllava.data.features import encode_references
 from longllava.data.recipes import Recipe
+from longllava.data.worlds.pictures import PicturePool
 from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
+from longllava.model import Model
 from longllava.settings import load
 from longllava.shipped import shipped
 from longllava.train.config import TrainConfig, load_stage
-from longllava.train.feed import Feed
+from longllava.train.feed import Feed, Pictures
 
 PHASES = ({"steps": 3, "rows": 4, "row_length": 512}, {"steps": 2, "rows": 6, "row_length": 256})
 FEW = {"needle": {"n_images": [2, 4], "n_questions": [1, 2]}}
@@ -28,11 +34,14 @@ def stage() -> TrainConfig:
     return dataclasses.replace(config, phases=phases, average_phases=(), window=2)
 
 
+def nano() -> Processor:
+    config = load(ModelConfig, shipped("configs", "models/nano.yaml"))
+    return Processor(config, Tokenizer.from_folder(find_folder("nano"), config.prompt))
+
+
 def rows_of(stage: TrainConfig, rank: int, world: int) -> Iterator[list[list[int]]]:
     """Of each step the ids of this process's rows, whose pictures alone are prepared."""
-    config = load(ModelConfig, shipped("configs", "models/nano.yaml"))
-    processor = Processor(config, Tokenizer.from_folder(find_folder("nano"), config.prompt))
-    feed = Feed(stage, Recipe.load(shipped("data_recipes", "nano/stage3")), processor, rank, world)
+    feed = Feed(stage, Recipe.load(shipped("data_recipes", "nano/stage3")), nano(), rank, world)
     for _, plan in feed.windows():
         shown = set()
         for step in plan.steps:
@@ -52,3 +61,24 @@ def test_processes_share_the_rows_of_one_in_its_order(stage: TrainConfig, world:
             assert shares[number % world][step][number // world] == row, (step, number)
         assert sum(len(share[step]) for share in shares) == len(rows)
     assert len({tuple(row) for rows in alone for row in rows}) == 24  # no row comes twice
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("counts", [(9, 4), (16, 36), (36, 4, 9), (1,)])
+def test_every_phase_pools_its_tokens_of_what_is_kept(
+    stage: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...], cached: bool
+) -> None:
+    monkeypatch.setenv("LONGLLAVA_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    processor = nano()
+    model = Model(processor.config).eval()  # 12 x 12 tokens of a picture
+    phases = [dataclasses.replace(stage.phases[0], tokens_per_image=n) for n in counts]
+    kept = dataclasses.replace(stage, phases=phases, feature_cache=cached)
+    pictures = Pictures(kept, model, processor, torch.device("cpu"), torch.float32)
+    references = [PicturePool("train").reference(index) for index in range(3)]
+    pictures.prepare(references, print)
+    kept_NMC = pictures.of(references)
+    assert kept_NMC is not None
+    for n in counts:
+        whole_NMC = encode_references(references, model, processor, tokens=n)
+        torch.testing.assert_close(pool_features(kept_NMC.float(), n, "2d"), whole_NMC, rtol=0.02, atol=0.02)
