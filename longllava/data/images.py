@@ -15,7 +15,7 @@ from longllava.data.embedded import is_embedded, read_embedded
 from longllava.data.worlds.pictures import GRID, PREFIX, parse_grid, parse_reference
 from longllava.data.worlds.render import SIDE, render
 from longllava.errors import InputError
-from longllava.inputs.image import open_image, visit
+from longllava.inputs.image import open_image, rgb, visit
 from longllava.inputs.tiles import Split
 
 TILE = re.compile(r"tile:(\d+)\.(\d+)/(\d+)x(\d+)@(\d+)(\*?):(.+)", re.DOTALL)
@@ -72,7 +72,7 @@ def under(reference: str) -> str:
 
 
 def check_picture(reference: str) -> None:
-    """Decode a picture, big JPEGs small. Raises: InputError where it cannot be trained on."""
+    """Make a picture RGB as `open_picture` does, big JPEGs small. Raises: InputError where it cannot be trained on."""
     if reference.startswith(PREFIX):
         return
     source = read_embedded(reference) if is_embedded(reference) else Path(reference)
@@ -80,7 +80,7 @@ def check_picture(reference: str) -> None:
     def load(image: Image.Image) -> None:
         if image.format == "JPEG":
             image.draft(image.mode, (CHECKED_SIDE, CHECKED_SIDE))
-        image.load()
+        rgb(image, copied=False)
 
     try:
         visit(source, None, load)
