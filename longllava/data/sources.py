@@ -78,7 +78,7 @@ class RecordSource:
             self.order = sorted(self.order[:count])
         self.n_samples: int | None = len(self.order)
         self.window: int | None = None
-        self.tally = Tally(label, max_bad)
+        self.tally = Tally(label, max_bad, self.n_samples)
         self.expected: dict[int, Sample] = {}
 
     def is_new(self, identity: str, seen: set[int], where: str, duplicates: str) -> bool:
@@ -130,18 +130,11 @@ class RecordSource:
         except Unusable as error:
             error.where = where
             self.tally.bad(index, where, error)
-            self.refuse_at_the_end()
             raise
         finally:
             LOOKS.forget(references)
         self.tally.good(index)
-        self.refuse_at_the_end()
         return sample
-
-    def refuse_at_the_end(self) -> None:
-        """Once all of a source was seen, few records too are a share that can be judged."""
-        if self.tally.rejected and len(self.tally.seen) == self.n_samples:
-            self.tally.refuse_if_bad()
 
 
 class LlavaSource(RecordSource):

@@ -48,7 +48,7 @@ class StreamSource:
         self.shape, self.media = shape or Shape(), media or MediaConfig()
         self.stream = Stream(hub, self.shape.columns)
         random.Random(f"shards {seed}").shuffle(self.stream.order)
-        self.tally = Tally(str(hub), max_bad)
+        self.tally = Tally(str(hub), max_bad, count)
         self.windows: OrderedDict[int, list[Any]] = OrderedDict()
         self.running: tuple[int, Iterator[Any]] | None = None  # the window that comes next, and what reads it
         text = f"{hub} {hub.revision} {seed} {self.size} {self.stream.n_shards}"

@@ -25,27 +25,33 @@ class Rejected:
 
 
 class Tally:
-    """Counts each record once, however often it is looked at. label: of the source, for the error."""
+    """Counts each record once, however often it is looked at. label: of the source, for the error.
 
-    def __init__(self, label: str, max_bad: float = MAX_BAD):
-        self.label, self.max_bad = label, max_bad
+    n: how many records there are, where that is known: once all were seen, few too are a share that can be judged.
+    """
+
+    def __init__(self, label: str, max_bad: float = MAX_BAD, n: int | None = None):
+        self.label, self.max_bad, self.n = label, max_bad, n
         self.seen: set[int] = set()
         self.rejected: dict[int, Rejected] = {}
 
     def good(self, number: int) -> None:
+        """Raises: DataError when this was the last one, and too many cannot be used."""
         self.seen.add(number)
+        if len(self.seen) == self.n:
+            self.refuse_if_bad()
 
     def bad(self, number: int, where: str, error: Unusable) -> None:
-        """Raises: DataError when this is one too many, after CHECK_AFTER records."""
+        """Raises: DataError when this is one too many, after CHECK_AFTER records or all."""
         if number in self.rejected:
             return
         self.seen.add(number)
         self.rejected[number] = Rejected(where, error.kind, str(error))
-        if len(self.seen) >= CHECK_AFTER:
+        if len(self.seen) >= CHECK_AFTER or len(self.seen) == self.n:
             self.refuse_if_bad()
 
     def refuse_if_bad(self) -> None:
-        """Raises: DataError with the commonest reasons. Also to be called when all of a source was seen."""
+        """Raises: DataError with the commonest reasons."""
         n, total = len(self.rejected), len(self.seen)
         if n <= self.max_bad * total:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -133,6 +134,22 @@ def test_what_a_stream_cannot_give(folder: Path, tmp_path: Path, monkeypatch) ->
         row(folder, streaming=True, count=5, duplicates="drop")
     with pytest.raises(ConfigError, match="subset goes with format: datasets"):
         SourceConfig(name="s", kind="llava", licence="x", origin="x", path="a.json", subset="b")
+
+
+def test_a_stream_of_few_records_is_judged_when_all_were_seen(folder: Path, monkeypatch) -> None:
+    usable = stream_module.sample_of_record
+    monkeypatch.setattr(stream_module, "sample_of_record", lambda record, *more: (
+        broken() if record["id"] in ("7", "31") else usable(record, *more)))  # fmt: skip
+    for allowed in (0.01, 0.04):
+        source = streamed(folder, monkeypatch, max_bad=allowed)
+        for index in range(49):
+            with contextlib.suppress(Unusable):
+                source.sample(index)
+        if allowed == 0.04:
+            source.sample(49)
+            continue
+        with pytest.raises(DataError, match=r"2 of 50 records cannot be used, more than 1.0%: no conversations \(2\)"):
+            source.sample(49)
 
 
 def broken(*arguments):
