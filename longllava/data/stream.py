@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import random
 from collections import OrderedDict
@@ -88,17 +89,16 @@ class StreamSource:
         at, reader = self.running
         records: list[Any] = []
         while at <= window:
-            records, cursor = [], None
-            for record, following in reader:
-                records.append(record)
-                cursor = following
-                if len(records) == self.size:
-                    break
+            n_read, cursor = 0, dict[str, Any]()
+            for record, following in itertools.islice(reader, self.size):
+                n_read, cursor = n_read + 1, following
+                if at == window:  # one by one: with their pictures a thousand may be gigabytes
+                    records.append(self.lightened(record))
             at += 1
-            if cursor is not None and len(records) == self.size and at not in cursors:
+            if n_read == self.size and at not in cursors:
                 self.note(at, cursor)
         self.running = (at, reader)
-        return [self.lightened(record) for record in records]
+        return records
 
     def cursors(self) -> dict[int, Any]:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,26 @@ def test_a_stream_goes_on_from_its_notes(folder: Path, monkeypatch) -> None:
     third = streamed(folder, monkeypatch)
     assert third.sample(40).id == ids[40] and len(read) > 40
     assert json.loads(third.notes.read_text()).keys() >= {"1", "5"}
+
+
+def test_pictures_of_a_stream_are_in_memory_one_by_one(folder: Path, monkeypatch) -> None:
+    class Watched(dict):
+        __hash__ = object.__hash__  # type: ignore[assignment]
+
+    alive = weakref.WeakSet[Watched]()
+    most = 0
+    real = stream_module.Stream.read
+
+    def watched(self, cursor=None):
+        nonlocal most
+        for one, following in real(self, cursor):
+            one["image"] = Watched(one["image"])
+            alive.add(one["image"])
+            most = max(most, len(alive))
+            yield one, following
+
+    monkeypatch.setattr(stream_module.Stream, "read", watched)
+    assert streamed(folder, monkeypatch).sample(20).images and most <= 2
 
 
 def test_a_recipe_shuffles_a_stream_inside_its_windows(folder: Path, tmp_path: Path, monkeypatch) -> None:
