@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import random
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -52,8 +53,8 @@ class StreamSource:
         self.tally = Tally(str(hub), max_bad, count)
         self.windows: OrderedDict[int, list[Any]] = OrderedDict()
         self.running: tuple[int, Iterator[Any]] | None = None  # the window that comes next, and what reads it
-        text = f"{hub} {hub.revision} {seed} {self.size} {self.stream.n_shards}"
-        self.notes = cache_folder() / "streams" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        text = f"{hub} {hub.revision} {seed} {self.size} {self.stream.n_shards}{files_below(hub.path)}"
+        self.notes = cache_folder() / "streams" / f"{hashlib.sha256(os.fsencode(text)).hexdigest()[:16]}.json"
 
     @property
     def rejected(self) -> list[Rejected]:
@@ -128,3 +129,13 @@ class StreamSource:
                 write_atomic(path, lambda file: file.write(data))
             return Embedded(str(path))
         return value.get("path") if isinstance(value, dict) else value
+
+
+def files_below(path: str) -> str:
+    """Names, sizes and times of a folder's files: notes of another folder of its name, or of what was in it, would lead
+    to other records. Nothing of a data set on the hub."""
+    if not os.path.isdir(path):
+        return ""
+    found = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    facts = ((str(file.relative_to(path)), file.stat()) for file in found)
+    return "".join(f"\n{name} {status.st_size} {status.st_mtime_ns}" for name, status in facts)

@@ -16,6 +16,7 @@ from longllava.data.recipes import Recipe, record_source
 from longllava.data.records import Unusable
 from longllava.data.source_config import SourceConfig
 from longllava.errors import ConfigError, DataError
+from tests.data.records import asked
 from tests.data.test_stores import png, record
 
 pytest.importorskip("datasets")
@@ -101,6 +102,28 @@ def test_a_stream_goes_on_from_its_notes(folder: Path, monkeypatch) -> None:
     third = streamed(folder, monkeypatch)
     assert third.sample(40).id == ids[40] and len(read) > 40
     assert json.loads(third.notes.read_text()).keys() >= {"1", "5"}
+
+
+def test_notes_are_of_one_folder_as_it_is(tmp_path: Path, monkeypatch) -> None:
+    """Two projects may share a cache, and name their folders alike."""
+    def write(project: str, *sizes: int) -> None:
+        monkeypatch.chdir(tmp_path / project)
+        for shard, size in enumerate(sizes):
+            lines = [{**asked("What?"), "id": f"{project} {shard} {n}"} for n in range(size)]
+            Path("data", f"{shard}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def ids() -> list[str]:
+        sources = streamed(Path("data"), monkeypatch), streamed(Path("data"), monkeypatch)
+        return [source.sample(index).id for source in sources for index in (8, 16, 49)]
+
+    for project in ("one", "two"):
+        (tmp_path / project / "data").mkdir(parents=True)
+    write("one", 10, 50)
+    assert ids() == ["one 0 8", "one 1 6", "one 1 39"] * 2
+    write("two", 50, 10)
+    assert ids() == ["two 0 8", "two 0 16", "two 0 49"] * 2
+    write("two", 20, 40)
+    assert ids() == ["two 0 8", "two 0 16", "two 1 29"] * 2
 
 
 def test_pictures_of_a_stream_are_in_memory_one_by_one(folder: Path, monkeypatch) -> None:
