@@ -192,3 +192,12 @@ def test_a_nan_is_no_json(tmp_path: Path) -> None:
         (tmp_path / "data.jsonl").write_text("\n".join([good] * 120 + [line]))
         got = LlavaSource("s", tmp_path / "data.jsonl")
         assert "malformed JSON: " + ("NaN", "-Infinity")[number] in str(got.rejected[0]) and got.n_samples == 120
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_a_number_of_thousands_of_digits_is_one_bad_record(tmp_path: Path, as_list: bool) -> None:
+    good = json.dumps(asked("what?"))
+    records = [good] * 120 + [good[:-1] + f', "score": {"9" * 5000}}}']
+    (tmp_path / "data.json").write_text(f"[{','.join(records)}]" if as_list else "\n".join(records))
+    got = LlavaSource("s", tmp_path / "data.json")
+    assert got.n_samples == 120 and "malformed JSON: Exceeds the limit" in str(got.rejected[0])

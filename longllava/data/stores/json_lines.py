@@ -41,7 +41,9 @@ def parsed(raw: bytes) -> Any:
         return json.loads(raw, parse_constant=refuse_constant)
     except UnicodeDecodeError:
         raise Unusable("not UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except Unusable:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError alone: a number of more than 4,300 digits
         raise Unusable("malformed JSON", " ".join(str(error).split())) from None
 
 
@@ -75,7 +77,7 @@ def records_of_list(path: Path, offset: int, raw: bytes) -> Iterator[tuple[int, 
     try:
         # One character a byte: JSON's own characters are ASCII, and places count bytes.
         text = raw.decode("latin-1")
-        decoder = json.JSONDecoder(strict=False)
+        decoder = json.JSONDecoder(strict=False, parse_int=str)  # what cannot be a number is told of its record alone
         at, line, counted = skip_space(text, text.index("[") + 1), 1, 0
         while text[at : at + 1] != "]":
             _, end = decoder.raw_decode(text, at)
