@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longllava.checkpoints.folders import RECORD
+from longllava.errors import TrainingError
 from longllava.version import __version__
 
 if TYPE_CHECKING:
@@ -32,6 +33,21 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def check_stage(folder: Path, part: str, wanted: str, stage: str) -> None:
+    """A folder's record names its stage, and where it was put together from several, that of each part.
+
+    A folder that holds one part only (<part>.safetensors) is named after its stage.
+    """
+    if (folder / f"{part}.safetensors").is_file() and folder.name == wanted:
+        return
+    record = read_record(folder)
+    if not record:
+        raise TrainingError(f"{folder}: no {RECORD} that says which stage it is of; {stage} needs {wanted}")
+    found = record.get("parts", {}).get(part, record.get("stage"))
+    if found != wanted:
+        raise TrainingError(f"{stage} starts its {part} from {wanted}; {folder} is of {found}")
 
 
 def resume_facts(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longllava.checkpoints import find_folder, load_model, save_model, shipped_models
+from longllava.checkpoints.published import read_config
 from longllava.config import Int8Config, ModelConfig
 from longllava.data.recipes import Recipe
 from longllava.errors import TrainingError
@@ -19,13 +20,13 @@ from longllava.inputs.tokenizer import Tokenizer
 from longllava.quant import quantize_
 from longllava.quant.layers import NEVER
 from longllava.settings import load, read_mapping
-from longllava.shipped import shipped
+from longllava.shipped import shipped, shipped_names
 from longllava.train.config import PARTS, TrainConfig, engine_named, load_stage
 from longllava.train.lock import run_lock
 from longllava.train.lora import add_adapters_, base_of, save_adapter
 from longllava.train.parts import read_part
 from longllava.train.pretrained import PRETRAINED, load_pretrained_, pretrained_folder
-from longllava.train.record import RECORD, environment, read_record, resume_facts
+from longllava.train.record import RECORD, check_stage, environment, resume_facts
 
 if TYPE_CHECKING:
     from longllava.evals.curriculum_task import Task
@@ -155,8 +156,11 @@ def evaluate(config: TrainConfig, tasks: Sequence[Task], model: Model, processor
 def model_config_of(config: TrainConfig) -> ModelConfig:
     """The model a stage trains, without encoder and bridge for a stage of text."""
     source = config.model
-    path = Path(source) if source.endswith((".yaml", ".json")) else shipped("configs", f"models/{source}")
-    model_config = load(ModelConfig, path)
+    if Path(source).is_dir() and f"models/{source}" not in shipped_names("configs"):
+        model_config = read_config(find_folder(source))
+    else:
+        path = Path(source) if source.endswith((".yaml", ".json")) else shipped("configs", f"models/{source}")
+        model_config = load(ModelConfig, path)
     if config.text_only:
         model_config = dataclasses.replace(model_config, encoder=None, bridge=None, n_parameters=None)
     return model_config
@@ -211,21 +215,6 @@ def start_folders(config: TrainConfig, model_config: ModelConfig) -> dict[str, P
         check_stage(folder, part, stage, config.stage)
         folders[part] = folder
     return folders
-
-
-def check_stage(folder: Path, part: str, wanted: str, stage: str) -> None:
-    """A folder's record names its stage, and where it was put together from several, that of each part.
-
-    A folder that holds one part only (<part>.safetensors) is named after its stage.
-    """
-    if (folder / f"{part}.safetensors").is_file() and folder.name == wanted:
-        return
-    record = read_record(folder)
-    if not record:
-        raise TrainingError(f"{folder}: no {RECORD} that says which stage it is of; {stage} needs {wanted}")
-    found = record.get("parts", {}).get(part, record.get("stage"))
-    if found != wanted:
-        raise TrainingError(f"{stage} starts its {part} from {wanted}; {folder} is of {found}")
 
 
 def load_tokenizer(model_config: ModelConfig, folders: dict[str, Path]) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -18,12 +19,12 @@ import yaml
 from safetensors.torch import load_file
 
 from longllava.data.packing import Misfit
-from longllava.errors import ConfigError, TrainingError
+from longllava.errors import CheckpointError, ConfigError, TrainingError
 from longllava.settings import read_mapping
 from longllava.shipped import shipped
 from longllava.train import loop
 from longllava.train.config import load_stage
-from longllava.train.stage import main, run_stage
+from longllava.train.stage import main, model_config_of, run_stage
 from tests.tiny_world import write_foundation, write_stage
 
 
@@ -68,6 +69,19 @@ def test_parts_come_from_their_stages_and_only_some_learn(runs) -> None:
     record = json.loads((runs / "stage2" / "model" / "training.json").read_text())
     assert (record["stage"], record["steps"], record["trained"]) == ("stage2", 6, ["bridge", "backbone"])
     assert record["started_from"]["bridge"] == str(runs / "stage1" / "model")
+
+
+def test_a_model_may_be_named_by_its_folder(runs) -> None:
+    (runs.parent / "nano").mkdir()  # shipped names are no folders
+    folder = runs / "foundation-text" / "model"
+    stage = load_stage(write_stage(runs, model=str(folder), phases=[{"steps": 1, "row_length": 192}]))
+    by_file = dataclasses.replace(stage, model=str(runs / "tiny.json"))
+    assert model_config_of(stage) == model_config_of(by_file)
+    assert model_config_of(dataclasses.replace(stage, model="nano")).backbone.n_layers > 3
+    final = run_stage(stage)
+    assert (final / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"runs: no config.json in it"):
+        model_config_of(dataclasses.replace(stage, model=str(runs)))
 
 
 def test_a_finished_stage_is_left_as_it_is(runs, capsys) -> None:
