@@ -161,6 +161,7 @@ def model_config_of(config: TrainConfig) -> ModelConfig:
     else:
         path = Path(source) if source.endswith((".yaml", ".json")) else shipped("configs", f"models/{source}")
         model_config = load(ModelConfig, path)
+    model_config = dataclasses.replace(model_config, int8=None)  # what a stage writes are floats
     if config.text_only:
         model_config = dataclasses.replace(model_config, encoder=None, bridge=None, n_parameters=None)
     return model_config

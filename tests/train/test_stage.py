@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from longllava.checkpoints import load_model, quantize_folder
 from longllava.data.packing import Misfit
 from longllava.errors import CheckpointError, ConfigError, TrainingError
 from longllava.settings import read_mapping
@@ -82,6 +83,12 @@ def test_a_model_may_be_named_by_its_folder(runs) -> None:
     assert (final / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     with pytest.raises(CheckpointError, match=r"runs: no config.json in it"):
         model_config_of(dataclasses.replace(stage, model=str(runs)))
+
+
+def test_the_sizes_of_an_int8_model_are_those_of_its_floats(runs) -> None:
+    quantize_folder(runs / "foundation-text" / "model", runs / "int8")
+    changes = {"model": str(runs / "int8"), "phases": [{"steps": 1, "row_length": 192}]}
+    assert load_model(run_stage(load_stage(write_stage(runs, **changes)))).config.int8 is None
 
 
 def test_a_finished_stage_is_left_as_it_is(runs, capsys) -> None:
