@@ -139,6 +139,32 @@ def test_names_differ_and_columns_say_how(folder: Path, tmp_path: Path) -> None:
         SourceConfig(name="s", kind="llava", licence="x", origin="x", path="a.json", columns={"answer": "a"})
 
 
+@pytest.mark.parametrize("files", [True, False])
+@pytest.mark.parametrize(
+    "kind", [pa.list_, pa.large_list, lambda inner: pa.list_(inner, 2), pa.list_view, pa.large_list_view]
+)
+def test_lists_in_any_of_arrows_forms(tmp_path: Path, kind, files: bool) -> None:
+    (tmp_path / "1.png").write_bytes(png(1))
+    (tmp_path / "0.png").write_bytes(png(0))
+    inner = pa.string() if files else pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    cell = ["1.png", "0.png"] if files else [{"bytes": png(number), "path": None} for number in (1, 0)]
+    turns = pa.array([record(3)["conversations"]] * 3)
+    table = pa.table({"conversations": turns, "images": pa.array([cell] * 3, kind(inner))})
+    pq.write_table(table, tmp_path / "lists.parquet")
+    sample = source(tmp_path, path="lists.parquet").sample(2)
+    assert [open_picture(image).getpixel((0, 0))[0] for image in sample.images] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())], ids=str
+)
+def test_names_of_files_in_any_of_arrows_forms(tmp_path: Path, kind) -> None:
+    (tmp_path / "5.png").write_bytes(png(5))
+    table = pa.table({"conversations": [record(1)["conversations"]], "image": pa.array(["5.png"], kind)})
+    pq.write_table(table, tmp_path / "names.parquet")
+    assert source(tmp_path, path="names.parquet").sample(0).images == (str(tmp_path / "5.png"),)
+
+
 def test_captions_in_a_tar(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "c.tar", "w") as tar:
         for n in range(3):

@@ -97,17 +97,25 @@ def names_files(kind: Any) -> bool:
     """Whether a column holds strings, or lists of them: paths."""
     import pyarrow as pa
 
-    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
-    return pa.types.is_string(inner) or pa.types.is_large_string(inner)
+    inner = kind.value_type if is_list(kind) else kind
+    if pa.types.is_dictionary(inner):  # a column of pandas's categories
+        inner = inner.value_type
+    return any(test(inner) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def is_list(kind: Any) -> bool:
+    """Of any of Arrow's forms; of a fixed size where `datasets` was told the length."""
+    from pyarrow import types
+
+    tests = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    return any(test(kind) for test in tests)
 
 
 def places(column: Any, path: Path, first: int, name: str) -> list[Any]:
     """References in the place of a column's pictures."""
-    import pyarrow as pa
     import pyarrow.compute as pc
 
-    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    counts = (pc.list_value_length(column) if is_list else pc.is_valid(column)).to_pylist()
+    counts = (pc.list_value_length(column) if is_list(column.type) else pc.is_valid(column)).to_pylist()
     return [
         [Embedded(in_table(path, first + row, item, name)) for item in range(int(count or 0))]
         for row, count in enumerate(counts)
