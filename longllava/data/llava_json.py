@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from longllava.data.images import safe_path
-from longllava.data.records import CONVERSATIONS, IMAGES, VIDEOS, Columns, Embedded, Unusable, cell
+from longllava.data.records import CONVERSATIONS, IMAGES, VIDEOS, Columns, Embedded, Unusable, cell, printable
 from longllava.data.samples import IMAGE_MARK, Evidence, Medium, Sample, Turn, problem
 from longllava.errors import InputError
 
@@ -62,7 +62,7 @@ def sample_of_record(record: Any, name: str, root: Path, shape: Shape | None = N
     references = in_order(media, images, videos)
     identity = record.get(shape.columns.id)
     sample = Sample(
-        str(identity) if isinstance(identity, (str, int)) else name, turns, references,
+        printable(str(identity) if isinstance(identity, (str, int)) else name), turns, references,
         evidence_of(record.get("evidence"), turns, len(images)), media if videos else (),
     )  # fmt: skip
     reason = problem(sample)

@@ -17,9 +17,14 @@ class Unusable(ValueError):
     """Why a record is left out. kind: the reason without its particulars, for counting. source, where: the record's."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
-        super().__init__(f"{kind}: {detail}" if detail else kind)
+        super().__init__(printable(f"{kind}: {detail}" if detail else kind))
         self.kind = kind
         self.source = self.where = ""
+
+
+def printable(text: str) -> str:
+    """Lone surrogates, which neither lists nor terminals take, as they are escaped: of ids, of names in a tar."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass(frozen=True)

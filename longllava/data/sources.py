@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from longllava.data.ahead import LOOKS
 from longllava.data.llava_json import Shape, sample_of_record
 from longllava.data.media import MediaConfig, expect, opened
-from longllava.data.records import Unusable
+from longllava.data.records import Unusable, printable
 from longllava.data.samples import Sample
 from longllava.data.stores import Place, Store
 from longllava.data.stores.json_lines import JsonStore
@@ -119,7 +119,7 @@ class RecordSource:
                 expect(self.expected[index], self.media)
 
     def sample(self, index: int) -> Sample:
-        where = self.where(index)
+        where = printable(self.where(index))
         try:
             sample = self.expected.pop(index, None) or self.read(index)
         except (Unusable, OSError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from longllava.data.records import Unusable
+from longllava.data.records import Unusable, printable
 from longllava.errors import DataError
 
 MAX_BAD = 0.01  # a source of which more cannot be used is wrong as a whole
@@ -46,7 +46,7 @@ class Tally:
         if number in self.rejected:
             return
         self.seen.add(number)
-        self.rejected[number] = Rejected(where, error.kind, str(error))
+        self.rejected[number] = Rejected(printable(where), error.kind, str(error))
         if len(self.seen) >= CHECK_AFTER or len(self.seen) == self.n:
             self.refuse_if_bad()
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longllava.data.packing import Cursor, plan_window
+from longllava.data.recipes import Recipe
 from longllava.data.sources import LlavaSource
 from longllava.errors import DataError
+from longllava.train.loop import list_left_out
 from tests.data.records import GOOD, TOLD, asked, numbered, write, write_lines
+from tests.data.test_stores import add, png
+from tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\n\n", "\r\n \r\n"])
@@ -184,6 +190,27 @@ def test_the_same_id_twice(tmp_path: Path) -> None:
     assert [dropped.sample(i).turns[0].text for i in range(4)] == ["0?", "1?", "2?", "3?"]
     without = [asked(f"{i}?") for i in range(3)]
     assert LlavaSource("s", write(tmp_path, without)).n_samples == 3  # no ids, no duplicates
+
+
+def test_names_that_are_no_text_are_listed_all_the_same(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "set.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, told in (("å", asked("<image>")), ("ä", asked("<image>")), ("ö", {})):
+            add(tar, f"{name}.json", json.dumps(told).encode())
+            add(tar, f"{name}.png", b"torn" if name == "ä" else png(1))
+    write(tmp_path, [{**asked("What? " * 900), "id": "\ud800"}])
+    row = "kind: llava, licence: CC0, origin: x, max_bad: 0.9"
+    (tmp_path / "r.yaml").write_text(
+        f"name: r\nsources: [{{name: tar, path: set.tar, {row}}}, {{name: lines, path: data.json, {row}}}]\n"
+    )
+    recipe = Recipe.load(tmp_path / "r.yaml")
+    plan = plan_window(lambda n: recipe.sample(0, n), tiny_model().processor, Cursor(), seed=0, n_steps=1, n_rows=2,
+                       row_length=64)  # fmt: skip
+    assert recipe.write_rejected(tmp_path / "quarantine.txt") == 2
+    assert r"set.tar:\udcf6: no conversations" in (tmp_path / "quarantine.txt").read_text("utf-8")
+    for _ in range(2):  # a run that goes on finds them there
+        list_left_out(tmp_path / "left-out.tsv", plan.misfits)
+        lines = (tmp_path / "left-out.tsv").read_text("utf-8").splitlines()
+        assert sorted(line.split("\t")[1].rpartition("/")[2] for line in lines) == [r"\ud800", r"set.tar:\udce4"]
 
 
 def test_a_nan_is_no_json(tmp_path: Path) -> None:
