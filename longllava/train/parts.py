@@ -1,4 +1,4 @@
-"""Reading one part of a model folder, as a stage starts from it."""
+"""What a stage reads of a model: its sizes, and one part of a model folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ from longllava.checkpoints import find_folder
 from longllava.checkpoints.adapters import is_adapter
 from longllava.checkpoints.load import read_entries
 from longllava.checkpoints.published import read_config
+from longllava.config import ModelConfig
 from longllava.errors import TrainingError
+from longllava.settings import load
+from longllava.shipped import shipped, shipped_names
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def named_config(source: str) -> ModelConfig:
+    """The sizes that "nano" (a shipped config), a YAML or JSON, or a model folder names. Raises: ConfigError."""
+    if Path(source).is_dir() and f"models/{source}" not in shipped_names("configs"):
+        return read_config(find_folder(source))
+    return load(ModelConfig, source if source.endswith((".yaml", ".json")) else shipped("configs", f"models/{source}"))
 
 
 def read_part(folder: Path, part: str) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longllava.checkpoints import find_folder, load_model, save_model, shipped_models
-from longllava.checkpoints.published import read_config
 from longllava.config import Int8Config, ModelConfig
 from longllava.data.recipes import Recipe
 from longllava.errors import TrainingError
@@ -19,12 +18,12 @@ from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.quant import quantize_
 from longllava.quant.layers import NEVER
-from longllava.settings import load, read_mapping
-from longllava.shipped import shipped, shipped_names
+from longllava.settings import read_mapping
+from longllava.shipped import shipped
 from longllava.train.config import PARTS, TrainConfig, engine_named, load_stage
 from longllava.train.lock import run_lock
 from longllava.train.lora import add_adapters_, base_of, save_adapter
-from longllava.train.parts import read_part
+from longllava.train.parts import named_config, read_part
 from longllava.train.pretrained import PRETRAINED, load_pretrained_, pretrained_folder
 from longllava.train.record import RECORD, check_stage, environment, resume_facts
 
@@ -155,13 +154,7 @@ def evaluate(config: TrainConfig, tasks: Sequence[Task], model: Model, processor
 
 def model_config_of(config: TrainConfig) -> ModelConfig:
     """The model a stage trains, without encoder and bridge for a stage of text."""
-    source = config.model
-    if Path(source).is_dir() and f"models/{source}" not in shipped_names("configs"):
-        model_config = read_config(find_folder(source))
-    else:
-        path = Path(source) if source.endswith((".yaml", ".json")) else shipped("configs", f"models/{source}")
-        model_config = load(ModelConfig, path)
-    model_config = dataclasses.replace(model_config, int8=None)  # what a stage writes are floats
+    model_config = dataclasses.replace(named_config(config.model), int8=None)  # what a stage writes are floats
     if config.text_only:
         model_config = dataclasses.replace(model_config, encoder=None, bridge=None, n_parameters=None)
     return model_config

@@ -30,16 +30,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from longllava.config import ModelConfig
 from longllava.data.packing import Cursor
 from longllava.data.worlds.pictures import draw_spec
 from longllava.data.worlds.render import FRAME, SIDE, PictureSpec, render
 from longllava.data.worlds.sheets import STYLES, sprites, things
 from longllava.errors import TrainingError
 from longllava.files import write_atomic, write_json
-from longllava.settings import load
 from longllava.train.checkpoints import latest_state, save_state
 from longllava.train.lock import run_lock
+from longllava.train.parts import named_config
 from longllava.train.state import apply, compare, gather
 from longllava.train.vision_config import VisionTrainConfig, load_vision
 from longllava.train.vision_model import VisionFoundation
@@ -110,7 +109,7 @@ def run_locked(config: VisionTrainConfig, out: Path) -> None:
     torch.manual_seed(config.seed)
     if config.n_threads:
         torch.set_num_threads(config.n_threads)
-    model_config = load(ModelConfig, config.model)
+    model_config = named_config(config.model)
     if model_config.encoder is None:
         raise TrainingError(f"{config.model}: has no encoder to train")
     model = VisionFoundation(model_config.encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -13,6 +13,7 @@ from longllava.train.config import read_stage
 class VisionTrainConfig:
     """One run of the vision foundation.
 
+    model: a shipped model config ("nano"), a YAML or a model folder, of which the encoder is trained.
     pool_tokens: the tokens a picture is read through. Read is the mean of a random 1 to max_tokens_read of
     them; in the first easy_share of the steps of half to all, so that names are learned before routing.
     """

@@ -83,6 +83,13 @@ def test_a_preset_lays_smaller_numbers_over_the_file():
         load_vision(path, ["preset=tiny"])
 
 
+def test_the_shipped_foundation_trains_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = [f"{phase}_steps=0" for phase in ("crop", "whole", "name")]
+    vision.main(str(shipped("configs", "train/nano/foundation-vision")), "preset=smoke", "out=run", "n_test=4", *steps)
+    assert (tmp_path / "run" / "results.json").is_file() and (tmp_path / "run" / "encoder.safetensors").is_file()
+
+
 def test_means_are_over_the_asked_number_of_tokens():
     weights = random_means(50, 36, 2, 5, seed=1)
     counts = (weights > 0).sum(-1)
