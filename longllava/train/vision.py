@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from longllava.bridges.pool import pool_features
 from longllava.data.packing import Cursor
 from longllava.data.worlds.pictures import draw_spec
 from longllava.data.worlds.render import FRAME, SIDE, PictureSpec, render
@@ -112,6 +113,7 @@ def run_locked(config: VisionTrainConfig, out: Path) -> None:
     model_config = named_config(config.model)
     if model_config.encoder is None:
         raise TrainingError(f"{config.model}: has no encoder to train")
+    pool_features(torch.empty(1, model_config.encoder.grid() ** 2, 1), config.pool_tokens, "2d")  # or told after crops
     model = VisionFoundation(model_config.encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for phase in PHASES:
         run_phase(config, model, phase, out)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from longllava.settings import build
+from longllava.errors import ConfigError
+from longllava.settings import build, not_negative, positive
 from longllava.train.config import read_stage
 
 
@@ -36,6 +37,16 @@ class VisionTrainConfig:
     save_seconds: float = 60.0
     n_threads: int = 0
     n_test: int = 2000
+
+    def __post_init__(self) -> None:
+        positive(self, "batch", "crop_learning_rate", "whole_learning_rate", "name_learning_rate", "pool_tokens",
+                 "max_tokens_read", "n_test")  # fmt: skip
+        not_negative(self, "crop_steps", "whole_steps", "name_steps", "weight_decay", "save_seconds", "n_threads")
+        if self.max_tokens_read > self.pool_tokens:  # means of more would not sum to 1
+            raise ConfigError(f"max_tokens_read: got {self.max_tokens_read}, at most pool_tokens, {self.pool_tokens}")
+        for name in ("easy_share", "restyle"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, a share from 0 to 1")
 
     def steps(self, phase: str) -> int:
         """Steps of "crops", "whole" or "names"."""

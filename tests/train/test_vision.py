@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longllava.errors import ConfigError, TrainingError
+from longllava.errors import ConfigError, InputError, TrainingError
 from longllava.shipped import shipped
 from longllava.train import vision
 from longllava.train.vision import Pictures, VisionTrainConfig, one_cycle, random_means
@@ -88,6 +88,20 @@ def test_the_shipped_foundation_trains_from_any_folder(tmp_path, monkeypatch):
     steps = [f"{phase}_steps=0" for phase in ("crop", "whole", "name")]
     vision.main(str(shipped("configs", "train/nano/foundation-vision")), "preset=smoke", "out=run", "n_test=4", *steps)
     assert (tmp_path / "run" / "results.json").is_file() and (tmp_path / "run" / "encoder.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"batch": 0}, {"crop_steps": -1}, {"max_tokens_read": 0}, {"max_tokens_read": 37}, {"name_learning_rate": -1.0},
+     {"n_threads": -1}, {"easy_share": 2.0}, {"pool_tokens": 35}],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_told_before_the_first_step(tmp_path, monkeypatch, wrong):
+    monkeypatch.setattr(vision, "run_phase", None)
+    (name,) = wrong
+    message = "144 tokens cannot become 35" if name == "pool_tokens" else f"{name}: got {wrong[name]}"
+    with pytest.raises((ConfigError, InputError), match=message):
+        vision.train(VisionTrainConfig(model=model_yaml(tmp_path), out=str(tmp_path / "run"), **{**SMALL, **wrong}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_means_are_over_the_asked_number_of_tokens():
