@@ -60,6 +60,8 @@ class RecipeConfig:
                               " give every source a weight, or none")  # fmt: skip
         if all(source.weight == 0 for source in self.sources):
             raise ConfigError("sources: every weight is 0; give one of them a share")
+        if (n := sum(source.weight != 0 for source in self.sources)) > BLOCK:
+            raise ConfigError(f"sources: {n:,} have a share, at most {BLOCK:,} can; a source's path may list files")
         for source in self.sources:
             if source.kind == "world" and source.weight is None and source.count is None:
                 raise ConfigError(

@@ -136,6 +136,8 @@ GOOD = f"name: a, task: single, weight: 1, {WORLD}"
         (GOOD + "}\n  - {" + GOOD, "name: r", "sources: two are named 'a'"),
         (GOOD + "}\n  - {" + GOOD.replace("weight", "count").replace("name: a", "name: b"), "name: r",
          "sources: 'b' has no weight, others have one"),
+        ("}\n  - {".join(GOOD.replace("name: a", f"name: a{n}") for n in range(1001)), "name: r",
+         "sources: 1,001 have a share, at most 1,000 can"),
         ("name: a, kind: llava, path: none.json, weight: 1, licence: CC0, origin: x", "name: r",
          "none.json: no such file"),
         ("name: a, kind: llava, path: x, task: single, weight: 1, licence: CC0, origin: x", "name: r",
