@@ -132,7 +132,7 @@ def text_of(content: Any, number: int) -> tuple[str, list[str | Embedded]]:
             text += unicode_text(part["text"], number)
         elif kind in ("image", "image_url"):
             text += IMAGE_MARK
-            path = part.get("image", part.get("path", part.get("image_url")))
+            path = cell(part, None, ("image", "path", "image_url"))  # a table's parts have all, some of them empty
             paths += images_of(path.get("url") if isinstance(path, dict) and "url" in path else path)
         else:
             raise Unusable("unknown part of a message", f"turn {number}: {str(part)[:80]}")

@@ -27,6 +27,7 @@ def test_both_layouts_give_the_same_sample(root: Path) -> None:
         {"type": "text", "text": "\nWhat is this?"},
     ]
     answer = [{"type": "text", "text": "a cat"}]
+    none = dict.fromkeys(("text", "image", "path", "image_url"))  # as parts come out of a table
     for record in (
         GOOD,
         {**GOOD, "image": ["a.png"]},
@@ -37,7 +38,9 @@ def test_both_layouts_give_the_same_sample(root: Path) -> None:
             "id": 7,
             "messages": [{"role": "user", "content": by_url}, {"role": "assistant", "content": answer}],
         },
-    ):
+        *({"id": 7, "messages": [{"role": "user", "content": [{**none, **part} for part in parts]}, messages[1]]}
+          for parts in (in_parts, by_url)),
+    ):  # fmt: skip
         assert sample_of_record(record, "line", root) == expected
     text = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
     assert sample_of_record(text, "line", root) == Sample(
