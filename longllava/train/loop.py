@@ -123,7 +123,7 @@ def train(
                               phase.tokens_per_image, phase.alignment_only)  # fmt: skip
                     measured = engine.run(inputs, scale=1 / max(1, n_labels), last=index == len(batches) - 1)
                     bad += [] if math.isfinite(measured["loss"]) else batch.sample_ids
-                    meter.add(measured, batch.n_tokens, batch.n_labels, cost.of(batch))
+                    meter.add(measured, batch.n_tokens, batch.n_labels, cost.of(batch, phase))
                 rate = learning_rate(phase, inside)
                 norm = engine.step(rate)
                 step += 1

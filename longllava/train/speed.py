@@ -5,6 +5,7 @@ Chowdhery et al. 2022 (arXiv:2204.02311, appendix B): what is computed again for
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import torch
@@ -12,7 +13,8 @@ import torch
 from longllava.config import ModelConfig
 from longllava.data.packing import Batch
 from longllava.plan.operations import encoder_operations, layer_weights, scan_operations
-from longllava.train.config import TrainConfig
+from longllava.train.config import PhaseConfig, TrainConfig
+from longllava.train.memory import adapters_of
 
 # dense bf16 products, of the makers' data sheets
 DATA_SHEETS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12}
@@ -22,26 +24,34 @@ class Cost:
     """Floating point operations of a batch, forward and backward."""
 
     def __init__(self, config: TrainConfig, model: ModelConfig):
-        backbone = model.backbone
+        backbone, lora = model.backbone, config.lora
+        whole = set(config.train_only) - set(lora.parts if lora else ())
         n_attention = backbone.mixers().count("attention")
         # backward: once for the inputs, once for the weights, where they learn
-        self.times = 3 if "backbone" in config.train_only else 2
+        self.times = 3 if "backbone" in whole else 2
         self.token = self.times * 2 * sum(layer_weights(backbone, layer) for layer in range(backbone.n_layers))
         self.token += 3 * (backbone.n_layers - n_attention) * scan_operations(backbone)
+        if lora is not None and "backbone" in lora.parts:
+            self.token += 3 * 2 * adapters_of(model, dataclasses.replace(lora, parts=["backbone"]))
         self.pair = 3 * 4 * n_attention * backbone.n_heads * backbone.head_dim
         self.label = self.times * 2 * backbone.vocab_size * backbone.width
-        self.picture = 0
+        self.picture = self.picture_token = self.n_tokens = 0
         if model.encoder is not None and model.bridge is not None:
             per_token = model.bridge.hidden * (model.encoder.width + backbone.width)
-            self.picture = (3 if "bridge" in config.train_only else 2) * 2 * model.bridge.tokens_per_image * per_token
+            self.picture_token = (3 if "bridge" in config.train_only else 2) * 2 * per_token
+            self.n_tokens = model.bridge.tokens_per_image
             if not config.feature_cache or "encoder" in config.train_only:
-                self.picture += (3 if "encoder" in config.train_only else 1) * encoder_operations(model.encoder)
+                times = 3 if "encoder" in whole else 2 if "encoder" in config.train_only else 1
+                self.picture = times * encoder_operations(model.encoder)
 
-    def of(self, batch: Batch) -> int:
+    def of(self, batch: Batch, phase: PhaseConfig) -> int:
+        pictures = len(batch.refs) * (self.picture + (phase.tokens_per_image or self.n_tokens) * self.picture_token)
+        if phase.alignment_only:  # the language model does not run
+            return pictures
         real_BL = batch.seq_idx_BL >= 0
         n_pairs = int((batch.positions_BL[real_BL] + 1).sum())
         return (batch.n_tokens * self.token + n_pairs * self.pair + batch.n_labels * self.label
-                + len(batch.refs) * self.picture)  # fmt: skip
+                + pictures)  # fmt: skip
 
 
 def peak_operations(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

@@ -21,13 +21,15 @@ from longllava.shipped import shipped
 from longllava.train.config import AidsConfig, TrainConfig, load_stage
 from longllava.train.forward import Forward
 from longllava.train.log import Meter, TrainingLog
+from longllava.train.lora import add_adapters_
+from longllava.train.optimizer import select_parts
 from longllava.train.speed import Cost
 from tests.tiny_world import world_model, world_samples
 
 
-def batch_of(n: int, per_row: int) -> tuple[Any, Any]:
+def batch_of(n: int, per_row: int, n_tokens: int = 4) -> tuple[Any, Any]:
     model, processor = world_model()
-    items = [dataclasses.replace(encode_sample(sample, processor, 4), source=f"source{number % 3}")
+    items = [dataclasses.replace(encode_sample(sample, processor, n_tokens), source=f"source{number % 3}")
              for number, sample in enumerate(world_samples("nano/stage2", n))]  # fmt: skip
     rows = [items[at : at + per_row] for at in range(0, n, per_row)]
     return model.train(), build_batch(rows, max(sum(map(len, row)) for row in rows) + 5, 0)
@@ -73,24 +75,37 @@ def test_a_record_divides_by_the_labels_of_each_source_over_all_processes() -> N
     assert meter.take()["loss"] == 1.0  # begins anew
 
 
-def test_operations_are_those_of_torchs_products() -> None:
+@pytest.mark.parametrize(
+    ("n_tokens", "changes"),
+    [(4, {}), (1, {}), (4, {"lora": {"rank": 3}}), (4, {"train_only": ["bridge"]})],
+)
+def test_operations_are_those_of_torchs_products(n_tokens: int, changes: dict) -> None:
     """Counted by torch, which sees no scan and no attention of the compiled kernels: those are taken away."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, batch = batch_of(4, 4)
-    stage = load(TrainConfig, {"stage": "s", "model": "", "recipe": "", "train_only": ["bridge", "backbone"],
-                               "phases": [{"steps": 1, "row_length": 8}]})  # fmt: skip
+    model, batch = batch_of(4, 4, n_tokens)
+    stage = load(TrainConfig, {
+        "stage": "s", "model": "", "recipe": "", "train_only": ["bridge", "backbone"],
+        "phases": [{"steps": 1, "row_length": 8, "tokens_per_image": n_tokens}], **changes,
+    })  # fmt: skip
+    if stage.lora is not None:
+        pytest.importorskip("peft")
+        add_adapters_(model, stage.lora, 0)
+    select_parts(model, stage.train_only)
     pictures = torch.randn(len(batch.refs), 4, 16)
     with FlopCounterMode(display=False) as counter:
-        loss, _ = Forward(model, AidsConfig())(batch, pictures, 4)
+        loss, _ = Forward(model, AidsConfig())(batch, pictures, n_tokens)
         loss.backward()
     cost = Cost(stage, model.config)
     backbone = model.config.backbone
+    phase = dataclasses.replace(stage.phases[0], alignment_only=True)
+    assert cost.of(batch, phase) == len(batch.refs) * n_tokens * 3 * 2 * 32 * (16 + backbone.width)  # the bridge's
     cost.token -= 3 * 2 * scan_operations(backbone)
     cost.pair = 0
     padded = batch.ids_BL.numel() - batch.n_tokens
     recomputed = 2 * backbone.vocab_size * backbone.width * batch.n_labels  # the loss makes logits again
-    assert cost.of(batch) + padded * cost.token + recomputed == pytest.approx(counter.get_total_flops(), rel=0.02)
+    counted = cost.of(batch, stage.phases[0]) + padded * cost.token + recomputed
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
