@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,10 +39,15 @@ class TrainingLog:
             self.bar.update(step - self.bar.n)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
-        """step: finished steps. Numbers of the record go to the trackers too, the rest to log.jsonl only."""
+        """step: finished steps. Numbers of the record go to the trackers too, the rest to log.jsonl only.
+
+        What is not finite is null there.
+        """
         if not self.active:
             return
-        self.file.write(json.dumps({"step": step, **record}) + "\n")
+        whole = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                 for name, value in record.items()}  # fmt: skip
+        self.file.write(json.dumps({"step": step, **whole}) + "\n")  # NaN is no JSON
         self.file.flush()
         numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
         for tracker in self.trackers:

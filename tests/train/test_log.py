@@ -108,6 +108,13 @@ def test_operations_are_those_of_torchs_products(n_tokens: int, changes: dict) -
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+def test_a_loss_that_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
+    with TrainingLog(tmp_path, step=0, total_steps=3, label="stage1", report_to=[]) as log:
+        log.write(1, {"loss": float("nan"), "norm": float("inf"), "rate": 0.5})
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None, "norm": None, "rate": 0.5}
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_trackers_are_called_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Any]] = []
