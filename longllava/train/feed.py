@@ -122,6 +122,7 @@ class Pictures:
         if not references:
             return None
         if self.cache is not None:
+            self.cache.fill(references)  # one that was written anew since its window began is another picture
             return self.cache.get(references).to(self.device)
         if self.trains:
             pixels_N3SS = self.processor.pixels([open_picture(reference) for reference in references])

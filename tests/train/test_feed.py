@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from longllava.bridges.pool import pool_features
 from longllava.checkpoints import find_folder
@@ -15,6 +17,7 @@ from longllava.config import ModelConfig
 from longllava.data.features import encode_references
 from longllava.data.recipes import Recipe
 from longllava.data.worlds.pictures import PicturePool
+from longllava.errors import InputError
 from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.model import Model
@@ -22,6 +25,7 @@ from longllava.settings import load
 from longllava.shipped import shipped
 from longllava.train.config import TrainConfig, load_stage
 from longllava.train.feed import Feed, Pictures
+from tests.tiny_world import world_model
 
 PHASES = ({"steps": 3, "rows": 4, "row_length": 512}, {"steps": 2, "rows": 6, "row_length": 256})
 FEW = {"needle": {"n_images": [2, 4], "n_questions": [1, 2]}}
@@ -82,3 +86,21 @@ def test_every_phase_pools_its_tokens_of_what_is_kept(
     for n in counts:
         whole_NMC = encode_references(references, model, processor, tokens=n)
         torch.testing.assert_close(pool_features(kept_NMC.float(), n, "2d"), whole_NMC, rtol=0.02, atol=0.02)
+
+
+def test_a_picture_that_changes_inside_its_window_is_read_as_it_is(stage: TrainConfig, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("LONGLLAVA_CACHE", str(tmp_path / "cache"))
+    model, processor = world_model()
+    pictures = Pictures(stage, model, processor, torch.device("cpu"), torch.float32)
+    path = tmp_path / "a.png"
+    found = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(path)
+        if colour == "red":
+            pictures.prepare([str(path)], print)
+        os.utime(path, (1, len(found)))
+        found.append(pictures.of([str(path)]))
+    assert not torch.equal(*found)
+    path.unlink()
+    with pytest.raises(InputError, match="a.png: no such file"):
+        pictures.of([str(path)])
