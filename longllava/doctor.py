@@ -65,7 +65,7 @@ CALLS: dict[str, Callable[[Make], tuple]] = {
     "int8_linear": int8_call,
     "quantize_rows": lambda make: (make(33, 64), None, False),
     "rotate_rows": lambda make: (make(33, 64),),
-    "rms_norm": lambda make: (make(33, 64), make(64), 1e-6, make(33, 64), False),
+    "rms_norm": lambda make: (make(33, 64), make(64), 1e-6, make(33, 64), False, make(1).dtype),
     "rms_norm_parts": lambda make: (make(33, 64), (make(32), make(16), make(16)), 1e-6),
     "swiglu": lambda make: (make(33, 64), make(33, 64), None, False, False),
     "few_rows_linear": lambda make: (make(3, 64), make(40, 64), make(40)),

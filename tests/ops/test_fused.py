@@ -101,7 +101,7 @@ def compare_gradients(dtype: torch.dtype) -> None:
         x, up = (torch.randn(37, 2 * width) * magnitude).to(dtype).chunk(2, -1)
         for other, out in itertools.product(DTYPES[:2], DTYPES[:2]):
             weight, grad = torch.randn(width).to(other), torch.randn(37, 2 * width).to(out)[:, ::2]
-            got = gradients_of(lambda x, w: rms_norm(x, w, 1e-6, dtype=out, backend="cpu")[0], grad, x, weight)
+            got = gradients_of(lambda x, w, y=out: rms_norm(x, w, 1e-6, dtype=y, backend="cpu")[0], grad, x, weight)
             expected = gradients_of(lambda x, w: rms_norm(x, w, 1e-6)[0], grad.double(), x.double(), weight.double())
             assert got[0].dtype == dtype and got[1].dtype == other
             bound = most if dtype == other == torch.float32 else 2**-7

@@ -31,7 +31,8 @@ def test_in_bfloat16_a_stage_trains_and_is_measured(tmp_path: Path, monkeypatch:
     for stage, dtype in (("exact", "float32"), ("low", "bfloat16")):
         run_stage(load_stage(write_stage(runs, stage=stage, dtype=dtype, evaluate=["caption", "needle@4"], **plan)))
     assert products == 3 * [torch.float32] + 3 * [torch.bfloat16]
-    for (step, loss, _), (_, low, _) in zip(losses(runs / "exact"), losses(runs / "low"), strict=True):
-        assert low == pytest.approx(loss, rel=0.01) and low != loss, step
+    for (step, loss, norm), (_, low, low_norm) in zip(losses(runs / "exact"), losses(runs / "low"), strict=True):
+        assert low == pytest.approx(loss, rel=0.01) and low_norm == pytest.approx(norm, rel=0.02), step
+        assert low_norm != norm, step
     assert all(tensor.dtype == torch.float32 for tensor in load_file(runs / "low/model/model.safetensors").values())
     assert json.loads((runs / "low" / "evaluation.json").read_text())["models"][0]["tasks"]["needle@4"]["questions"]

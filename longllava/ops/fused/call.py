@@ -15,8 +15,6 @@ from torch import Tensor
 
 from longllava.ops.dispatch import Backend, choose
 from longllava.ops.fused import cpu, reference, triton
-
-_silu_backward = torch.ops.aten.silu_backward
 MODULES = (("cpu", cpu), ("triton", triton), ("reference", reference))
 # the last is the judge; of the others the quickest to say no goes first: a CPU that decodes comes here for each norm
 RMS_NORM_BACKENDS = tuple(Backend(name, module.rms_norm, module.why_not_rms_norm) for name, module in MODULES)
@@ -130,9 +128,11 @@ def _setup_norm(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None
 
 def _differentiate_norm(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x, weight, residual = ctx.saved_tensors
-    if residual is None and _by_kernel(ctx, grads[0], cpu.why_not_rms_norm(x, weight, ctx.eps, None, False, ctx.dtype)):
-        return *rms_norm_gradients(grads[0], x, weight, ctx.eps), *[None] * 5
-    wanted = [None if ctx.quantized else grads[0], None, None if residual is None else grads[-1]]
+    grad = None if ctx.quantized else grads[0]
+    by_kernel = residual is None and cpu.why_not_rms_norm(x, weight, ctx.eps, None, False, ctx.dtype) is None
+    if by_kernel and grad is not None and not torch.is_grad_enabled():
+        return *rms_norm_gradients(grad, x, weight, ctx.eps), *[None] * 5
+    wanted = [grad, None, None if residual is None else grads[-1]]
     found = _again(lambda x, weight, residual: reference.rms_norm(x, weight, ctx.eps, residual, False, ctx.dtype),
                    (x, weight, residual), wanted)  # fmt: skip
     return found[0], found[1], None, found[2], None, None, None
@@ -145,18 +145,14 @@ def _setup_swiglu(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
 
 def _differentiate_swiglu(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     gate, up = ctx.saved_tensors
-    if _by_kernel(ctx, grads[0], cpu.why_not_swiglu(gate)):
-        return *swiglu_gradients(grads[0], gate, up), None, None, None, None
-    if _by_kernel(ctx, grads[0], None):
-        return _silu_backward(grads[0] * up, gate), grads[0] * F.silu(gate), None, None, None, None
-    wanted = [None if ctx.quantized else grads[0], None]
-    found = _again(lambda gate, up: reference.swiglu(gate, up, None, False), (gate, up), wanted)
+    grad = None if ctx.quantized else grads[0]
+    if grad is None or torch.is_grad_enabled():  # gradients are to have gradients of their own
+        found = _again(lambda gate, up: reference.swiglu(gate, up, None, False), (gate, up), [grad, None])
+    elif cpu.why_not_swiglu(gate) is None:
+        found = list(swiglu_gradients(grad, gate, up))
+    else:
+        found = [torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)]
     return found[0], found[1], None, None, None, None
-
-
-def _by_kernel(ctx: Any, grad: Tensor | None, why_not: str | None) -> bool:
-    """Not where gradients are to have gradients of their own."""
-    return why_not is None and grad is not None and not ctx.quantized and not torch.is_grad_enabled()
 
 
 def _again(run: Any, inputs: tuple[Tensor | None, ...], grads: list[Tensor | None]) -> list[Tensor | None]:
