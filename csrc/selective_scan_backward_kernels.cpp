@@ -213,6 +213,7 @@ void tile_back(const ScanPlan& plan, const BackTile& tile, float* partial_B, flo
 }  // namespace
 
 void scan_backward_task(void* context, int64_t task) {
+  const WithoutDenormals guard;
   const ScanPlan& plan = *static_cast<const ScanPlan*>(context);
   const ScanArguments& a = plan.args;
   const int64_t batch = task / plan.n_slices, slice = task % plan.n_slices;

@@ -141,6 +141,7 @@ void close_chunk(const ScanArguments& a, const Piece& piece, const Chunk& chunk)
 }  // namespace
 
 void scan_forward_task(void* context, int64_t task) {
+  const WithoutDenormals guard;
   const ScanPlan& plan = *static_cast<const ScanPlan*>(context);
   const ScanArguments& a = plan.args;
   Tile<BLOCKS_MAX> tile;

@@ -2,6 +2,7 @@
 // Include from selective_scan*_kernels.cpp only.
 #pragma once
 
+#include "denormals.h"
 #include "selective_scan.h"
 #include "vector_math.h"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,6 +50,22 @@ for dtype in (torch.float32, torch.bfloat16):
     compare_gradients(dtype)
 compare_convolutions(height=9, width=6, inputs=48, outputs=80)
 compare_pixel_convolutions(height=25, width=31, outputs=48)
+"""
+
+
+DENORMALS = """
+import torch
+from longllava.ops.selective_scan import selective_scan
+torch.set_num_threads(1)
+ones = torch.ones(1, 89, 16, requires_grad=True)
+u = torch.zeros(1, 89, 16, requires_grad=True)
+args = (ones, -torch.ones(16, 1), ones[..., :1], ones[..., :1])  # each token leaves 1/e: 2e-38 after 87
+y, state = selective_scan(u, *args, None, state=torch.ones(1, 16, 1), backend="cpu")
+assert 0 < float(y[0, 85, 0]) < 1e-36, y[0, 85, 0]
+assert not y[0, 88].any() and not state.any(), state
+y[:, -1].sum().backward()
+assert float(u.grad[0, 2, 0]) > 0 and not u.grad[0, 0].any(), u.grad[0, :4, 0]
+assert float(torch.tensor(1e-38) * 0.5) > 0
 """
 
 
@@ -135,6 +152,18 @@ def test_the_library_may_be_loaded_first_under_torch_compile(fresh) -> None:
     x, weight = torch.randn(3, 8), torch.ones(8)
     compiled = torch.compile(lambda x: rms_norm(x, weight, 1e-5)[0], backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), rms_norm(x, weight, 1e-5)[0])
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_a_state_that_decays_away_becomes_0_and_other_arithmetic_keeps_its_small_numbers(isa) -> None:
+    """Operations on denormal numbers take the processor a hundred times as long."""
+    needs_library()
+    if platform.machine() not in ("x86_64", "aarch64"):
+        pytest.skip("denormals are flushed on x86-64 and ARM")
+    done = python(DENORMALS, isa)
+    if f"LONGLLAVA_ISA={isa}: this processor runs" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_struct_of_another_size_is_refused() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longllava.ops.dispatch import Backend, choose
 from longllava.ops.fused import cpu, reference, triton
+
 MODULES = (("cpu", cpu), ("triton", triton), ("reference", reference))
 # the last is the judge; of the others the quickest to say no goes first: a CPU that decodes comes here for each norm
 RMS_NORM_BACKENDS = tuple(Backend(name, module.rms_norm, module.why_not_rms_norm) for name, module in MODULES)
