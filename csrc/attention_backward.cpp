@@ -1,4 +1,4 @@
-// Gradients of attention: how a call is cut into tasks. The kernels' form is in attention_backward_kernels.cpp.
+// Gradients of attention: how a call is cut into tasks. The kernels' form is in attention_backward_walk.h.
 //
 // As in the forward pass the cut depends on the shapes alone.
 #include <stdlib.h>
@@ -11,12 +11,21 @@
 #include "attention_plan.h"
 #include "threads.h"
 
+#if defined(__x86_64__)
+namespace longllava {
+namespace avx512amx {
+void attention_backward(const AttentionBackwardCall& call, int64_t index);
+}
+}  // namespace longllava
+#endif
+
 namespace longllava {
 namespace {
 
 constexpr int64_t TILE_ROWS = 96;
 constexpr int64_t CHUNK_NUMBERS = 512 * 64;         // keys x channels of a chunk: k, v and their gradients take 512 KiB
 constexpr int64_t WANTED_TASKS = 16;
+[[maybe_unused]] constexpr int64_t AMX_ROWS = 32;   // a panel of its tiles
 constexpr int64_t MOST_PARTS_BYTES = 256ll << 20;   // for the lanes' parts of q's gradient, beyond the first
 
 typedef void (*Kernel)(const AttentionBackwardCall&, int64_t);
@@ -31,6 +40,14 @@ void plan_backward(AttentionBackwardCall& call) {
   const int64_t part_bytes = 4 * call.batch * call.n_queries * call.n_heads * call.head_dim;
   const int64_t most = std::min(call.n_chunks, 1 + MOST_PARTS_BYTES / std::max<int64_t>(1, part_bytes));
   call.n_lanes = std::max<int64_t>(1, std::min((WANTED_TASKS + tasks - 1) / tasks, most));
+}
+
+Kernel pick_backward(const AttentionBackwardCall& call, bool bf16) {
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
+  // fewer rows would leave tiles empty, and sums of few terms show more of the rounding of ds
+  if (bf16 && has_amx() && call.n_queries * call.heads_per_group >= AMX_ROWS) return avx512amx::attention_backward;
+#endif
+  return bf16 ? LONGLLAVA_PICK(attention_backward_bf16) : LONGLLAVA_PICK(attention_backward_float);
 }
 
 struct BackwardRun {
@@ -84,7 +101,7 @@ void run_backward(const AttentionArguments& from) {
   if (parts == nullptr) throw std::bad_alloc();
   call.grad_q_parts = parts.get();
   run.add = from.bf16 ? add_parts<uint16_t> : add_parts<float>;
-  run.kernel = from.bf16 ? LONGLLAVA_PICK(attention_backward_bf16) : LONGLLAVA_PICK(attention_backward_float);
+  run.kernel = pick_backward(call, from.bf16);
   const int n_threads = useful_threads(call, static_cast<int>(from.n_threads));
   parallel_for(call.batch * call.n_groups * call.n_lanes, n_threads, [](void* context, int64_t i) {
     const BackwardRun& self = *static_cast<BackwardRun*>(context);

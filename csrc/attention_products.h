@@ -33,12 +33,12 @@ struct Single : InRegisters {
   template <class Input>
   LONGLLAVA_INLINE void stage_keys(float* k, int64_t depth, const Input* source, int64_t source_stride, int64_t n,
                                    int64_t n_padded, int64_t width, const int32_t* ids) {
-    stage(k, depth, source, source_stride, n, n_padded, width, ids);
+    stage_rows(k, depth, source, source_stride, n, n_padded, width, ids);
   }
   template <class Input>
   LONGLLAVA_INLINE bool stage_values(float* v, int64_t stride, const Input* source, int64_t source_stride, int64_t n,
                                      int64_t n_padded, int64_t width, const int32_t* ids) {
-    return stage(v, stride, source, source_stride, n, n_padded, width, ids);
+    return stage_rows(v, stride, source, source_stride, n, n_padded, width, ids);
   }
 };
 

@@ -136,8 +136,8 @@ struct AheadRows {
 // Copies n rows of `width` numbers as fp32 into rows of `stride` floats. A row whose seq_idx is padding becomes 0,
 // so what it holds cannot matter; so do columns up to `stride` and rows up to n_padded. True if all is finite.
 template <class Input>
-LONGLLAVA_INLINE bool stage(float* target, int64_t stride, const Input* source, int64_t source_stride, int64_t n,
-                            int64_t n_padded, int64_t width, const int32_t* ids) {
+LONGLLAVA_INLINE bool stage_rows(float* target, int64_t stride, const Input* source, int64_t source_stride, int64_t n,
+                                 int64_t n_padded, int64_t width, const int32_t* ids) {
   vec spoiled{};
   float spoiled_one = 0;
   for (int64_t i = 0; i < n_padded; ++i, source += source_stride, target += stride) {
