@@ -26,8 +26,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.width, self.n_kv_heads * self.head_dim, bias=False)
         self.v_proj = Linear(config.width, self.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = Linear(self.n_heads * self.head_dim, config.width, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps, feeds_products=False) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps, feeds_products=False) if config.qk_norm else None
         # factor 1 + exp(s_h) log(keys seen) on the logits: a match that wins among 600 tokens must win among
         # 38,000 (the sum it competes with grows with their number). exp keeps it positive.
         self.log_length_H = nn.Parameter(torch.zeros(self.n_heads)) if config.log_length_scale else None

@@ -32,8 +32,8 @@ class Mamba(nn.Module):
         self.conv_bias_E = nn.Parameter(torch.zeros(inner)) if config.conv_bias else None
         self.x_proj = Linear(inner, rank + 2 * states, bias=False)
         self.dt_norm = RMSNorm(rank, config.norm_eps)
-        self.B_norm = RMSNorm(states, config.norm_eps)
-        self.C_norm = RMSNorm(states, config.norm_eps)
+        self.B_norm = RMSNorm(states, config.norm_eps, feeds_products=False)
+        self.C_norm = RMSNorm(states, config.norm_eps, feeds_products=False)
         self.dt_proj = Linear(rank, inner, bias=False)
         # kept in fp32 whatever the model's dtype: they enter the fp32 recurrence
         self.dt_bias_E = nn.Parameter(torch.empty(inner))

@@ -9,10 +9,13 @@ from longllava.ops.fused import rms_norm, rms_norm_parts
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
+    """feeds_products: whether linear layers alone read it. Under autocast it is then in the dtype that they take, which
+    saves each of them a copy; else, as the scan's B and C and attention's queries and keys, in fp32."""
+
+    def __init__(self, width: int, eps: float, feeds_products: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.eps, self.feeds_products = eps, feeds_products
 
     def forward(self, x: Tensor) -> Tensor:
         y, _ = rms_norm(x, self.weight, self.eps, dtype=self.dtype_of(x))
@@ -26,9 +29,9 @@ class RMSNorm(nn.Module):
         return y, total
 
     def dtype_of(self, x: Tensor) -> torch.dtype | None:
-        """Of the norm of x: under autocast that of the products that read it, which else would each make a copy."""
+        """Of the norm of x; None: what x and weight promote to."""
         kind = x.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return torch.get_autocast_dtype(kind) if self.feeds_products and torch.is_autocast_enabled(kind) else None
 
 
 def normed_parts(x: Tensor, norms: list[RMSNorm]) -> tuple[Tensor, ...]:
