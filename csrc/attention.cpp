@@ -1,5 +1,5 @@
 // Attention: how a call is cut into tasks, and how the parts of split keys are merged. The kernels' form is in
-// attention_forward.h, attention_few_rows_kernels.cpp and attention_backward_kernels.cpp.
+// attention_forward.h, attention_few_rows_kernels.cpp and attention_backward_walk.h.
 //
 // The cut depends on the shapes alone, never on the number of threads, so neither do the results.
 #include "attention.h"

@@ -83,9 +83,19 @@ LONGLLAVA_INLINE void add_tiles(const uint32_t* a, int64_t a_row, const uint32_t
   }
 }
 
+// The sums from and to memory, `row` floats from one row to the next.
 template <int N>
-LONGLLAVA_INLINE void store_tiles(float* to) {
-  constexpr int64_t row = N * WIDTH;
+LONGLLAVA_INLINE void load_tiles(const float* from, int64_t row) {
+  _tile_loadd(0, from, row * 4);
+  _tile_loadd(2, from + 16 * row, row * 4);
+  if (N > 1) {
+    _tile_loadd(1, from + 16, row * 4);
+    _tile_loadd(3, from + 16 * row + 16, row * 4);
+  }
+}
+
+template <int N>
+LONGLLAVA_INLINE void store_tiles(float* to, int64_t row) {
   _tile_stored(0, to, row * 4);
   _tile_stored(2, to + 16 * row, row * 4);
   if (N > 1) {
@@ -107,7 +117,7 @@ LONGLLAVA_INLINE void score_keys(Tiles, float* scores, const uint32_t* k, int64_
       _tile_zero(3);
     }
     add_tiles<N>(k + key * k_stride, k_stride, q_panel, N * WIDTH, depth);
-    store_tiles<N>(scores + key * N * WIDTH);
+    store_tiles<N>(scores + key * N * WIDTH, N * WIDTH);
   }
   memory_is_read();
 }
@@ -127,15 +137,9 @@ LONGLLAVA_INLINE void add_values(Tiles, float* sums_panel, int64_t width, const 
   memory_is_read();
   constexpr int64_t row = N * WIDTH;
   for (int64_t d = 0; d < width; d += 32) {
-    const float* sums = sums_panel + d * row;
-    _tile_loadd(0, sums, row * 4);
-    _tile_loadd(2, sums + 16 * row, row * 4);
-    if (N > 1) {
-      _tile_loadd(1, sums + 16, row * 4);
-      _tile_loadd(3, sums + 16 * row + 16, row * 4);
-    }
+    load_tiles<N>(sums_panel + d * row, row);
     add_tiles<N>(v + d * v_stride, v_stride, p, p_step, depth);
-    store_tiles<N>(sums_panel + d * row);
+    store_tiles<N>(sums_panel + d * row, row);
   }
   memory_is_read();
 }

@@ -174,15 +174,9 @@ struct TileBlocks : BackwardWork {
     for (int64_t key = 0; key < n_keys; key += 32)
       for (int64_t d = 0; d < stride; d += 32) {
         float* place = sums + key * stride + d;
-        _tile_loadd(0, place, stride * 4);
-        _tile_loadd(1, place + 16, stride * 4);
-        _tile_loadd(2, place + 16 * stride, stride * 4);
-        _tile_loadd(3, place + 16 * stride + 16, stride * 4);
+        load_tiles<2>(place, stride);
         add_tiles<2>(words + key * PAIRS, PAIRS, rows + from / 2 * stride + d, stride, (to - from) / 2);
-        _tile_stored(0, place, stride * 4);
-        _tile_stored(1, place + 16, stride * 4);
-        _tile_stored(2, place + 16 * stride, stride * 4);
-        _tile_stored(3, place + 16 * stride + 16, stride * 4);
+        store_tiles<2>(place, stride);
       }
     memory_is_read();
   }

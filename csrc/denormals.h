@@ -10,24 +10,37 @@
 namespace longllava {
 namespace {
 
+// The processor's word on rounding and the like, and its bits that make such results and operands 0.
+#if defined(__x86_64__)
+typedef uint32_t Mode;
+constexpr Mode FLUSHING = 0x8040;
+inline Mode mode() { return _mm_getcsr(); }
+inline void set_mode(Mode mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__)
+typedef uint64_t Mode;
+constexpr Mode FLUSHING = 1 << 24;
+inline Mode mode() {
+  Mode mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+}
+inline void set_mode(Mode mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+#else  // right as well, and slow where such numbers come up
+typedef uint32_t Mode;
+constexpr Mode FLUSHING = 0;
+inline Mode mode() { return 0; }
+inline void set_mode(Mode) {}
+#endif
+
 class WithoutDenormals {
  public:
-#if defined(__x86_64__)
-  WithoutDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }  // results, and operands
-  ~WithoutDenormals() { _mm_setcsr(before_); }
+  WithoutDenormals() : before_(mode()) { set_mode(before_ | FLUSHING); }
+  ~WithoutDenormals() { set_mode(before_); }
+  WithoutDenormals(const WithoutDenormals&) = delete;
+  WithoutDenormals& operator=(const WithoutDenormals&) = delete;
 
  private:
-  uint32_t before_;
-#elif defined(__aarch64__)
-  WithoutDenormals() {
-    asm volatile("mrs %0, fpcr" : "=r"(before_));
-    asm volatile("msr fpcr, %0" : : "r"(before_ | (1u << 24)));
-  }
-  ~WithoutDenormals() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
-
- private:
-  uint64_t before_;
-#endif
+  Mode before_;
 };
 
 }  // namespace

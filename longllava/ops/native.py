@@ -2,7 +2,7 @@
 
 The library has a plain C interface and knows nothing of torch, so one build serves every torch and Python.
 Which instruction set it uses is chosen when it is loaded; LONGLLAVA_ISA=portable|avx2|avx512 forces one,
-LONGLLAVA_AMX=0 forbids AMX, which int8 products use beside AVX-512.
+LONGLLAVA_AMX=0 forbids AMX, which int8 products and attention in bf16 use beside AVX-512.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def isa() -> str:
 
 
 def uses_amx() -> bool:
-    """Whether int8 products go to AMX: the processor and the system have it, and LONGLLAVA_AMX is not 0."""
+    """Whether products in int8 and attention's in bf16 go to AMX: the processor and the system have it, and LONGLLAVA_AMX is not 0."""
     return bool(library().longllava_uses_amx())
 
 

@@ -2,7 +2,7 @@
 
 Plain torch differentiates and compiles the reference by itself. A kernel is called directly where nothing watches;
 under autograd and torch.compile it stands in a custom op. Gradients come from the compiled kernels on the CPU, else
-from the reference, which computes the op again.
+from torch, which computes the op again.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,12 @@ SPLIT = 2048  # of a row without int8 output, which several programs share
 UNFUSED = {**OPTIONS, "enable_fp_fusion": False}
 
 
-def why_not_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, *rest: Any) -> str | None:
+def why_not_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, quantized: bool = False,
+    dtype: torch.dtype | None = None,
+) -> str | None:  # fmt: skip
+    if dtype is not None and dtype not in triton_support.DTYPES:
+        return f"gives float32, bfloat16 or float16, asked for {str(dtype).removeprefix('torch.')}"
     if x.shape[1] > MAX_WIDTH:
         return f"takes rows of at most {MAX_WIDTH}, got {x.shape[1]}"
     return triton_support.why_not(x=x, weight=weight, residual=residual)
