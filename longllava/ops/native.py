@@ -69,7 +69,8 @@ def isa() -> str:
 
 
 def uses_amx() -> bool:
-    """Whether products in int8 and attention's in bf16 go to AMX: the processor and the system have it, and LONGLLAVA_AMX is not 0."""
+    """Whether int8 products and attention in bf16 go to AMX: the processor and the system have it, and LONGLLAVA_AMX is
+    not 0."""
     return bool(library().longllava_uses_amx())
 
 
