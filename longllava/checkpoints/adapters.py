@@ -199,7 +199,10 @@ def merge_(model: Model, adapter: Adapter, where: str | Path, source: str | Path
 
 
 def load_adapted(folder: Path, *, int8: Any = None, **where: Any) -> Model:
-    """The model that an adapter was trained on, with it in the weights. where: as load_model takes it."""
+    """The model that an adapter was trained on, which may be an adapter's folder too, with it in the weights.
+
+    where: as load_model takes it.
+    """
     from longllava.checkpoints.load import load_model
 
     if int8 is not None:
@@ -207,9 +210,26 @@ def load_adapted(folder: Path, *, int8: Any = None, **where: Any) -> Model:
     adapter = read_adapter(folder)
     if not adapter.base:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path names no model; merge it by hand")
+    check_ends(folder)
     model = load_model(adapter.base, **where)
     merge_(model, adapter, folder, adapter.base)
     return model
+
+
+def check_ends(folder: Path) -> None:
+    """Raises: CheckpointError where the bases of adapters lead back to one of them, and to no model."""
+    from longllava.checkpoints.folders import find_folder
+
+    seen: list[Path] = []
+    while is_adapter(folder):
+        if (real := folder.resolve()) in seen:
+            raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path leads back to this folder;"
+                                  " name the model there that it was trained on")  # fmt: skip
+        seen.append(real)
+        base = str(read_adapter_config(folder).get("base_model_name_or_path") or "")
+        if not base:
+            return  # told when it is read
+        folder = find_folder(base)
 
 
 def merge(base: str | Path, folder: str | Path, target: str | Path, *, dtype: torch.dtype | None = None) -> Path:

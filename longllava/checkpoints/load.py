@@ -28,7 +28,7 @@ from longllava.checkpoints.stored import Stored, read_entries
 from longllava.checkpoints.towers import tower_entries
 from longllava.config import Int8Config
 from longllava.errors import CheckpointError, InputError
-from longllava.plan.split import Placement, placed
+from longllava.plan.split import Placement
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,8 @@ def load_model(
 
     folder = find_folder(folder)
     if is_adapter(folder):
-        return load_adapted(folder, device=device, dtype=dtype, int8=int8, device_map=device_map)
+        return load_adapted(folder, int8=int8, device=device, dtype=dtype, allow_missing=allow_missing,
+                            device_map=device_map)  # fmt: skip
     stored = read_config(folder)
     config = int8_config(stored, folder, int8)
     if config.int8 is not None and dtype == torch.float16:
@@ -75,17 +76,17 @@ def load_model(
             raise CheckpointError(
                 f"{folder}: int8 weights have no fresh values to start from; take the model of floats"
             )
-        model = build_model(config).to(device)
-        placement = placed({"": str(device)}, config.backbone.n_layers)
+        model = build_model(config)
     else:
         with torch.device("meta"):
             model = build_model(config)
-        planned = dtype or most_stored(read_entries(folder).values())
-        placement = placement_of({"": str(device)} if device_map is None else device_map, model, planned)
+    planned = dtype or most_stored(read_entries(folder).values())
+    placement = placement_of({"": str(device)} if device_map is None else device_map, model, planned)
+    if not allow_missing:
         check_room(model, planned, placement)
     quantise = stored.int8 is None and config.int8 is not None
     load_weights_(model, folder, device=placement, dtype=dtype, allow_missing=allow_missing, quantise=quantise)
-    model.place_(placement.first, placement.layers)  # also buffers that no checkpoint holds
+    model.place_(placement.first, placement.layers)  # also what no checkpoint holds
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers())
             if tensor.is_meta and placement.device_of(name) != "meta"]  # fmt: skip
     assert not left, f"built on meta and not in the checkpoint: {left}"

@@ -168,6 +168,7 @@ def connect(host: str, port: int, numbers: Sequence[str], secure: bool, deadline
             failure = error
             continue
         context = ssl.create_default_context() if secure else None
+        connection.default_port = 443 if secure else 80  # which the Host header leaves out
         connection.sock = (
             context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False) if context else plain
         )

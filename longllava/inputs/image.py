@@ -38,8 +38,8 @@ def open_image(
 ) -> Image.Image:
     """Any image source as an RGB PIL image of its own.
 
-    source: a path, the bytes of a file, a PIL image, a numpy array (H, W, 3) uint8, a function that makes one of
-    these, or "scheme:..." which `open_reference` turns into one. wanted_side: big JPEGs are decoded to no less than
+    source: a path, the bytes of a file, a file open for reading bytes, a PIL image, a numpy array (H, W, 3) uint8, a
+    function that makes one of these, or "scheme:..." which `open_reference` turns into one. wanted_side: big JPEGs are decoded to no less than
     one and a half of this. used_once: what only looks at the result may get the caller's own image, or that of a file
     that is closed. Of a file with several pictures the first is taken, and a warning says so.
     Raises: InputError naming the reason (not the source: see `named`).
@@ -88,10 +88,12 @@ def visit(source: Any, open_reference: Callable | None, use: Callable[[Image.Ima
             return use(source)
     if hasattr(source, "__array_interface__"):
         return use(from_array(source))
+    if is_open_file(source):
+        source = content_of(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return decode(io.BytesIO(source), use, checked)
     if not isinstance(source, (str, os.PathLike)):
-        raise InputError(f"expected a path, bytes, a PIL image or an array, got {type(source).__name__}")
+        raise InputError(f"expected a path, bytes, an open file, a PIL image or an array, got {type(source).__name__}")
     if is_address(os.fspath(source)):
         raise InputError("addresses are not downloaded here; save the picture to a file first")
     path = Path(source)
@@ -104,6 +106,23 @@ def visit(source: Any, open_reference: Callable | None, use: Callable[[Image.Ima
             return decode(file, use, checked)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}") from None
+
+
+def is_open_file(source: Any) -> bool:
+    return callable(getattr(source, "read", None)) and callable(getattr(source, "seek", None))
+
+
+def content_of(file: Any) -> bytes:
+    """All that a file open for reading holds, from its beginning, as often as it is asked for. Raises: InputError."""
+    try:
+        with LOADING:  # one thread at a time: it has one position
+            file.seek(0)
+            content = file.read()
+    except (OSError, ValueError) as error:  # closed, or a stream that cannot go back
+        raise InputError(f"cannot be read from its beginning: {error or type(error).__name__}; give its bytes") from None
+    if not isinstance(content, bytes):
+        raise InputError(f"a file opened as text; open it with 'rb' (got {type(file).__name__})")
+    return content
 
 
 def is_address(text: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from longllava.errors import InputError
 from longllava.inputs.address import download, held
-from longllava.inputs.image import is_address, is_data, label, named
+from longllava.inputs.image import is_address, is_data, is_open_file, label, named
 from longllava.inputs.tiles import parse_tiles, split
 from longllava.inputs.video import MAX_FRAMES, check_sampling, read_frames
 
@@ -93,7 +93,9 @@ def listed(images: Any) -> list[Any]:
     if isinstance(images, torch.Tensor):  # one picture's features or pixels, or a batch of them
         single = images.ndim == (3 if images.dtype == torch.uint8 else 2)
     else:
-        single = isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike)) or hasattr(
-            images, "__array_interface__"
+        single = (
+            isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike))
+            or hasattr(images, "__array_interface__")
+            or is_open_file(images)
         )
     return [images] if single or not isinstance(images, Iterable) else list(images)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longllava.errors import InputError
-from longllava.inputs.image import check_size, rgb
+from longllava.inputs.image import check_size, content_of, is_open_file, rgb
 from longllava.inputs.video_file import VideoFile, open_video
 from longllava.settings import check_count
 
@@ -35,18 +35,19 @@ FRAME_SECONDS = 10.0  # and for each frame that was taken
 def read_frames(source: Any, *, fps: float = 1.0, max_frames: int = MAX_FRAMES, side: int | None = None) -> list[Any]:
     """Frames of a video, in order, as image sources (paths or PIL images).
 
-    source: a path, or the bytes of a file. fps: frames taken per second of video; a folder's pictures and a TIFF's
+    source: a path, the bytes of a file, or a file open for reading bytes. fps: frames taken per second of video; a folder's pictures and a TIFF's
     pages are all taken. Beyond max_frames they are spread evenly. side: frames are shrunk until their longer side is at
     most this. Raises: InputError naming the video.
     """
     check_sampling(fps, max_frames)
-    if isinstance(source, (bytes, bytearray, memoryview)):
+    if isinstance(source, (bytes, bytearray, memoryview)) or is_open_file(source):
         try:
-            return file_frames(io.BytesIO(source), fps, max_frames, side)
+            content = content_of(source) if is_open_file(source) else source
+            return file_frames(io.BytesIO(content), fps, max_frames, side)
         except InputError as error:
             raise InputError(f"video: {error}") from None
     if not isinstance(source, (str, os.PathLike)):
-        raise InputError(f"video: expected a path, got {type(source).__name__}")
+        raise InputError(f"video: expected a path, bytes or an open file, got {type(source).__name__}")
     path = Path(os.fsdecode(source))
     if not os.path.exists(path):  # not Path.exists, which raises where a name is too long
         raise InputError(f"{path}: no such video file or folder of frames")

@@ -42,6 +42,7 @@ def recomputed(layer: Callable[..., Any], x_BLD: Tensor, ctx: Any, offload: bool
     if not offload:
         return checkpoint(layer, x_BLD, ctx, None, use_reentrant=False)
     kept = Kept(x_BLD)
-    result = checkpoint(lambda: layer(kept.take(), ctx, None), use_reentrant=False)
+    there = x_BLD.new_empty(0)  # of the devices of its arguments the random state is restored, for dropout
+    result = checkpoint(lambda _: layer(kept.take(), ctx, None), there, use_reentrant=False)
     kept.put_away()
     return result

@@ -39,12 +39,14 @@ from longllava.errors import TrainingError
 from longllava.files import write_atomic, write_json
 from longllava.train.checkpoints import latest_state, save_state
 from longllava.train.lock import run_lock
+from longllava.train.log import drop_after
 from longllava.train.parts import named_config
 from longllava.train.state import apply, compare, gather
 from longllava.train.vision_config import VisionTrainConfig, load_vision
 from longllava.train.vision_model import VisionFoundation
 
 CROP = 56
+LOG_EVERY = 50
 PARTS = ["encoder", "readout", "crop_readout", "name_readout"]
 PHASES = ("crops", "whole", "names")
 
@@ -143,6 +145,8 @@ def run_phase(config: VisionTrainConfig, model: VisionFoundation, phase: str, ou
     loader = DataLoader(pictures, batch_size=None, num_workers=1, prefetch_factor=8)
     bar = tqdm(loader, desc=f"vision: {phase}", initial=start, total=steps, unit="batch", mininterval=5)
     last_save, means = time.time(), dict[str, float]()
+    before = sum(config.steps(earlier) for earlier in PHASES[: PHASES.index(phase)])
+    drop_after(out / "log.jsonl", before + start)
     for step, (pixels, labels) in enumerate(bar, start):
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(peak, step, steps)
@@ -158,15 +162,14 @@ def run_phase(config: VisionTrainConfig, model: VisionFoundation, phase: str, ou
         for name, value in (("loss", loss.item()), *rights.items()):
             means[name] = value if name not in means else means[name] * 0.98 + value * 0.02
         bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()}, refresh=False)
-        if (step + 1) % 50 == 0:
-            row = {"phase": phase, "step": step + 1, "time": round(time.time(), 1)}
+        if (step + 1) % LOG_EVERY == 0:
+            row = {"phase": phase, "step": before + step + 1, "time": round(time.time(), 1)}
             row |= {name: round(value, 4) for name, value in means.items()}
             with (out / "log.jsonl").open("a", encoding="utf-8") as log:
                 print(json.dumps(row), file=log)
         if time.time() - last_save > config.save_seconds or step + 1 == steps:
-            done = step + 1 + sum(config.steps(earlier) for earlier in PHASES[: PHASES.index(phase)])
             facts = {"phase": phase, "step": step + 1, **numbers(config)}
-            state = gather(model, PARTS, optimizer, facts, step=done, first_step=0, begin=Cursor(0, ()))
+            state = gather(model, PARTS, optimizer, facts, step=before + step + 1, first_step=0, begin=Cursor(0, ()))
             save_state(out / "checkpoints", state)
             last_save = time.time()
 
@@ -200,7 +203,7 @@ def losses_of(config: VisionTrainConfig, model: VisionFoundation, phase: str, pi
         logits = {"thing": model.crops(pixels)}
     else:
         easy = phase == "whole" and step < config.easy_share * config.whole_steps
-        few, many = (config.pool_tokens // 2, config.pool_tokens) if easy else (1, config.max_tokens_read)
+        few, many = (max(1, config.pool_tokens // 2), config.pool_tokens) if easy else (1, config.max_tokens_read)
         pick = random_means(len(pixels), config.pool_tokens, few, many, config.seed * 1_000_003 + step)
         logits = model.whole(pixels, config.pool_tokens, pick, by_name=phase == "names")
     losses = {name: F.cross_entropy(value, labels[name], ignore_index=-100) for name, value in logits.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,18 @@ def test_adapters_of_other_shapes_are_refused(tmp_path: Path, edit: Any, config:
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=message):
         read_adapter(tmp_path)
+
+
+def test_adapters_whose_bases_lead_in_a_circle_are_refused(tmp_path: Path) -> None:
+    name = "base_model.model.backbone.layers.0.mixer.in_proj"
+    for own, base in (("a", "b"), ("b", "b"), ("c", "d"), ("d", "c")):
+        (folder := tmp_path / own).mkdir()
+        (folder / "config.json").write_text("{}")
+        settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": str(tmp_path / base)}
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        save_file({f"{name}.lora_A.weight": torch.ones(4, 32), f"{name}.lora_B.weight": torch.ones(128, 4)},
+                  folder / "adapter_model.safetensors")  # fmt: skip
+    for own, found in (("a", "b"), ("b", "b"), ("c", "c")):
+        told = f"{tmp_path / found / 'adapter_config.json'}: base_model_name_or_path leads back to this folder"
+        with pytest.raises(CheckpointError, match=re.escape(told)):
+            load_model(tmp_path / own)

@@ -17,6 +17,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from longllava.errors import InputError
 from longllava.inputs import image as image_module
 from longllava.inputs.image import named, open_image, square, square_pixels, upright_size
+from longllava.inputs.media import listed
 from longllava.inputs.processor import Processor
 from tests.inputs.pictures import encoded, picture, pixels
 from tests.tiny import tiny_config, tiny_tokenizer
@@ -31,6 +32,22 @@ def test_lossless_formats_keep_their_pixels(kind, tmp_path):
     (tmp_path / "a").write_bytes(data)
     for source in (data, bytearray(data), tmp_path / "a", str(tmp_path / "a"), image, np.asarray(image)):
         assert np.array_equal(pixels(source), np.asarray(image))
+
+
+def test_open_files_are_read_from_their_beginning_as_often_as_asked(tmp_path):
+    (tmp_path / "a").write_bytes(data := encoded(picture(), "PNG"))
+    with (tmp_path / "a").open("rb") as file:
+        for source in (file, io.BytesIO(data)):
+            source.seek(9)
+            assert listed(source) == [source] and listed([source]) == [source]
+            assert upright_size(source) == picture().size
+            for _ in range(2):
+                assert np.array_equal(pixels(source), np.asarray(picture()))
+    with pytest.raises(InputError, match="cannot be read from its beginning: seek of closed file; give its bytes"):
+        open_image(file)
+    with (tmp_path / "a").open(encoding="latin-1") as text:
+        with pytest.raises(InputError, match="a file opened as text; open it with 'rb'"):
+            open_image(text)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])

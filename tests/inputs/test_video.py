@@ -107,6 +107,8 @@ def test_bytes_are_the_file(tmp_path, gif):
     path = write_video(tmp_path / "a.avi", [20 * i for i in range(12)])
     for file in (path, gif):
         assert levels(read_frames(file.read_bytes())) == levels(read_frames(file))
+        with file.open("rb") as opened:
+            assert levels(read_frames(opened)) == levels(read_frames(file)) == levels(read_frames(opened))
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("tiff", [0, 60, 120, 180]), ("webp", [0, 120])])

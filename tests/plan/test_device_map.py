@@ -44,6 +44,13 @@ def test_each_layer_is_loaded_to_its_device(folder, int8, monkeypatch):
         assert tensor.device.type == "meta" or torch.equal(tensor, other), name
 
 
+def test_what_is_missing_is_placed_too(folder, monkeypatch):
+    monkeypatch.setattr(quant, "all_finite", lambda x, real=quant.all_finite: x.is_meta or real(x))
+    model = load_model(folder, device_map={"": "cpu", "backbone.layers.1": "meta"}, allow_missing=("bridge.",))
+    for name, tensor in model.named_parameters():
+        assert tensor.is_meta == name.startswith("backbone.layers.1."), name
+
+
 class Entered:
     """Stands for torch.cuda.device, which Triton's kernels are launched by."""
 

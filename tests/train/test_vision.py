@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -56,6 +58,26 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_steps_that_are_done_again_are_logged_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(vision, "LOG_EVERY", 1)
+    config = VisionTrainConfig(model=model_yaml(tmp_path), out=str(tmp_path), **{**SMALL, "save_seconds": 1e9})
+    honest = vision.losses_of
+
+    def stop(config, model, phase, pixels, labels, step):
+        if (phase, step) == ("names", 2):
+            raise KeyboardInterrupt
+        return honest(config, model, phase, pixels, labels, step)
+
+    monkeypatch.setattr(vision, "losses_of", stop)
+    with pytest.raises(KeyboardInterrupt):
+        vision.train(config)
+    monkeypatch.setattr(vision, "losses_of", honest)
+    vision.train(config)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    phases = ["crops"] * 2 + ["whole"] * 3 + ["names"] * 3
+    assert [(row["phase"], row["step"]) for row in rows] == list(zip(phases, range(1, 9), strict=True))
+
+
 def test_other_numbers_do_not_go_on_with_a_run(tmp_path, monkeypatch):
     config = VisionTrainConfig(model=model_yaml(tmp_path), out=str(tmp_path / "run"), **SMALL)
     monkeypatch.setattr(vision, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -102,6 +124,12 @@ def test_numbers_that_cannot_be_are_told_before_the_first_step(tmp_path, monkeyp
     with pytest.raises((ConfigError, InputError), match=message):
         vision.train(VisionTrainConfig(model=model_yaml(tmp_path), out=str(tmp_path / "run"), **{**SMALL, **wrong}))
     assert not (tmp_path / "run").exists()
+
+
+def test_one_token_can_be_all_of_a_picture(tmp_path):
+    small = {**SMALL, "pool_tokens": 1, "max_tokens_read": 1, "easy_share": 1.0}
+    vision.train(VisionTrainConfig(model=model_yaml(tmp_path), out=str(tmp_path / "run"), **small))
+    assert (tmp_path / "run" / "results.json").is_file()
 
 
 def test_means_are_over_the_asked_number_of_tokens():
