@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -50,7 +51,7 @@ class Backbone(nn.Module):
         new_state: State = []
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training and state is None:
-                x_BLD, layer_state = recomputed(layer, x_BLD, ctx, offload=self.offload_activations)
+                x_BLD, layer_state = recomputed(partial(layer, ctx=ctx), x_BLD, self.offload_activations)
             else:
                 own = None if state is None else state[i]
                 x_BLD, layer_state = layer(x_BLD, ctx, own, last_only and self.is_last(i))

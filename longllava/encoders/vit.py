@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from longllava.config import EncoderConfig
 from longllava.errors import InputError
 from longllava.nn.linear import Conv2d, Linear, better_in_fp32
+from longllava.nn.recompute import recomputed
 from longllava.ops.conv3x3 import conv3x3
 from longllava.ops.pixel_conv import pixel_conv
 from longllava.ops.vision import activate_, add_layer_norm
@@ -59,6 +60,7 @@ class VisionTransformer(nn.Module):
         self.pre_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         # layers after the selected one are never run: they are not built (CLIP at -2 saves one of 24)
         self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layers_used()))
+        self.gradient_checkpointing = self.offload_activations = False
 
     def forward(self, pixels_N3SS: Tensor) -> Tensor:
         side = self.config.image_size
@@ -69,7 +71,10 @@ class VisionTransformer(nn.Module):
         x_NTC = self.pre_norm(self.placed(self.patch_tokens(pixels_N3SS)))
         if torch.is_grad_enabled():
             for layer in self.layers:
-                x_NTC = layer(x_NTC)
+                if self.gradient_checkpointing and self.training:
+                    x_NTC = recomputed(layer, x_NTC, self.offload_activations)
+                else:
+                    x_NTC = layer(x_NTC)
         else:
             x_NTC = self.without_gradients(x_NTC)
         return x_NTC[:, 1:] if self.class_embedding is not None else x_NTC
@@ -207,18 +212,20 @@ class VisionBlock(nn.Module):
             return self.down(self.up.activated(x_NTC, self.activation.name))
         return self.down(self.activation(self.up(x_NTC)))
 
+    @staticmethod
+    def attention(q_NHTK: Tensor, k_NHTK: Tensor, v_NHTK: Tensor) -> Tensor:
+        if q_NHTK.device.type == "cpu" and torch.is_grad_enabled():
+            # two products and a softmax: torch's CPU SDPA takes 38 % of a training step in its backward
+            return torch.softmax((q_NHTK * q_NHTK.shape[-1] ** -0.5) @ k_NHTK.mT, dim=-1) @ v_NHTK
+        return F.scaled_dot_product_attention(q_NHTK, k_NHTK, v_NHTK)
+
     def attend(self, x_NTC: Tensor) -> Tensor:
         qkv = self.qkv(x_NTC)
         n, t, _ = qkv.shape
         q, k, v = qkv.view(n, t, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
         if better_in_fp32(q, k):
             q, k, v = q.float(), k.float(), v.float()
-        if qkv.device.type == "cpu" and torch.is_grad_enabled():
-            # two products and a softmax: torch's CPU SDPA takes 38 % of a training step in its backward
-            y_NHTK = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
-        else:
-            y_NHTK = F.scaled_dot_product_attention(q, k, v)
-        return y_NHTK.transpose(1, 2).reshape(n, t, -1).to(qkv.dtype)
+        return self.attention(q, k, v).transpose(1, 2).reshape(n, t, -1).to(qkv.dtype)
 
 
 class Stem(nn.Module):

@@ -39,9 +39,9 @@ def open_image(
     """Any image source as an RGB PIL image of its own.
 
     source: a path, the bytes of a file, a file open for reading bytes, a PIL image, a numpy array (H, W, 3) uint8, a
-    function that makes one of these, or "scheme:..." which `open_reference` turns into one. wanted_side: big JPEGs are decoded to no less than
-    one and a half of this. used_once: what only looks at the result may get the caller's own image, or that of a file
-    that is closed. Of a file with several pictures the first is taken, and a warning says so.
+    function that makes one of these, or "scheme:..." which `open_reference` turns into one. wanted_side: big JPEGs are
+    decoded to no less than one and a half of this. used_once: what only looks at the result may get the caller's own
+    image, or that of a file that is closed. Of a file with several pictures the first is taken, and a warning says so.
     Raises: InputError naming the reason (not the source: see `named`).
     """
 
@@ -119,7 +119,7 @@ def content_of(file: Any) -> bytes:
             file.seek(0)
             content = file.read()
     except (OSError, ValueError) as error:  # closed, or a stream that cannot go back
-        raise InputError(f"cannot be read from its beginning: {error or type(error).__name__}; give its bytes") from None
+        raise InputError(f"cannot be read from its beginning: {error}; give its bytes") from None
     if not isinstance(content, bytes):
         raise InputError(f"a file opened as text; open it with 'rb' (got {type(file).__name__})")
     return content

@@ -35,9 +35,9 @@ FRAME_SECONDS = 10.0  # and for each frame that was taken
 def read_frames(source: Any, *, fps: float = 1.0, max_frames: int = MAX_FRAMES, side: int | None = None) -> list[Any]:
     """Frames of a video, in order, as image sources (paths or PIL images).
 
-    source: a path, the bytes of a file, or a file open for reading bytes. fps: frames taken per second of video; a folder's pictures and a TIFF's
-    pages are all taken. Beyond max_frames they are spread evenly. side: frames are shrunk until their longer side is at
-    most this. Raises: InputError naming the video.
+    source: a path, the bytes of a file, or a file open for reading bytes. fps: frames taken per second of video; a
+    folder's pictures and a TIFF's pages are all taken. Beyond max_frames they are spread evenly. side: frames are
+    shrunk until their longer side is at most this. Raises: InputError naming the video.
     """
     check_sampling(fps, max_frames)
     if isinstance(source, (bytes, bytearray, memoryview)) or is_open_file(source):

@@ -37,12 +37,12 @@ class Kept:
         self.x_BLD = None
 
 
-def recomputed(layer: Callable[..., Any], x_BLD: Tensor, ctx: Any, offload: bool = False) -> Any:
-    """layer(x_BLD, ctx, None), with activations made again in the backward pass."""
+def recomputed(layer: Callable[[Tensor], Any], x_BLD: Tensor, offload: bool = False) -> Any:
+    """layer(x_BLD), with activations made again in the backward pass. offload: x_BLD waits for it in host memory."""
     if not offload:
-        return checkpoint(layer, x_BLD, ctx, None, use_reentrant=False)
+        return checkpoint(layer, x_BLD, use_reentrant=False)
     kept = Kept(x_BLD)
     there = x_BLD.new_empty(0)  # of the devices of its arguments the random state is restored, for dropout
-    result = checkpoint(lambda _: layer(kept.take(), ctx, None), there, use_reentrant=False)
+    result = checkpoint(lambda _: layer(kept.take()), there, use_reentrant=False)
     kept.put_away()
     return result

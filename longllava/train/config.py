@@ -122,8 +122,8 @@ class TrainConfig:
     engine: "torch" (one process, or DDP), or DeepSpeed's ZeRO: "zero1" shares the optimizer's state among the
     processes, "zero2" also gradients, "zero3" also weights. "auto": what `accelerate launch` was told, else torch.
     offload: what ZeRO keeps in host memory, "optimizer" (its state) or "all" (weights too, zero3 only).
-    gradient_checkpointing: a layer's activations are made again in the backward pass, and only its input is kept;
-    offload_activations: in host memory.
+    gradient_checkpointing: a layer's activations are made again in the backward pass, and only its input is kept, in an
+    encoder that trains too; offload_activations: in host memory.
     """
 
     stage: str

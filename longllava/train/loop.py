@@ -77,8 +77,10 @@ def train(
         raise TrainingError(f"device: got {config.device!r}, but this run is on {engine.device.type}; set device: auto")
 
     parameters = select_parts(model, config.train_only, config.frozen)
-    model.backbone.gradient_checkpointing = config.gradient_checkpointing
-    model.backbone.offload_activations = config.offload_activations
+    for part in (model.encoder, model.backbone):
+        if part is not None:
+            part.gradient_checkpointing = config.gradient_checkpointing
+            part.offload_activations = config.offload_activations
     checkpoints = folder / "checkpoints"
     state = engine.share(lambda: latest_state(checkpoints))
     engine.prepare(Forward(model, config.aids, evenly=engine.evenly), parameters, state)

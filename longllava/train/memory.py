@@ -3,7 +3,8 @@
 Counts follow the code: what autograd keeps of one layer while it runs (again), what every layer keeps until then, what
 the engine holds of weights, gradients and AdamW. tests/train/test_memory.py compares them with what is allocated.
 T tokens of a forward, D width, E inner channels, N scan states, R rank of delta, F hidden width of an MLP, H heads, G
-key-value heads, K head size, V vocabulary, a bytes of an activation.
+key-value heads, K head size, V vocabulary, a bytes of an activation. An encoder that trains is counted as on a GPU: on
+a CPU its attention keeps its weights too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from longllava.config import BackboneConfig, ModelConfig
+from longllava.config import BackboneConfig, EncoderConfig, ModelConfig
 from longllava.data.features import BATCH
 from longllava.plan.memory import sized
 from longllava.plan.need import encoder_workspace
@@ -77,12 +78,17 @@ def of_phase(config: TrainConfig, model: ModelConfig, number: int, world: int, v
     else:
         kept = ends + sum(layer.saved for layer in layers)
         layers = [Layer(0, layer.running) for layer in layers]
-    n_encoder = 0 if model.encoder is None or config.feature_cache else encoder_workspace(model.encoder, value_bytes)
+    n_encoder = n_kept = 0
+    if model.encoder is not None and "encoder" in config.train_only:
+        n_pictures = n_tokens // (phase.tokens_per_image or tokens_per_image(model))
+        n_kept, n_encoder = encoder_bytes(model.encoder, n_pictures, value_bytes, residual_bytes, config)
+    elif model.encoder is not None and not config.feature_cache:
+        n_encoder = BATCH * encoder_workspace(model.encoder, value_bytes)
     return dataclasses.replace(
         held_bytes(config, model, world, value_bytes),
-        kept=kept, layer=max(map(sum, layers)),
+        kept=kept + n_kept, layer=max(map(sum, layers)),
         loss=0 if phase.alignment_only else LOSS_CHUNK * backbone.vocab_size * (3 * FLOAT + 2 * (value_bytes % FLOAT)),
-        encoder=BATCH * n_encoder,
+        encoder=n_encoder,
         grows_with_backward=engine_named(config) == "torch" and rows == mine,
     )  # fmt: skip
 
@@ -169,6 +175,33 @@ def layer_bytes(
     if config.has_experts(layer):  # a token's rows: sent, returned, sorted back; experts run one after the other
         mlp, running = config.n_experts_per_token * (mlp + (3 if learns else 2) * width) - width, 6 * width
     return Layer(*(int(n_tokens * value_bytes * count) for count in (norms + mixer + sums + mlp, running)))
+
+
+def encoder_bytes(
+    config: EncoderConfig, n_pictures: int, value_bytes: int, residual_bytes: int, stage: TrainConfig
+) -> Layer:
+    """Of an encoder that trains, of all pictures of a forward: what is kept to its backward pass, and what a layer
+    takes beside that."""
+    learns = stage.lora is None or "encoder" not in stage.lora.parts
+    ratio = residual_bytes / value_bytes
+    sides = zip(config.stem_widths, config.stem_blocks, config.stem_sides())
+    stem = sum(2 * (1 + 2 * n_blocks) * width * side**2 for width, n_blocks, side in sides)  # convolved, and after ReLU
+    pixels = 3 * config.image_size**2 * (1 + FLOAT)
+    times = 3 if config.activation == "quick_gelu" else 2  # its factor too
+    # the sums before both norms; q, k, v, y, and both norms where weights learn; the MLP's
+    saved = config.width * (2 * ratio + (6 if learns else 4)) + config.mlp_width * (times - (not learns))
+    running = config.width * ratio + config.mlp_width * (times - 1 + (not learns))
+    between = config.width * ratio * (not stage.offload_activations)
+    n_tokens = config.grid() ** 2 + (config.class_token and not config.stem_widths)
+    of_layers = between if stage.gradient_checkpointing else saved
+    beside = saved + running if stage.gradient_checkpointing else running
+    ends = 2 * config.width * ratio  # patches at their places, and the result
+    kept = n_pictures * (pixels + value_bytes * (stem + n_tokens * (config.n_layers_used() * of_layers + ends)))
+    return Layer(int(kept), int(n_pictures * value_bytes * n_tokens * beside))
+
+
+def tokens_per_image(model: ModelConfig) -> int:
+    return model.bridge.tokens_per_image if model.bridge is not None else 1
 
 
 def bridge_bytes(model: ModelConfig, n_tokens: int, value_bytes: int) -> int:

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from longllava.backbone import Backbone
+from longllava.config import EncoderConfig
+from longllava.encoders.vit import VisionBlock, VisionTransformer
 from longllava.nn import Context
 from longllava.nn.recompute import Kept
 from tests.tiny import tiny_config
@@ -62,3 +64,21 @@ def test_every_expert_has_a_gradient_while_training() -> None:
     assert all(gradient is not None for gradient in experts.values())
     idle = [name for name, gradient in experts.items() if gradient is not None and not gradient.any()]
     assert len(idle) == len(experts) * 3 // 4  # one token, one expert of four
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_encoder_that_trains_runs_its_layers_again(offload: bool, monkeypatch) -> None:
+    torch.manual_seed(1)
+    encoder = VisionTransformer(EncoderConfig(image_size=16, patch_size=4, width=16, n_layers=3, n_heads=2,
+                                              mlp_width=32, select_layer=-1)).train()  # fmt: skip
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    runs = []
+    monkeypatch.setattr(VisionBlock, "feed", lambda self, x, feed=VisionBlock.feed: runs.append(1) or feed(self, x))
+    gradients = []
+    for again in (False, True):
+        encoder.gradient_checkpointing, encoder.offload_activations = again, again and offload
+        encoder.zero_grad()
+        encoder(pixels).square().sum().backward()
+        gradients.append([parameter.grad for parameter in encoder.parameters()])
+    assert len(runs) == 3 + 6
+    torch.testing.assert_close(*gradients)

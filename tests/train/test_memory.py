@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from longllava.config import BackboneConfig, BridgeConfig, EncoderConfig, ModelConfig
 from longllava.data.packing import Batch
+from longllava.encoders.vit import VisionBlock, VisionTransformer
 from longllava.model import Model
 from longllava.nn import Block, Context
 from longllava.settings import load
 from longllava.train.config import TrainConfig
 from longllava.train.forward import Forward
 from longllava.train.lora import add_adapters_
-from longllava.train.memory import estimate, layer_bytes
+from longllava.train.memory import encoder_bytes, estimate, layer_bytes
 from longllava.train.optimizer import build_optimizer, select_parts
 from tests.kernels import needs_kernels
 from tests.live_bytes import LiveBytes
@@ -101,6 +103,54 @@ def test_a_packed_step(checkpointing: bool) -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert estimate(stage, config, 1, 4).total() == pytest.approx(live.peak, rel=0.1)
+
+
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What a GPU's attention keeps: q, k, v and y."""
+
+    class Flash(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            ctx.save_for_backward(q, k, v, y := torch.softmax(q @ k.mT, -1) @ v)
+            return y
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient, gradient, gradient
+
+    return Flash.apply(q, k, v)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("stem", [False, True])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_an_encoder_that_trains(checkpointing: bool, stem: bool, activation: str, monkeypatch) -> None:
+    monkeypatch.setattr(VisionBlock, "attention", staticmethod(flash))
+    stems: dict[str, Any] = {"stem_widths": (16, 32), "stem_strides": (4, 2), "stem_blocks": (1, 1)}
+    config = EncoderConfig(image_size=64, patch_size=8, width=64, n_layers=6, n_heads=4, mlp_width=256,
+                           activation=activation, select_layer=-1, **(stems if stem else {}))  # fmt: skip
+    stage = load(TrainConfig, {
+        "stage": "stage3", "model": "", "recipe": "", "phases": [{"steps": 1, "row_length": 64}],
+        "train_only": ["encoder"], "gradient_checkpointing": checkpointing,
+    })  # fmt: skip
+    encoder = VisionTransformer(config).train()
+    encoder.gradient_checkpointing = checkpointing
+
+    def run(n_pictures: int) -> tuple[int, int]:
+        pixels = torch.zeros(n_pictures, 3, 64, 64, dtype=torch.uint8)
+        encoder.zero_grad(set_to_none=True)
+        with LiveBytes() as live:
+            live.count(pixels.untyped_storage())
+            features_NTC = encoder(pixels)
+            kept = live.now
+            features_NTC.backward(torch.ones_like(features_NTC))
+        return kept, live.peak - kept
+
+    few, many = run(8), run(16)
+    kept, beside = (b - a for a, b in zip(few, many))
+    expected = encoder_bytes(config, 8, 4, 4, stage)
+    assert expected.saved == pytest.approx(kept, rel=0.1)
+    assert sum(expected) == pytest.approx(kept + beside, rel=0.1)
 
 
 @pytest.mark.parametrize("parts", [["backbone"], ["backbone", "encoder"]])
