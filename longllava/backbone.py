@@ -17,10 +17,10 @@ from longllava.config import BackboneConfig
 from longllava.nn import Block, Context, State
 from longllava.nn.linear import Linear
 from longllava.nn.norm import RMSNorm
-from longllava.nn.recompute import recomputed
+from longllava.nn.recompute import Recomputing, recomputed
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, Recomputing):
     """Embeddings in, hidden states out; state in, state out.
 
     A sequence cut anywhere, each piece given the state of the one before, yields the same hidden states and
@@ -37,7 +37,6 @@ class Backbone(nn.Module):
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
         self.layer_devices: list[torch.device] | None = None  # where layers are that are not all on one device
-        self.gradient_checkpointing = self.offload_activations = False
 
     def forward(
         self, x_BLD: Tensor, ctx: Context, state: State | None = None, last_only: bool = False

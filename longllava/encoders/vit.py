@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from longllava.config import EncoderConfig
 from longllava.errors import InputError
 from longllava.nn.linear import Conv2d, Linear, better_in_fp32
-from longllava.nn.recompute import recomputed
+from longllava.nn.recompute import Recomputing, recomputed
 from longllava.ops.conv3x3 import conv3x3
 from longllava.ops.pixel_conv import pixel_conv
 from longllava.ops.vision import activate_, add_layer_norm
@@ -29,7 +29,7 @@ from longllava.ops.vision import activate_, add_layer_norm
 GPU_BATCH = 64
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(nn.Module, Recomputing):
     """Pixels to features: uint8 or float (N, 3, S, S) -> (N, T, C), class token dropped.
 
     uint8 pixels are scaled to [0, 1] here and normalised with the config's mean and std, so that a thousand
@@ -60,7 +60,6 @@ class VisionTransformer(nn.Module):
         self.pre_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         # layers after the selected one are never run: they are not built (CLIP at -2 saves one of 24)
         self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.n_layers_used()))
-        self.gradient_checkpointing = self.offload_activations = False
 
     def forward(self, pixels_N3SS: Tensor) -> Tensor:
         side = self.config.image_size

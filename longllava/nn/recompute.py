@@ -14,6 +14,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
+class Recomputing:
+    """A stack of layers, each of which may keep its input alone while it trains; offload_activations: on the host."""
+
+    gradient_checkpointing = False
+    offload_activations = False
+
+
 class Kept:
     """A layer's input from its forward pass to its backward pass. In between, `put_away` has it in host memory."""
 

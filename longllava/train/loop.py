@@ -23,6 +23,7 @@ from longllava.evals.memory import give_back
 from longllava.files import write_text
 from longllava.inputs.processor import Processor
 from longllava.model import Model
+from longllava.nn.recompute import Recomputing
 from longllava.train.checkpoints import latest_state, save_state
 from longllava.train.config import TrainConfig, learning_rate
 from longllava.train.engines import open_engine
@@ -77,8 +78,8 @@ def train(
         raise TrainingError(f"device: got {config.device!r}, but this run is on {engine.device.type}; set device: auto")
 
     parameters = select_parts(model, config.train_only, config.frozen)
-    for part in (model.encoder, model.backbone):
-        if part is not None:
+    for part in model.children():
+        if isinstance(part, Recomputing):
             part.gradient_checkpointing = config.gradient_checkpointing
             part.offload_activations = config.offload_activations
     checkpoints = folder / "checkpoints"
