@@ -24,8 +24,8 @@ TOKENIZER = ASSETS / "nano"
 NAME = "nano"  # so that stages find nano's tokenizer
 
 
-def world_config() -> ModelConfig:
-    """Three layers of width 32, attention in the middle; 16 tokens a picture, pooled to 4."""
+def world_config(n_experts: int = 1) -> ModelConfig:
+    """Three layers of width 32, attention in the middle, which has experts; 16 tokens a picture, pooled to 4."""
     return ModelConfig(
         name=NAME,
         encoder=EncoderConfig(image_size=32, patch_size=8, width=16, n_layers=1, n_heads=2, mlp_width=32,
@@ -33,13 +33,13 @@ def world_config() -> ModelConfig:
         bridge=BridgeConfig(tokens_per_image=4, hidden=32),
         backbone=BackboneConfig(vocab_size=1920, width=32, n_layers=3, attention_every=3, attention_at=1, n_heads=2,
                                 n_kv_heads=1, head_dim=16, mlp_width=48, state_size=4, dt_rank=4, qk_norm=True,
-                                log_length_scale=True),
+                                log_length_scale=True, n_experts=n_experts),
     )  # fmt: skip
 
 
-def world_model(seed: int = 0) -> tuple[Model, Processor]:
+def world_model(seed: int = 0, n_experts: int = 1) -> tuple[Model, Processor]:
     torch.manual_seed(seed)  # of the encoder, which initialise_ leaves as torch made it
-    model = Model(world_config())
+    model = Model(world_config(n_experts))
     model.initialise_(seed)
     return model.eval(), Processor(model.config, Tokenizer.from_folder(TOKENIZER, model.config.prompt))
 

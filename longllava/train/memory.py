@@ -118,15 +118,16 @@ def held_bytes(config: TrainConfig, model: ModelConfig, world: int, value_bytes:
     return Estimate(weights + FLOAT * n_encoder, gradients, optimizer, gathered, 0, 0, 0, 0)
 
 
-def adapters_of(model: ModelConfig, lora: LoraConfig) -> int:
-    """Parameters of the adapters: two matrices a layer."""
+def adapters_of(model: ModelConfig, lora: LoraConfig, experts: float = 1.0) -> int:
+    """Parameters of the adapters: two matrices a layer. experts: the share of those of experts that is counted."""
     import torch
 
     from longllava.model import Model
 
     with torch.device("meta"):
         built = Model(model)
-    return sum(lora.rank * sum(built.get_parameter(f"{name}.weight").shape) for name in layers_of(built, lora))
+    sizes = {name: lora.rank * sum(built.get_parameter(f"{name}.weight").shape) for name in layers_of(built, lora)}
+    return round(sum(size * (experts if ".experts." in name else 1) for name, size in sizes.items()))
 
 
 def parameters_of(model: ModelConfig) -> dict[str, int]:

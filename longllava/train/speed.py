@@ -32,7 +32,8 @@ class Cost:
         self.token = self.times * 2 * sum(layer_weights(backbone, layer) for layer in range(backbone.n_layers))
         self.token += 3 * (backbone.n_layers - n_attention) * scan_operations(backbone)
         if lora is not None and "backbone" in lora.parts:
-            self.token += 3 * 2 * adapters_of(model, dataclasses.replace(lora, parts=["backbone"]))
+            chosen = backbone.n_experts_per_token / backbone.n_experts  # of a mixture
+            self.token += 3 * 2 * adapters_of(model, dataclasses.replace(lora, parts=["backbone"]), chosen)
         self.pair = 3 * 4 * n_attention * backbone.n_heads * backbone.head_dim
         self.label = self.times * 2 * backbone.vocab_size * backbone.width
         self.picture = self.picture_token = self.n_tokens = 0

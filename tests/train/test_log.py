@@ -27,8 +27,8 @@ from longllava.train.speed import Cost
 from tests.tiny_world import world_model, world_samples
 
 
-def batch_of(n: int, per_row: int, n_tokens: int = 4) -> tuple[Any, Any]:
-    model, processor = world_model()
+def batch_of(n: int, per_row: int, n_tokens: int = 4, n_experts: int = 1) -> tuple[Any, Any]:
+    model, processor = world_model(n_experts=n_experts)
     items = [dataclasses.replace(encode_sample(sample, processor, n_tokens), source=f"source{number % 3}")
              for number, sample in enumerate(world_samples("nano/stage2", n))]  # fmt: skip
     rows = [items[at : at + per_row] for at in range(0, n, per_row)]
@@ -79,11 +79,12 @@ def test_a_record_divides_by_the_labels_of_each_source_over_all_processes() -> N
     ("n_tokens", "changes"),
     [(4, {}), (1, {}), (4, {"lora": {"rank": 3}}), (4, {"train_only": ["bridge"]})],
 )
-def test_operations_are_those_of_torchs_products(n_tokens: int, changes: dict) -> None:
+@pytest.mark.parametrize("n_experts", [1, 8])
+def test_operations_are_those_of_torchs_products(n_tokens: int, changes: dict, n_experts: int) -> None:
     """Counted by torch, which sees no scan and no attention of the compiled kernels: those are taken away."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, batch = batch_of(4, 4, n_tokens)
+    model, batch = batch_of(4, 4, n_tokens, n_experts)
     stage = load(TrainConfig, {
         "stage": "s", "model": "", "recipe": "", "train_only": ["bridge", "backbone"],
         "phases": [{"steps": 1, "row_length": 8, "tokens_per_image": n_tokens}], **changes,
