@@ -1,5 +1,21 @@
-// What the kernels by tiles (AMX) share. Include from *_amx_kernels.cpp only.
+// What the kernels by tiles (AMX) share. The first include of a *_amx_kernels.cpp: what follows is compiled for AMX, to
+// LONGLLAVA_AMX_END. Only the AVX-512 form holds code, and only where the compiler knows AMX; its namespace is its own,
+// as int8_linear_vnni_kernels.cpp says.
 #pragma once
+
+#include "isa.h"
+
+#if defined(__AVX512F__) && defined(LONGLLAVA_HAS_AMX)
+#define LONGLLAVA_AMX
+#undef LONGLLAVA_FORM
+#define LONGLLAVA_FORM avx512amx
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-int8,amx-bf16,avx512bf16"))), apply_to = function)
+#define LONGLLAVA_AMX_END _Pragma("clang attribute pop")
+#else
+#pragma GCC target("amx-tile,amx-int8,amx-bf16,avx512bf16")
+#define LONGLLAVA_AMX_END
+#endif
 
 #include <immintrin.h>
 
@@ -33,3 +49,4 @@ class TileRegisters {
 
 }  // namespace LONGLLAVA_FORM
 }  // namespace longllava
+#endif

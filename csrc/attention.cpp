@@ -62,7 +62,7 @@ Kernel pick_forward(const AttentionCall& call, bool bf16) {
   const bool few = call.n_queries * call.heads_per_group <= FEW_ROWS;
   if (few) return bf16 ? LONGLLAVA_PICK(attention_few_rows_bf16) : LONGLLAVA_PICK(attention_few_rows_float);
 #if defined(__x86_64__)
-#if defined(__clang__) || __GNUC__ >= 11
+#if defined(LONGLLAVA_HAS_AMX)
   if (bf16 && has_amx() && call.scale > 0) return avx512amx::attention_tile;  // scores are scaled after their maximum
 #endif
   if (bf16 && has_avx512_bf16()) return avx512bf16::attention_tile;

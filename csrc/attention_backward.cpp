@@ -43,7 +43,7 @@ void plan_backward(AttentionBackwardCall& call) {
 }
 
 Kernel pick_backward(const AttentionBackwardCall& call, bool bf16) {
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
+#if defined(LONGLLAVA_HAS_AMX)
   // fewer rows would leave tiles empty, and sums of few terms show more of the rounding of ds
   if (bf16 && has_amx() && call.n_queries * call.heads_per_group >= AMX_ROWS) return avx512amx::attention_backward;
 #endif

@@ -1,17 +1,10 @@
 // Gradients of attention, products in tiles of bf16 (attention_amx.h). How they are walked: attention_backward_walk.h.
 //
 // p and ds are rounded to bf16 for their products, as the flash kernels of GPUs do; sums, softmax and ds's own terms
-// are fp32. For the namespace see attention_bf16_kernels.cpp.
-#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 11)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512bf16"))), apply_to = function)
-#else
-#pragma GCC target("amx-tile,amx-bf16,avx512bf16")
-#endif
+// are fp32.
 #define LONGLLAVA_PAIRS
-#define LONGLLAVA_AMX
-#undef LONGLLAVA_FORM
-#define LONGLLAVA_FORM avx512amx
+#include "amx.h"
+#if defined(LONGLLAVA_AMX)
 #include "attention_amx.h"
 #include "attention_backward_walk.h"
 
@@ -190,7 +183,5 @@ void attention_backward(const AttentionBackwardCall& call, int64_t index) {
 
 }  // namespace LONGLLAVA_FORM
 }  // namespace longllava
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+LONGLLAVA_AMX_END
 #endif

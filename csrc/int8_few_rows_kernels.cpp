@@ -7,7 +7,7 @@ namespace longllava {
 namespace LONGLLAVA_FORM {
 namespace {
 
-constexpr int OUTPUTS = 4;
+constexpr int OUTPUTS = INT8_FEW_OUTPUTS;
 #if defined(__AVX512F__)
 constexpr int GROUP = 4;
 #else
@@ -75,6 +75,22 @@ LONGLLAVA_INLINE void outputs_of_rows(const Int8Plan& plan, int64_t begin, int64
 }
 
 }  // namespace
+
+// The rows as fp32, padded with zeros.
+void int8_few_rows_widen(void* opaque) {
+  const Int8Plan& plan = *static_cast<const Int8Plan*>(opaque);
+  const Int8Arguments& a = plan.args;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    float* to = static_cast<float*>(plan.quantised) + row * plan.pitch;
+    for (int64_t k = 0; k < plan.pitch; k += WIDTH) {
+      const int64_t left = a.inputs - k, place = row * a.x_row + k;
+      const int lanes = left < WIDTH ? int(left) : WIDTH;
+      store(to + k, lanes <= 0                       ? vec{}
+                    : a.x_dtype == DTYPE_BFLOAT16 ? load_some(static_cast<const uint16_t*>(a.x) + place, lanes)
+                                                  : load_some(static_cast<const float*>(a.x) + place, lanes));
+    }
+  }
+}
 
 // A block of outputs of one expert, for all of its rows. plan.quantised holds the rows as fp32, padded with zeros.
 void int8_few_rows_task(void* opaque, int64_t task) {

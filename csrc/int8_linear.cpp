@@ -29,7 +29,7 @@ void multiply(const Int8Arguments& a) {
   bool fast = false, tiles = false;
 #if defined(__x86_64__)
   fast = has_avx512_vnni();
-#if defined(__clang__) || __GNUC__ >= 11
+#if defined(LONGLLAVA_HAS_AMX)
   tiles = fast && a.depth == 0 && has_amx();
 #endif
 #endif
@@ -45,7 +45,7 @@ void multiply(const Int8Arguments& a) {
   }
 #if defined(__x86_64__)
   if (plan.depth == 4 && fast) worker = avx512vnni::int8_fours_worker;
-#if defined(__clang__) || __GNUC__ >= 11
+#if defined(LONGLLAVA_HAS_AMX)
   if (tiles) {
     measure = avx512amx::int8_tile;
     worker = avx512amx::int8_fours_worker;
@@ -110,17 +110,38 @@ LONGLLAVA_EXPORT int longllava_quantize_rows(const Int8Arguments* args) {
   });
 }
 
+// Rows of bf16 by tiles where there are some, else widened to fp32.
 LONGLLAVA_EXPORT int longllava_int8_few_rows(const Int8Arguments* args) {
   return guarded(args, [](const Int8Arguments& a) {
     Int8Plan plan{};
     plan.args = a;
-    plan.quantised = const_cast<void*>(a.x);
-    plan.pitch = a.x_row;
     // a row of weights costs memory's time, or that of its products with several rows
     const double nanoseconds = double(a.inputs) * a.outputs * (0.05 + 0.05 * a.rows);
     const int threads = useful_threads(a.threads, nanoseconds);
-    plan.step_outputs = std::clamp<int64_t>(int8_round_up(ceil_div(a.outputs, 8 * threads), 4), 4, 64);
+    int64_t step = INT8_FEW_OUTPUTS;
+    void (*task)(void*, int64_t) = LONGLLAVA_PICK(int8_few_rows_task);
+    Memory rows;
+#if defined(LONGLLAVA_HAS_AMX)
+    if (a.x_dtype == DTYPE_BFLOAT16 && has_amx()) {
+      plan.pitch = avx512amx::int8_few_rows_pitch(a);
+      rows = memory((a.rows / 16 + a.experts) * plan.pitch * 2);
+      plan.packed = rows.get();
+      avx512amx::int8_few_rows_pack(&plan);
+      task = avx512amx::int8_few_rows_task;
+      step = INT8_FEW_TILED;
+    }
+#endif
+    if (rows == nullptr && a.x_dtype == DTYPE_FLOAT32 && a.inputs % INT8_FEW_INPUTS == 0) {
+      plan.quantised = const_cast<void*>(a.x);
+      plan.pitch = a.x_row;
+    } else if (rows == nullptr) {
+      plan.pitch = int8_round_up(a.inputs, INT8_FEW_INPUTS);
+      rows = memory(a.rows * plan.pitch * 4);
+      plan.quantised = rows.get();
+      LONGLLAVA_PICK(int8_few_rows_widen)(&plan);
+    }
+    plan.step_outputs = std::clamp<int64_t>(int8_round_up(ceil_div(a.outputs, 8 * threads), step), step, 64);
     plan.n_outputs_steps = ceil_div(a.outputs, plan.step_outputs);
-    parallel_for(a.experts * plan.n_outputs_steps, threads, LONGLLAVA_PICK(int8_few_rows_task), &plan);
+    parallel_for(a.experts * plan.n_outputs_steps, threads, task, &plan);
   });
 }

@@ -16,7 +16,9 @@ constexpr int64_t INT8_OUTPUTS = 128;    // second-level cache
 constexpr int64_t INT8_CHUNK = 2016;     // rows that a task multiplies by one such block: 1 MB of int32 sums
 constexpr int64_t INT8_SMALL = 1 << 19;  // weights of fewer bytes are packed once, and tasks are rows alone
 constexpr int64_t INT8_SMALL_CHUNK = 96;   // rows of such a task, and of one that quantises
-constexpr int64_t INT8_FEW = 64;           // rows at most where weights alone are int8
+constexpr int64_t INT8_FEW_INPUTS = 16;    // few rows are padded to a multiple of these, which every WIDTH divides
+constexpr int64_t INT8_FEW_OUTPUTS = 4;    // of few rows, computed together, and by tiles
+constexpr int64_t INT8_FEW_TILED = 32;
 constexpr int64_t ROTATED_MAX_WIDTH = 32768;  // of a row that is rotated, in fp32: 128 KB of a task's stack
 
 struct Int8Arguments {
@@ -39,7 +41,7 @@ struct Int8Arguments {
 struct Int8Plan {
   Int8Arguments args;
   int64_t depth;       // 2: int16 in pairs, 4: int8 in fours
-  int64_t pitch;       // elements from one quantised row to the next
+  int64_t pitch;       // elements from one quantised row to the next; few rows in tiles: from 16 to the next
   bool small;          // weights are packed once, in `packed`; a task quantises its own rows
   int64_t step_inputs, step_outputs;  // of a block of packed weights
   int64_t n_outputs_steps, n_row_tasks, n_tasks;
@@ -64,6 +66,7 @@ LONGLLAVA_DECLARE(void, int8_fours_worker, (void* plan, int64_t slot))
 LONGLLAVA_DECLARE(void, int8_pairs_pack, (void* plan))
 LONGLLAVA_DECLARE(void, int8_fours_pack, (void* plan))
 LONGLLAVA_DECLARE(void, int8_quantize_task, (void* plan, int64_t task))
+LONGLLAVA_DECLARE(void, int8_few_rows_widen, (void* plan))
 LONGLLAVA_DECLARE(void, int8_few_rows_task, (void* plan, int64_t task))
 #if defined(__x86_64__)
 namespace longllava {
@@ -74,6 +77,9 @@ namespace avx512amx {
 void int8_tile(int64_t* rows, int64_t* outputs);
 void int8_fours_pack(void* plan);
 void int8_fours_worker(void* plan, int64_t slot);
+int64_t int8_few_rows_pitch(const Int8Arguments& args);  // of 16 packed rows, in bf16
+void int8_few_rows_pack(void* plan);
+void int8_few_rows_task(void* plan, int64_t task);
 }
 }  // namespace longllava
 #endif

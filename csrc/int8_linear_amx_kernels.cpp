@@ -1,18 +1,8 @@
-// Int8 linear layers on processors that multiply tiles of int8 (AMX: Sapphire Rapids and later).
-//
-// These have AVX512_BF16, too. Only the AVX-512 form holds code, and only where the compiler knows AMX. See
-// int8_linear_vnni_kernels.cpp for the namespace.
-#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 11)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-int8,avx512bf16"))), apply_to = function)
-#else
-#pragma GCC target("amx-tile,amx-int8,avx512bf16")
-#endif
-#define LONGLLAVA_AMX
+// Int8 linear layers on processors that multiply tiles of int8 (AMX: Sapphire Rapids and later). These have
+// AVX512_BF16, too.
 #define LONGLLAVA_BF16
-#undef LONGLLAVA_FORM
-#define LONGLLAVA_FORM avx512amx
 #include "amx.h"
+#if defined(LONGLLAVA_AMX)
 #include "int8_product.h"
 
 namespace longllava {
@@ -28,7 +18,5 @@ void int8_fours_worker(void* plan, int64_t slot) { work<Fours>(*static_cast<Int8
 
 }  // namespace LONGLLAVA_FORM
 }  // namespace longllava
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+LONGLLAVA_AMX_END
 #endif

@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#define LONGLLAVA_ABI 7  // longllava/ops/native.py holds the same number
+#define LONGLLAVA_ABI 8  // longllava/ops/native.py holds the same number
 #define LONGLLAVA_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace longllava {
@@ -25,6 +25,11 @@ bool has_avx512_vnni();    // the same of AVX512_VNNI
 bool has_amx();            // and of AMX for int8 and bf16, where the system lets this process use its tiles
 
 }  // namespace longllava
+
+// Where the compiler knows the instructions of *_amx_kernels.cpp.
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
+#define LONGLLAVA_HAS_AMX
+#endif
 
 #if defined(__x86_64__)
 #define LONGLLAVA_DECLARE(result, name, arguments)  \

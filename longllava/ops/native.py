@@ -17,7 +17,7 @@ from longllava.errors import BackendError
 from longllava.ops.dispatch import constant_when_traced
 
 PATH = Path(__file__).resolve().parent.parent / "lib" / "liblongllava_cpu.so"
-ABI = 7  # csrc/isa.h holds the same number; raise both when the C interface changes
+ABI = 8  # csrc/isa.h holds the same number; raise both when the C interface changes
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in csrc/vector.h
 
 

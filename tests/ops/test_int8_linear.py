@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from longllava.errors import BackendError, LongLLaVAError
+from longllava.ops import native
 from longllava.ops.dispatch import Backend
 from longllava.ops.int8_linear import (
     BACKENDS,
@@ -151,6 +152,25 @@ def test_a_row_is_the_same_whatever_stands_beside_it(backend: str) -> None:
     for start, end in ((0, 1), (1, 2), (5, 9), (131, 300)):
         part = int8_linear(x[start:end], weight, scale, backend=backend)
         assert torch.equal(part.nan_to_num(7), spoiled[start:end].nan_to_num(7))
+
+
+@needs_kernels
+def test_few_rows_of_bf16_are_multiplied_as_they_are() -> None:
+    """By tiles each to the same bits, however many stand beside it."""
+    x = torch.randn(64, 345).bfloat16()
+    weight, scale = quantize_weight(torch.randn(50, 345))
+    whole = int8_linear(x, weight, scale, mode="weight_only", backend="cpu")
+    assert error(whole, x.double() @ (weight.double() * scale[:, None].double()).T) < 4e-3
+    spoiled = x.clone()
+    spoiled[::2] = torch.nan
+    y = int8_linear(spoiled, weight, scale, mode="weight_only", backend="cpu")
+    assert bool(y[::2].isnan().all())
+    for start, end in ((0, 1), (1, 2), (5, 9), (15, 18), (31, 64)):
+        part = int8_linear(x[start:end], weight, scale, mode="weight_only", backend="cpu")
+        if native.uses_amx():
+            assert torch.equal(part, whole[start:end])
+        assert error(part, whole[start:end]) < 4e-3
+    assert error(y[1::2], whole[1::2]) < 4e-3
 
 
 @pytest.mark.parametrize("backend", HERE)

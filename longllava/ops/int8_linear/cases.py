@@ -77,11 +77,14 @@ CASES = (
     Case("weights", mode="weight_only"),
     Case("weights-one-row", mode="weight_only", rows=1, inputs=555, outputs=70),
     Case("weights-bf16", mode="weight_only", dtype=torch.bfloat16, rows=3, inputs=192, bias=False),
+    Case("weights-bf16-odd", mode="weight_only", dtype=torch.bfloat16, rows=41, inputs=333, outputs=75),
+    Case("weights-bf16-outliers", mode="weight_only", dtype=torch.bfloat16, rows=17, outliers=4e6),
     Case("weights-many-rows", mode="weight_only", rows=90),
     Case("experts", experts=4),
     Case("experts-odd", experts=5, rows=61, inputs=37, outputs=19, dtype=torch.bfloat16, bias=False),
     Case("experts-one-row", experts=3, rows=1, quantized=True),
     Case("experts-weights", experts=4, rows=9, mode="weight_only", inputs=300),
+    Case("experts-weights-bf16", experts=4, rows=60, mode="weight_only", inputs=300, dtype=torch.bfloat16),
 )
 
 NANO, JAMBA = "configs/models/nano.yaml, in_proj and down_proj", "LongLLaVA-9B's config.json"

@@ -1,7 +1,8 @@
 """Int8 linear layers on the CPU by the compiled kernels (csrc/int8_*).
 
 Mode "dynamic": rows are quantised on the way into the product, weights packed on the way too, so that nothing is kept
-between calls. Mode "weight_only", up to FEW_ROWS rows: each weight is read once and widened in registers.
+between calls. Mode "weight_only", up to FEW_ROWS rows: each weight is read once and widened, to bf16 for tiles of bf16
+rows where the processor has some.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import struct
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longllava.ops import native
@@ -21,7 +21,6 @@ from longllava.ops.native import DTYPES, address, plain
 FIELDS = struct.Struct("@21q")  # csrc/int8_linear.h, Int8Arguments
 FEW_ROWS = 64
 MAX_ROTATED = 32768  # numbers of a row
-ALIGNMENT = 16  # of rows in mode "weight_only", which are read in whole vectors
 INT8 = 2
 
 
@@ -85,11 +84,7 @@ def run(
     if x.shape[1] == 0:
         return reference.run(x, weight, scale, bias, x_scale, offsets, mode, dtype)
     dynamic, few_rows, _ = _kernels()
-    kernel = dynamic
-    if mode == "weight_only":
-        kernel, x = few_rows, x.float()
-        if missing := -x.shape[1] % ALIGNMENT:
-            x = F.pad(x, (0, missing))
+    kernel = few_rows if mode == "weight_only" else dynamic
     x = _rowed(x)
     weight, scale = weight.contiguous(), plain(scale)
     bias = None if bias is None else plain(bias)
