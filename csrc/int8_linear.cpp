@@ -110,7 +110,8 @@ LONGLLAVA_EXPORT int longllava_quantize_rows(const Int8Arguments* args) {
   });
 }
 
-// Rows of bf16 by tiles where there are some, else widened to fp32.
+// Rows of bf16 by tiles where there are some, else widened to fp32. One row alone, or one an expert, takes as long as
+// its weights' way from memory without tiles, and half as long again with them.
 LONGLLAVA_EXPORT int longllava_int8_few_rows(const Int8Arguments* args) {
   return guarded(args, [](const Int8Arguments& a) {
     Int8Plan plan{};
@@ -122,7 +123,7 @@ LONGLLAVA_EXPORT int longllava_int8_few_rows(const Int8Arguments* args) {
     void (*task)(void*, int64_t) = LONGLLAVA_PICK(int8_few_rows_task);
     Memory rows;
 #if defined(LONGLLAVA_HAS_AMX)
-    if (a.x_dtype == DTYPE_BFLOAT16 && has_amx()) {
+    if (a.x_dtype == DTYPE_BFLOAT16 && a.rows >= 2 * a.experts && has_amx()) {
       plan.pitch = avx512amx::int8_few_rows_pitch(a);
       rows = memory((a.rows / 16 + a.experts) * plan.pitch * 2);
       plan.packed = rows.get();
