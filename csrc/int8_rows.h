@@ -215,8 +215,12 @@ LONGLLAVA_INLINE int32_t quantise_row(const T* x, int64_t n, const float* absmax
   return absmax != nullptr ? round_row<SUM, true>(x, n, row.factor, out) : round_row<SUM, false>(x, n, row.factor, out);
 }
 
-template <class Out>
+template <bool SUM, class Out>
 LONGLLAVA_INLINE int32_t copy_row(const int8_t* x, int64_t n, Out* out) {
+  if (!SUM && sizeof(Out) == 1) {
+    __builtin_memcpy(out, x, n);
+    return 0;
+  }
   int32_t total = 0;
   for (int64_t k = 0; k < n; ++k) {
     out[k] = x[k];
@@ -231,7 +235,7 @@ LONGLLAVA_INLINE int32_t prepare_row(const Int8Arguments& a, int64_t row, Out* o
   const float* absmax = a.absmax != nullptr ? a.absmax + row : nullptr;
   if (a.x_dtype == DTYPE_INT8) {
     *scale = a.x_scale[row];
-    return copy_row(static_cast<const int8_t*>(a.x) + row * a.x_row, a.inputs, out);
+    return copy_row<SUM>(static_cast<const int8_t*>(a.x) + row * a.x_row, a.inputs, out);
   }
   if (a.x_dtype == DTYPE_FLOAT32)
     return quantise_row<SUM>(static_cast<const float*>(a.x) + row * a.x_row, a.inputs, absmax, out, scale);
