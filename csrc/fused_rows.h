@@ -11,11 +11,7 @@ namespace {
 // As stored in T and read again.
 template <class T>
 LONGLLAVA_INLINE vec rounded(vec x) {
-  if constexpr (sizeof(T) == 2) {
-    T stored[WIDTH];
-    store(stored, x);
-    return load(stored);
-  }
+  if constexpr (sizeof(T) == 2) return x == x ? bits<vec>(nearest_halves(x) & 0xffff0000u) : x;
   return x;
 }
 

@@ -74,13 +74,17 @@ LONGLLAVA_INLINE vec load(const uint16_t* p) { return bits<vec>(load_halves(p) <
 LONGLLAVA_INLINE void store(float* p, vec x) { __builtin_memcpy(p, &x, sizeof x); }
 LONGLLAVA_INLINE void store(uint32_t* p, uvec x) { __builtin_memcpy(p, &x, sizeof x); }
 
-LONGLLAVA_INLINE void store(uint16_t* p, vec x) {  // bfloat16: nearest, ties to even; NaN stays NaN
+// The upper halves are bfloat16: nearest, ties to even. NaN may become infinity.
+LONGLLAVA_INLINE uvec nearest_halves(vec x) {
+  const uvec u = bits<uvec>(x);
+  return u + 0x7fffu + ((u >> 16) & 1u);
+}
+
+LONGLLAVA_INLINE void store(uint16_t* p, vec x) {  // bfloat16; NaN stays NaN
 #if defined(LONGLLAVA_BF16)  // one instruction; it takes what is below 2^-126 for 0
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
 #else
-  const uvec u = bits<uvec>(x);
-  const uvec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const hvec y = __builtin_convertvector(x == x ? rounded : (uvec{} + 0x7fc0u), hvec);
+  const hvec y = __builtin_convertvector(x == x ? nearest_halves(x) >> 16 : (uvec{} + 0x7fc0u), hvec);
   __builtin_memcpy(p, &y, sizeof y);
 #endif
 }
