@@ -34,7 +34,8 @@ class LongLLaVA:
         album = model.session(images=paths)  # read once
         album.ask("In which picture is the red panda?")
 
-    Images: paths, PIL images, arrays (H, W, 3) uint8, bytes of files, "world:..." references, "data:..." addresses.
+    Images: paths, PIL images, arrays (H, W, 3) uint8, bytes of files, files open for reading bytes, "world:..."
+    references, "data:..." addresses.
     Faults of inputs, settings and files are LongLLaVAError, in one sentence that names what is wrong.
     """
 
