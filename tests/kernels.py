@@ -16,9 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 needs_kernels = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 
 
+FORMS = ("portable", "avx2", "avx512", "avx512 without tiles")
+
+
 def run_in_form(form: str, code: str) -> None:
-    """Python code in a process whose kernels are of that form: portable, avx2 or avx512. Skips where it cannot be."""
-    environment = os.environ | {"LONGLLAVA_ISA": form}
+    """Python code in a process whose kernels are of that form, one of FORMS. Skips where it cannot be."""
+    isa, _, without = form.partition(" without ")
+    code += f"from longllava.ops import native; assert native.isa() == {isa!r}\n"
+    environment = os.environ | {"LONGLLAVA_ISA": isa, "LONGLLAVA_AMX": "0" if without else "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     if "this processor runs" in done.stderr:
         pytest.skip(f"this processor does not run {form}")

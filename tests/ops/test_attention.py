@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +11,7 @@ from torch import Tensor
 from longllava.errors import BackendError, LongLLaVAError
 from longllava.ops.attention import BACKENDS, attention, cpu, merge
 from longllava.ops.attention.cases import CASES, Case
-from tests.kernels import needs_kernels
+from tests.kernels import FORMS, needs_kernels, run_in_form
 
 
 def results(case: Case, backend: str, dtype: torch.dtype, gradients: bool = True) -> dict[str, Tensor]:
@@ -76,32 +72,16 @@ def test_sdpa_without_lse_matches_too(case):
     assert error(got.double(), truth) <= 2 * error(floor.double(), truth) + 1e-5
 
 
-FORMS = """
-import sys
-sys.path[:0] = sys.argv[1:]
-from test_attention import CASES, compare
-from longllava.ops import native
-for case in CASES[::5] + CASES[-5:]:
-    compare(case, "cpu")
-print(native.isa())
-"""
-
-
 @needs_kernels
-@pytest.mark.parametrize(("isa", "amx"), [("portable", "1"), ("avx2", "1"), ("avx512", "0"), ("avx512", "1")])
-def test_every_form_of_the_kernels(isa, amx):
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_the_kernels(form):
     """The forms this processor has, each in a process of its own; bf16 with and without AMX's tiles."""
-    here = os.path.dirname(__file__)
-    done = subprocess.run(
-        [sys.executable, "-c", FORMS, here, os.path.dirname(os.path.dirname(here))],
-        env=os.environ | {"LONGLLAVA_ISA": isa, "LONGLLAVA_AMX": amx},
-        capture_output=True,
-        text=True,
+    code = (
+        "from tests.ops.test_attention import CASES, compare\n"
+        "for case in CASES[::5] + CASES[-5:]:\n"
+        "    compare(case, 'cpu')\n"
     )
-    if "this processor runs" in done.stderr:
-        pytest.skip(f"this processor does not run {isa}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [isa]
+    run_in_form(form, code)
 
 
 @needs_kernels

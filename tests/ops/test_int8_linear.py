@@ -27,7 +27,7 @@ from longllava.ops.int8_linear import (
     reference,
     triton,
 )
-from tests.kernels import needs_kernels, run_in_form
+from tests.kernels import FORMS, needs_kernels, run_in_form
 from tests.ops.parity import error, poison_empty
 from tests.ops.test_triton import needs_interpreter
 
@@ -91,7 +91,7 @@ def test_matches_the_reference(case: cases.Case, way: str, monkeypatch: pytest.M
 
 
 @needs_kernels
-@pytest.mark.parametrize("form", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_the_kernels_gives_the_same(form: str) -> None:
     code = (
         "import torch; from longllava.ops.int8_linear import cases, cpu, reference\n"

@@ -13,7 +13,7 @@ from longllava.ops import native
 from longllava.ops.fused import swiglu
 from longllava.ops.int8_linear import int8_linear, quantize_rows, quantize_weight, rotate_rows
 from longllava.ops.quantized import Quantized, quantize, rotate
-from tests.kernels import needs_kernels, run_in_form
+from tests.kernels import FORMS, needs_kernels, run_in_form
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HERE = ["reference"] + ["cpu"] * (native.why_not() is None)
@@ -80,7 +80,7 @@ def test_a_gpu_makes_the_same_bits(dtype: torch.dtype) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("form", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("form", FORMS[:3])
 def test_every_form_of_the_kernels_makes_the_same_bits(form: str) -> None:
     code = (
         "import torch; from longllava.ops.quantized import quantize, rotate\n"
