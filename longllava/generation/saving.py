@@ -36,8 +36,10 @@ def fingerprint(model: Model) -> str:
     The dtype counts too. A few values are enough to tell trained weights apart, and take no time at 53 B.
     """
     settings = dataclasses.asdict(model.config)
-    if settings["int8"] and not settings["int8"]["rotated"]:
-        del settings["int8"]["rotated"]  # as in sessions of before there was the word
+    if settings["int8"]:
+        settings["int8"]["scan_epilogue"] = False  # changes no bit, and a folder is loaded without it
+        if not settings["int8"]["rotated"]:
+            del settings["int8"]["rotated"]  # as in sessions of before there was the word
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().reshape(-1)

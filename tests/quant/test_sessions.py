@@ -95,3 +95,16 @@ def test_sessions_of_int8_models_are_saved_and_kept_apart(tmp_path):
     assert again.score("what is this?", "a heart") == session.score("what is this?", "a heart")
     with pytest.raises(ValueError, match="made by another model"):
         tiny_model(4).load_session(tmp_path / "a.session")
+
+
+def test_a_session_outlives_how_the_scans_rows_became_int8(tmp_path):
+    """Which kernel finds a row's largest value changes no bit, and folders do not keep it."""
+    made = tiny_model(1)
+    quantize_(made.model, Int8Config(scan_epilogue=True))
+    made.save_pretrained(tmp_path / "model")
+    album = made.session(images=tiny_pictures(2))
+    album.save(tmp_path / "album")
+    loaded = LongLLaVA.from_pretrained(tmp_path / "model", device="cpu", dtype="float32")
+    assert not loaded.model.config.int8.scan_epilogue
+    score = loaded.load_session(tmp_path / "album").score("what is this?", "a red heart")
+    assert score == album.score("what is this?", "a red heart")
