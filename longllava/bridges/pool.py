@@ -28,4 +28,4 @@ def pool_features(features_NTC: Tensor, n_tokens: int, mode: str) -> Tensor:
                          f" {[(grid // f) ** 2 for f in range(1, grid + 1) if grid % f == 0]}")  # fmt: skip
     f = grid // side
     # one axis after the other: over both at once torch takes eighteen times as long (nano's 32 pictures, two cores)
-    return features_NTC.view(n, side, f, grid * c).mean(2).view(n, side, side, f, c).mean(3).view(n, n_tokens, c)
+    return features_NTC.reshape(n, side, f, grid * c).mean(2).view(n, side, side, f, c).mean(3).view(n, n_tokens, c)

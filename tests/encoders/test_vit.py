@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from longllava.bridges import pool_features
 from longllava.checkpoints import load_model
 from longllava.config import EncoderConfig
 from longllava.encoders import build_encoder
@@ -38,6 +39,18 @@ def test_without_gradients_it_gives_the_same(activation, changes):
     with torch.no_grad():
         found = vit(pixels)
     assert truth.std() > 0.1 and torch.allclose(found, truth, atol=2e-5)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_features_that_lie_channel_by_channel_are_pooled(gradients):
+    """As torch's own convolutions leave those of a narrow stem without a norm behind it."""
+    narrow = {"image_size": 8, "patch_size": 2, "stem_widths": (4,), "stem_strides": (2,), "stem_blocks": (2,)}
+    vit = encoder(pre_norm=False, class_token=False, **narrow)
+    with torch.set_grad_enabled(gradients):
+        features = vit(torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8))
+        for layout in (features.contiguous(), features.mT.contiguous().mT, features):
+            pooled = pool_features(layout, 4, "2d")
+            assert torch.allclose(pooled[:, 1], features[:, [2, 3, 6, 7]].mean(1), atol=1e-5)
 
 
 def test_the_callers_default_dtype_changes_no_picture():
