@@ -68,7 +68,7 @@ def answer_many(reader: Reader, prefix: State, start: int, rows: list[list[int]]
         ctx = Context(seq_idx_BL, (start + place_L).expand(n_rows, -1))
         hidden_BLD, state = model(model.embed(ids_BL[:, place_L]), ctx, state)
         ends_B = (length_B > begin) & (length_B <= begin + len(place_L))
-        last_BD[ends_B] = hidden_BLD[ends_B, length_B[ends_B] - 1 - begin]
+        last_BD[ends_B] = hidden_BLD[ends_B, length_B[ends_B] - 1 - begin].to(last_BD.dtype)
     return decode_many(reader, last_BD, state, start + length_B, sampling)
 
 

@@ -86,6 +86,7 @@ def attend_segments(
         before = own.keys_BSGK.shape[1] - q_BLHK.shape[1]
         shared = [*shared, *([own.part(0, before)] if before else [])]
         own = own.part(before, before + q_BLHK.shape[1]).dequantized(q_BLHK.dtype)
+    q_BLHK = q_BLHK.to(own.keys_BSGK.dtype)  # under autocast it is in 16 bits, and keys are stored in fp32
     if not shared:
         asked, keys = marks(q_BLHK, own, seq_idx_BL)
         return attention(

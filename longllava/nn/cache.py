@@ -213,8 +213,8 @@ class StaticAttentionState:
     causal: ClassVar[bool] = False  # seen_BC says what is visible
 
     def append(self, keys_B1GK: Tensor, values_B1GK: Tensor, seq_idx_B1: Tensor | None) -> StaticAttentionState:
-        self.keys_BCGK.index_copy_(1, self.at_1, keys_B1GK)
-        self.values_BCGK.index_copy_(1, self.at_1, values_B1GK)
+        for places_BCGK, new_B1GK in ((self.keys_BCGK, keys_B1GK), (self.values_BCGK, values_B1GK)):
+            places_BCGK.index_copy_(1, self.at_1, new_B1GK.to(places_BCGK.dtype))
         return self
 
     def segments(self) -> tuple[Segment, ...]:

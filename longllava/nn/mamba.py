@@ -63,6 +63,8 @@ class Mamba(nn.Module):
         if last_only:
             assert isinstance(rows_BLE, Tensor)
             rows_BLE = rows_BLE[:, -1:]
+        if state is not None:
+            conv_BKE = conv_BKE.to(state.conv_BKE.dtype)  # under autocast it is in 16 bits
         return self.out_proj(rows_BLE), MambaState(conv_BKE, scan_BEN)
 
     def scanned(self, u_BLE: Tensor, z_BLE: Tensor) -> dict[str, Any]:

@@ -54,6 +54,22 @@ def test_a_batch_is_the_same(n_experts, drawn, static):
     assert answers[0] == answers[1] and len(set(answers[0])) > 5
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_under_autocast_all_ways_to_talk_still_do(on, static, tmp_path):
+    model = MODELS[3]
+    truth = model.session(images=PICTURES[:4]).score("a", "a red heart").log_probabilities
+    static(on)
+    with torch.autocast("cpu", torch.bfloat16):
+        album = model.session(images=PICTURES[:3])
+        album.append(images=PICTURES[3:4])
+        loaded = model.load_session(album.save(tmp_path / "album"))
+        asked = [loaded.ask(question, **SHORT) for question in QUESTIONS]
+        many = album.ask_many(QUESTIONS, **SHORT) + model.generate_batch(PROMPTS, IMAGES, **SHORT)
+        score = album.score("a", "a red heart")
+        assert loaded.score("a", "a red heart") == score
+    assert all(asked) and all(many) and score.log_probabilities == pytest.approx(truth, abs=0.2)
+
+
 def test_logits_that_are_not_finite_are_an_error(static):
     static(True)
     model = tiny_model()

@@ -21,6 +21,15 @@ def test_greedy_answers_are_the_librarys(library, model, processor, talk):
     assert answers(model, processor, inputs, use_cache=False) == [expected]
 
 
+def test_under_autocast_a_cache_changes_nothing(model, processor):
+    """As accelerate leaves a model that was trained in bf16."""
+    inputs = prepared(processor, TALKS)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        whole, kept = (model(**inputs, use_cache=use_cache).logits[:, -1].float() for use_cache in (False, True))
+        assert (kept - whole).norm() < 0.05 * whole.norm()
+        assert all(answers(model, processor, inputs))
+
+
 def test_a_padded_batch_answers_as_each_row_alone(library, model, processor):
     inputs = prepared(processor, TALKS)
     assert inputs["attention_mask"].sum(1).unique().numel() == 3 and bool((inputs["attention_mask"][:, -1] == 1).all())

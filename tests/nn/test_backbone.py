@@ -109,6 +109,21 @@ def test_forks_continue_independently_and_leave_the_trunk_alone():
         torch.testing.assert_close(both[:1], fresh[:, 9:], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_under_autocast_a_state_keeps_its_dtypes(variant):
+    backbone, x = tiny(variant), torch.randn(2, 12, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole, _ = backbone(x, Context())
+        cut, state = run(backbone, x, [1, 5])
+        tail, _ = backbone(x[:, :3], Context(start=12), fork_state(state))
+        longer, _ = backbone(torch.cat([x, x[:, :3]], dim=1), Context())
+    for layer in state:
+        parts = layer if isinstance(layer, MambaState) else layer.segments()[-1][:2]
+        assert all(part.dtype == torch.float32 for part in parts)
+    for got, expected in ((cut, whole), (tail, longer[:, 12:])):
+        assert (got.float() - expected.float()).norm() < 0.05 * expected.float().norm()
+
+
 def test_continuing_one_state_twice_without_forking_copies_instead_of_overwriting():
     state = AttentionState.empty(1, 8, 1, 2, torch.device("cpu"), torch.float32)
     one, two, three = (torch.full((1, 2, 1, 2), value) for value in (1.0, 2.0, 3.0))
