@@ -90,7 +90,7 @@ class Int8Module(nn.Module):
 class Int8Linear(Int8Module):
     """y = x (scale * weight)^T + bias. x: floats (..., L, K), or rows that are quantised already.
 
-    A row's result does not depend on the rows beside it.
+    Where rows become int8, the result of one does not depend on those beside it.
     """
 
     weight_names = ("weight_NK", "scale_N")
