@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from longllava.shipped import PACKAGE
+
 SECONDS = 120  # a cold first import of deepspeed or mamba-ssm took up to a minute on a slow disk
 
 VIDEO = """
@@ -96,7 +98,9 @@ def try_probe(probe: Probe) -> Verdict:
         return Verdict(probe, "missing")
     try:
         command = [sys.executable, "-c", probe.use]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)
+        # Python finds modules in the folder it is started in first, and files there may have the names of packages
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS,
+                              cwd=PACKAGE.parent)  # fmt: skip
     except subprocess.TimeoutExpired:
         return Verdict(probe, "broken", f"no answer within {SECONDS} s")
     if done.returncode == 0:

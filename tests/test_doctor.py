@@ -34,6 +34,12 @@ def test_a_package_that_works_works() -> None:
     assert try_probe(probe_of("json", "import json; assert json.loads('1') == 1")).state == "works"
 
 
+def test_a_file_with_a_packages_name_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "yaml.py").write_text("raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
+    assert try_probe(probe_of("yaml", "import yaml")).state == "works"
+
+
 @pytest.mark.parametrize(
     ("use", "why"),
     [

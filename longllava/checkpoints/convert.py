@@ -25,6 +25,7 @@ from longllava.checkpoints.write import SHARD_BYTES, Output, write_folder
 from longllava.config import ModelConfig
 from longllava.errors import CheckpointError
 from longllava.files import whole_folder, write_json
+from longllava.shipped import PACKAGE
 
 if TYPE_CHECKING:
     import torch
@@ -93,8 +94,9 @@ def new_name(path: Path, all_names: list[str]) -> str:
 
 
 def unpickle(source: Path, target: Path) -> None:
+    # Python finds modules in the folder it is started in first: that of the pickle may hold a torch.py of its own
     command = [sys.executable, "-m", "longllava.checkpoints.unpickle", str(source.resolve()), str(target.resolve())]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=PACKAGE.parent)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"the process ended with code {done.returncode}"]
         raise CheckpointError(f"{source}: {last[0]}")

@@ -55,6 +55,14 @@ def test_the_projector_file_is_converted_beside_itself_or_elsewhere(tmp_path):
     assert [path.parent.name for path in convert_pickles(tmp_path / "mm_projector.bin", tmp_path / "b")] == ["b"]
 
 
+def test_a_module_beside_a_pickle_is_not_run(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "mm_projector.bin")
+    monkeypatch.chdir(tmp_path)  # as who has downloaded a folder may stand in it
+    assert convert_pickles("mm_projector.bin") == [Path("mm_projector.safetensors")]
+    assert not (tmp_path / "ran").exists()
+
+
 class Marker:
     """What a hostile file does: a call of its choice while it is opened."""
 
