@@ -17,6 +17,11 @@ IS_A_FILE = "{}: it is a file; name a folder to write into"
 WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # what file systems without locks answer
 
 
+def expanded(path: str | Path) -> Path:
+    """~ becomes the home folder, where there is one: Path's own raises without, and for users that are not known."""
+    return Path(os.path.expanduser(path))
+
+
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
     """Call `write(file)` on a temporary neighbour of `path`, then rename it into place.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from longllava.checkpoints.placing import layer_bytes
 from longllava.checkpoints.published import read_config
 from longllava.config import Int8Config, ModelConfig
 from longllava.errors import CheckpointError, InputError
+from longllava.files import expanded
 from longllava.generation import prefill
 from longllava.inputs.chat import Message, media_pieces
 from longllava.inputs.processor import Processor
@@ -55,7 +55,7 @@ class Request:
 
 def open_config(name: str) -> tuple[ModelConfig, Tokenizer | None]:
     """Of a shipped model, a folder, or a name of configs/models, which has no tokenizer. Nothing is downloaded."""
-    if name in shipped_models() or Path(name).expanduser().is_dir():
+    if name in shipped_models() or expanded(name).is_dir():
         folder = find_folder(name)
         config = read_config(folder)
         return config, Tokenizer.from_folder(folder, config.prompt)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from longllava.checkpoints.folders import RECORD, listed
 from longllava.errors import CheckpointError
-from longllava.files import write_text
+from longllava.files import expanded, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -242,7 +242,7 @@ def merge(base: str | Path, folder: str | Path, target: str | Path, *, dtype: to
     from longllava.checkpoints.save import save_model
     from longllava.inputs.tokenizer import Tokenizer
 
-    folder, target = Path(folder).expanduser(), Path(target).expanduser()
+    folder, target = expanded(folder), expanded(target)
     adapter = read_adapter(folder)
     source = find_folder(base)
     if target.resolve() in (source.resolve(), folder.resolve()):

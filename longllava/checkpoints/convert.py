@@ -24,7 +24,7 @@ from longllava.checkpoints.stored import header
 from longllava.checkpoints.write import SHARD_BYTES, Output, write_folder
 from longllava.config import ModelConfig
 from longllava.errors import CheckpointError
-from longllava.files import whole_folder, write_json
+from longllava.files import expanded, whole_folder, write_json
 from longllava.shipped import PACKAGE
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def convert_pickles(source: str | Path, target: str | Path | None = None) -> lis
     Raises: CheckpointError for a file that is no pickle of plain tensors, or when weights stand there already; then
     nothing is written.
     """
-    source = Path(source).expanduser()
+    source = expanded(source)
     if not source.exists():
         raise CheckpointError(f"{source}: no such file or folder")
     folder = source if source.is_dir() else source.parent
@@ -57,7 +57,7 @@ def convert_pickles(source: str | Path, target: str | Path | None = None) -> lis
     pickles = [path for path in sorted(inside) or [source] if path.suffix in PICKLES and path.is_file()]
     if not pickles:
         raise CheckpointError(f"{source}: no pickled weights there ({', '.join(PICKLES)})")
-    out = folder if target is None else Path(target).expanduser()
+    out = folder if target is None else expanded(target)
     with whole_folder(out) as temporary:
         staged = [temporary / new_name(path, [p.name for p in pickles]) for path in pickles]
         whole = any(new.name == WEIGHTS or new.name.startswith("model-") for new in staged)
@@ -173,7 +173,7 @@ def maker(source: Source, key: str) -> Callable[[], Tensor]:
 def write_layout(
     source: Source, config: ModelConfig, outputs: dict[str, Output], target: str | Path, scheme: str, shard_bytes: int
 ) -> Path:
-    target = Path(target).expanduser()
+    target = expanded(target)
     if target.resolve() == source.folder.resolve():
         raise CheckpointError(f"{target}: source and target are one folder; give another to write into")
     fields, named = config_fields(config, scheme, outputs), renamed(outputs, scheme)

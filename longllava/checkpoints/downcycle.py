@@ -18,6 +18,7 @@ from longllava.checkpoints.convert import Source, maker, on_meta, open_source, w
 from longllava.checkpoints.save import NATIVE
 from longllava.checkpoints.write import SHARD_BYTES, Output
 from longllava.errors import CheckpointError
+from longllava.files import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ def downcycle(
         raise CheckpointError(f"scale: got {scale}; give a finite number")
     if calibrate is not None and take != "router":
         raise CheckpointError(f"calibrate: a text is read with take router only, not with {take!r}")
-    measured = {} if calibrate is None else measured_shares(experts, Path(calibrate).expanduser())
+    measured = {} if calibrate is None else measured_shares(experts, expanded(calibrate))
     dense = replace(config, name=f"{config.name}-dense", n_parameters=None,
                     backbone=replace(config.backbone, n_experts=1, n_experts_per_token=1))  # fmt: skip
     outputs: dict[str, Output] = {}

@@ -17,7 +17,7 @@ from longllava.checkpoints.towers import PREPROCESSOR, preprocessor_fields
 from longllava.checkpoints.write import SHARD_BYTES, Output, write_folder
 from longllava.config import EncoderConfig, ModelConfig, PromptConfig
 from longllava.errors import CheckpointError, ConfigError
-from longllava.files import write_json, write_text
+from longllava.files import expanded, write_json, write_text
 from longllava.inputs.template import chat_template
 from longllava.inputs.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ def export(
     if format not in FORMATS:
         raise CheckpointError(f"format: got {format!r}, allowed: {', '.join(FORMATS)}")
     opened = open_source(source, text_only=format == "jamba")
-    target = Path(target).expanduser()
+    target = expanded(target)
     if target.resolve() == opened.folder.resolve():
         raise CheckpointError(f"{target}: source and target are one folder; give another to write into")
     config = unpooled(opened.model.config) if allow_unpooled else opened.model.config

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from longllava.errors import CheckpointError
+from longllava.files import expanded
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 WEIGHTS = "model.safetensors"
@@ -34,8 +35,8 @@ def find_folder(name: str | Path) -> Path:
             warnings.warn(f"{name}: the shipped model is taken; for the folder of that name here write"
                           f" {os.path.join('.', name)}", stacklevel=2)  # fmt: skip
         return ASSETS / str(name)
-    path = Path(os.path.expanduser(name))  # Path's own raises for users that are not known
-    if os.path.isdir(path):  # and where a name is too long
+    path = expanded(name)
+    if os.path.isdir(path):  # not path.is_dir, which raises where a name is too long
         if not (path / CONFIG).is_file():
             raise CheckpointError(
                 f"{path}: no {CONFIG} in it; a model folder holds {CONFIG}, tokenizer.json and {WEIGHTS}"
@@ -62,7 +63,7 @@ def download(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{name}: not a folder here, and the hub says: {' '.join(str(error).split())}") from None
 
 

@@ -10,6 +10,7 @@ from longllava.checkpoints.save import NATIVE, output
 from longllava.checkpoints.write import SHARD_BYTES
 from longllava.config import Int8Config
 from longllava.errors import CheckpointError
+from longllava.files import expanded
 
 
 def quantize_folder(
@@ -27,7 +28,7 @@ def quantize_folder(
     floats = open_source(source)
     if floats.model.config.int8 is not None:
         raise CheckpointError(f"{floats.folder}: its weights are int8 already; quantise the floats they came from")
-    if Path(target).expanduser().resolve() == floats.folder.resolve():
+    if expanded(target).resolve() == floats.folder.resolve():
         raise CheckpointError(f"{target}: source and target are one folder; give another to write into")
     from longllava.quant import float_places
 

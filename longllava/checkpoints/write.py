@@ -19,7 +19,7 @@ from longllava.checkpoints.adapters import is_adapter
 from longllava.checkpoints.folders import INDEX, RECORD, UNFINISHED, WEIGHTS
 from longllava.checkpoints.stored import DTYPES
 from longllava.errors import CheckpointError
-from longllava.files import made_folder, naming, sync, write_json
+from longllava.files import expanded, made_folder, naming, sync, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def write_folder(
     replaced: names of files that an earlier model may have left, and that go where the new one has none; the record
     of how that model was trained goes always, and whoever trained this one writes it after.
     """
-    folder = Path(os.path.expanduser(folder))  # as find_folder reads it
+    folder = expanded(folder)  # as find_folder reads it
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: a file of that name exists; give a folder")
     if is_adapter(folder):

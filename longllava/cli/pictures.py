@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from longllava.errors import InputError
+from longllava.files import expanded
 
 
 def expand(names: Iterable[str]) -> list[str]:
@@ -31,8 +32,8 @@ def expand_local(name: str) -> list[str]:
 
     if not name:  # to Path it would be the folder one stands in
         raise InputError("--image: the name is empty; give a file, a folder or a pattern")
-    path = Path(os.path.expanduser(name))  # Path's own raises for users that are not known
-    if os.path.isfile(path):  # and where a name is too long
+    path = expanded(name)
+    if os.path.isfile(path):  # not path.is_file, which raises where a name is too long
         return [str(path)]
     if os.path.isdir(path):
         try:

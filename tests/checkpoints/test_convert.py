@@ -12,6 +12,7 @@ from longllava.checkpoints import load_model, load_weights_
 from longllava.checkpoints.convert import convert_layout, convert_pickles
 from longllava.checkpoints.unpickle import tensors_of
 from longllava.errors import CheckpointError
+from longllava.plan_report import open_config
 from tests.checkpoints import published
 from tests.checkpoints.folders import assert_same, weights
 
@@ -61,6 +62,17 @@ def test_a_module_beside_a_pickle_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # as who has downloaded a folder may stand in it
     assert convert_pickles("mm_projector.bin") == [Path("mm_projector.safetensors")]
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_home_that_is_not_known_is_a_folder_like_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published.jamba(tmp_path / "a", 1)
+    unknown = "~nobody-of-this-name/model"
+    with pytest.raises(CheckpointError, match=r"~nobody-of-this-name/model: no such file or folder"):
+        convert_pickles(unknown)
+    with pytest.raises(CheckpointError, match=r"~nobody-of-this-name/model: neither a folder here nor"):
+        open_config(unknown)
+    assert convert_layout("./a", unknown) == Path(unknown)
 
 
 class Marker:

@@ -213,6 +213,15 @@ def test_unknown_models(tmp_path):
         load_model(tmp_path)
 
 
+def test_a_download_needs_a_home(monkeypatch):
+    def homeless(*_, **__):
+        raise RuntimeError("Could not determine home directory.")  # a container's user that the system does not know
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", homeless)
+    with pytest.raises(CheckpointError, match=r"^owner/model: not a folder here, and the hub says: Could not"):
+        find_folder("owner/model")
+
+
 def test_config_faults_name_file_and_key(tmp_path):
     folder = save(tmp_path)
     config = json.loads((folder / "config.json").read_text())
