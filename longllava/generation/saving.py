@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longllava.errors import CheckpointError
 from longllava.files import sync
+from longllava.generation.content import Content, compact
 from longllava.generation.prefill import Reader
 from longllava.inputs.chat import Markup, Piece, Plain
 from longllava.model import Model
@@ -55,16 +56,17 @@ def save(session: Session, path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path}: it is a folder; name a file to save the session in")
-    tensors = tensors_of(session.compact())
-    waiting = [piece for piece in session.waiting if isinstance(piece, (Markup, Plain))]
+    state, n_tokens, n_images, pieces = session.content
+    tensors = tensors_of(state)
+    waiting = [piece for piece in pieces if isinstance(piece, (Markup, Plain))]
     about = {
         "format": FORMAT,
         "model": session.reader.model.config.name,
         "fingerprint": fingerprint(session.reader.model),
         "tokens_per_image": session.reader.tokens_per_image,
         "int8_cache": session.reader.int8_cache,
-        "n_tokens": session.n_tokens,
-        "n_images": session.n_images,
+        "n_tokens": n_tokens,
+        "n_images": n_images,
         "waiting": [["markup" if isinstance(piece, Markup) else "plain", piece.text] for piece in waiting],
         "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
     }  # fmt: skip
@@ -139,9 +141,9 @@ def load_into_(session: Session, path: str | Path) -> Session:
         for name, expected in dict(about.get("checksums", {})).items():  # none in files of earlier versions
             if name in tensors and checksum(tensors[name]) != expected:
                 raise ValueError(f"the bytes of tensor {name} differ from when it was saved; read the pictures again")
-        session.state = state_from(tensors, session.reader, about["n_tokens"])
-        session.waiting = [waiting_piece(*row) for row in about["waiting"]]
-        session.n_tokens, session.n_images = about["n_tokens"], about["n_images"]
+        state = state_from(tensors, session.reader, about["n_tokens"])
+        waiting = [waiting_piece(*row) for row in about["waiting"]]
+        session.content = Content(compact(state), about["n_tokens"], about["n_images"], waiting)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged session file: {error}") from None
     return session

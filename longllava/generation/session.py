@@ -17,6 +17,7 @@ from torch import Tensor
 from longllava.errors import InputError
 from longllava.generation import saving
 from longllava.generation.batch import answer_many
+from longllava.generation.content import Content, compact
 from longllava.generation.decoding import is_static, static_tokens
 from longllava.generation.keywords import check_keywords
 from longllava.generation.prefill import Reader
@@ -37,14 +38,13 @@ from longllava.inputs.chat import (
 )
 from longllava.inputs.processor import Encoded
 from longllava.inputs.tiles import expand
-from longllava.nn import AttentionState, Context, State, fork_state
+from longllava.nn import Context, State, fork_state
 from longllava.settings import check_count
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 LONG_TEXT = 1024  # characters; text beyond this is read when it comes, and then ends where it ends
-MAX_SEGMENTS = 8  # of keys and values; more are copied together, since each costs an attention call
 
 
 class Settings(TypedDict, total=False):
@@ -74,14 +74,30 @@ class Options(Settings, Reading, total=False):
 
 
 class Session:
-    """Made by LongLLaVA.session. Asking leaves it as it is; append and ask(keep=True) make it longer."""
+    """Made by LongLLaVA.session. Asking leaves it as it is; append and ask(keep=True) make it longer.
+
+    Threads may ask, fork and save while one of them makes it longer.
+    """
 
     def __init__(self, reader: Reader):
         self.reader = reader
-        self.state: State = reader.empty_state(0)
-        self.n_tokens = 0
-        self.n_images = 0
-        self.waiting: list[Piece] = [reader.processor.user_open()]
+        self.content = Content(reader.empty_state(0), 0, 0, [reader.processor.user_open()])
+
+    @property
+    def state(self) -> State:
+        return self.content.state
+
+    @property
+    def n_tokens(self) -> int:
+        return self.content.n_tokens
+
+    @property
+    def n_images(self) -> int:
+        return self.content.n_images
+
+    @property
+    def waiting(self) -> list[Piece]:
+        return self.content.waiting
 
     def append(self, images: Any = None, text: str | None = None, video: Any = None) -> None:
         """Read more: images, a video, text, in this order, or images at the <image> marks of the text.
@@ -102,22 +118,22 @@ class Session:
 
     def take(self, pieces: Sequence[Piece], sources: Sequence[Any]) -> None:
         """Read pieces as far as their tokens are certain; keep the rest waiting."""
-        waiting = [*self.waiting, *pieces]
+        state, n_tokens, n_images, waiting = self.content
+        waiting = [*waiting, *pieces]
         last_certain = max((i for i, piece in enumerate(waiting) if isinstance(piece, (Mark, Answer))), default=-1)
         if sum(len(piece.text) for piece in waiting[last_certain + 1 :] if isinstance(piece, Plain)) > LONG_TEXT:
             last_certain = len(waiting) - 1
         if last_certain >= 0:
             encoded = self.encode(waiting[: last_certain + 1])
-            _, self.state = self.reader.read(encoded, sources, self.room(len(encoded.ids)), self.n_tokens)
-            self.n_tokens += len(encoded.ids)
-            self.n_images += len(sources)
-        self.waiting = waiting[last_certain + 1 :]
+            _, state = self.reader.read(encoded, sources, self.room(len(encoded.ids)), n_tokens)
+            state, n_tokens, n_images = compact(state), n_tokens + len(encoded.ids), n_images + len(sources)
+        self.content = Content(state, n_tokens, n_images, waiting[last_certain + 1 :])
 
     def fork(self) -> Session:
         """A session that goes on from here on its own; what was read is shared, not copied."""
         other = Session(self.reader)
-        other.state = fork_state(self.compact(), 0)
-        other.n_tokens, other.n_images, other.waiting = self.n_tokens, self.n_images, list(self.waiting)
+        state, n_tokens, n_images, waiting = self.content
+        other.content = Content(fork_state(state, 0), n_tokens, n_images, list(waiting))
         return other
 
     @overload
@@ -135,12 +151,13 @@ class Session:
         """
         check_keywords(self.ask, settings, Settings)
         sampling = Sampling(**settings)
-        pieces, sources = self.question_pieces(question, images, video)
+        turn = self.fork()  # a stream that is begun late must not read what was appended meanwhile
+        pieces, sources = turn.question_pieces(question, images, video)
         if keep:
-            answer = self.keeping(self.fork(), pieces, sources, sampling)
-            self.encode([*self.waiting, *pieces])  # faults of the prompt are raised at once
+            answer = self.keeping(turn, pieces, sources, sampling)
+            turn.encode([*turn.waiting, *pieces])  # faults of the prompt are raised at once
         else:
-            answer = self.respond([*self.waiting, *pieces, self.reader.processor.assistant_open()], sources, sampling)
+            answer = turn.respond([*turn.waiting, *pieces, self.reader.processor.assistant_open()], sources, sampling)
         return answer if stream else "".join(answer)
 
     def keeping(
@@ -158,8 +175,7 @@ class Session:
         answered = [*processor.turn(Message("assistant", (Answer(text),))), processor.user_open()]
         if start == (self.n_tokens, self.waiting):
             turn.take(answered, ())
-            self.state, self.waiting = turn.state, turn.waiting
-            self.n_tokens, self.n_images = turn.n_tokens, turn.n_images
+            self.content = turn.content
         else:
             self.take([*pieces, *answered], sources)
 
@@ -171,18 +187,20 @@ class Session:
             raise InputError(f"questions: expected a list of strings, got {questions!r:.80}; use ask for one")
         check_count("batch_size", batch_size)
         close = self.reader.processor.assistant_open()
-        rows = [self.encode([*self.waiting, *self.question_pieces(q, None, None)[0], close]).ids for q in questions]
+        turn = self.fork()
+        rows = [turn.encode([*turn.waiting, *turn.question_pieces(q, None, None)[0], close]).ids for q in questions]
         answers: list[str] = []
         for first in range(0, len(rows), batch_size):
             batch = rows[first : first + batch_size]
-            answers += answer_many(self.reader, self.compact(), self.n_tokens, batch, sampling)
+            answers += answer_many(self.reader, turn.state, turn.n_tokens, batch, sampling)
         return answers
 
     def score(self, question: str, answer: str, *, images: Any = None, video: Any = None) -> Score:
         """How likely `answer` is as the reply to `question`, teacher-forced; the session stays as it is."""
-        pieces, sources = self.question_pieces(question, images, video)
+        turn = self.fork()
+        pieces, sources = turn.question_pieces(question, images, video)
         processor = self.reader.processor
-        return self.score_pieces([*self.waiting, *pieces, processor.assistant_open()], answer, sources)
+        return turn.score_pieces([*turn.waiting, *pieces, processor.assistant_open()], answer, sources)
 
     def score_pieces(self, pieces: Sequence[Piece], answer: str, sources: Sequence[Any]) -> Score:
         check_text(answer, "answer")
@@ -197,9 +215,9 @@ class Session:
     def respond(self, pieces: Sequence[Piece], sources: Sequence[Any], sampling: Sampling) -> Iterator[str]:
         """The answer to `pieces`, which end where it begins. Faults of the prompt are raised at once.
 
-        Made by a fork: a stream that is begun late must not read what was appended meanwhile.
+        Nothing may be appended before the answer is whole: others than its owner call this on a fork.
         """
-        return self.fork().answer(self.encode(pieces), sources, sampling)
+        return self.answer(self.encode(pieces), sources, sampling)
 
     def answer(self, encoded: Encoded, sources: Sequence[Any], sampling: Sampling) -> Iterator[str]:
         # a static decoder has room of its own
@@ -259,15 +277,7 @@ class Session:
         if not self.n_tokens:
             return self.reader.empty_state(n_tokens)
         self.reader.check_room(n_tokens)
-        return fork_state(self.compact(), n_tokens)
-
-    def compact(self) -> State:
-        """The state with not too many segments of keys and values (one came with each append)."""
-        self.state = [
-            layer.merged() if isinstance(layer, AttentionState) and len(layer.prefix) > MAX_SEGMENTS else layer
-            for layer in self.state
-        ]
-        return self.state
+        return fork_state(self.state, n_tokens)
 
     def save(self, path: str | Path) -> Path:
         """Write the session as one safetensors file, whole or not at all; LongLLaVA.load_session reads it."""

@@ -50,6 +50,20 @@ def test_loaded_is_the_same_session(saved):
     assert again.ask("heart?", **SHORT) == album.ask("heart?", **SHORT)
 
 
+def test_what_is_appended_while_it_is_saved_is_in_the_file_or_not(tmp_path, monkeypatch):
+    album = MODEL.session(images=tiny_pictures(4))
+
+    def slow(model):
+        monkeypatch.undo()
+        album.append(images=tiny_pictures(2))  # as another thread may
+        return fingerprint(model)
+
+    monkeypatch.setattr(saving, "fingerprint", slow)
+    loaded = MODEL.load_session(album.save(tmp_path / "a"))
+    assert loaded.n_images == 4 and album.n_images == 6
+    assert_same_state(loaded.state, MODEL.session(images=tiny_pictures(4)).state)
+
+
 def test_an_empty_session_saves_too(tmp_path):
     loaded = MODEL.load_session(MODEL.session().save(tmp_path / "a"))
     assert loaded.n_tokens == 0 and loaded.ask("a", **SHORT) == MODEL.generate("a", **SHORT)

@@ -14,7 +14,7 @@ from longllava.errors import InputError, LongLLaVAError
 from longllava.generation import Sampling, Session
 from longllava.generation.prefill import Reader
 from longllava.inputs.chat import Answer, Message
-from longllava.nn import Context, MambaState
+from longllava.nn import Context, MambaState, fork_state
 from tests.tiny import tiny_model, tiny_pictures
 
 MODELS = {n: tiny_model(n) for n in (1, 3)}  # dense, and three experts
@@ -196,6 +196,21 @@ def test_forks_go_their_own_ways():
     album.append(images=PICTURES[:1])
     assert_same_state(fork.state, MODEL.session(images=PICTURES).state)
     assert_same_state(album.state, MODEL.session(images=[*PICTURES[:3], PICTURES[0]]).state)
+
+
+def test_what_is_appended_while_it_forks_is_in_the_fork_or_not(monkeypatch):
+    album = MODEL.session(images=PICTURES[:3])
+
+    def slow(*args):
+        forked = fork_state(*args)
+        monkeypatch.undo()
+        album.append(images=PICTURES[3:])  # as another thread may
+        return forked
+
+    monkeypatch.setattr("longllava.generation.session.fork_state", slow)
+    fork, whole = album.fork(), MODEL.session(images=PICTURES[:3])
+    assert (fork.n_tokens, fork.n_images) == (whole.n_tokens, 3) and album.n_images == 6
+    assert_same_state(fork.state, whole.state)
 
 
 def test_kept_turns_are_the_conversation(monkeypatch):
