@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,20 +30,23 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = unfinished(path)
     try:
-        with naming(path), os.fdopen(handle, "wb") as file:
+        with naming(path), open(temporary, "xb") as file:  # not mkstemp's, which are closed to others
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes 0600, which would hide shared checkpoints
         os.replace(temporary, path)
     except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
     return path
+
+
+def unfinished(path: Path) -> Path:
+    """A name for a file until it is whole, known before the file is there."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager

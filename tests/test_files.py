@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from longllava import cli
 from longllava.errors import InputError
 from longllava.files import whole_folder, writable_folder, write_atomic, write_text
+from tests.tiny import tiny_model
 
 
 def full(file) -> None:
@@ -49,6 +51,20 @@ def test_a_folder_that_cannot_be_written_into_is_refused_before_it_is_needed(tmp
     monkeypatch.setattr("tempfile.TemporaryFile", closed)  # root may write wherever it likes
     with pytest.raises(InputError, match=r"/a: cannot be written into: Permission denied$"):
         writable_folder(tmp_path / "a")
+
+
+@pytest.fixture
+def closed_to_others() -> Iterator[None]:
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+def test_files_are_closed_to_others_where_the_umask_says_so(tmp_path: Path, closed_to_others: None) -> None:
+    model = tiny_model()
+    written = [write_text(tmp_path / "text", "a"), model.session().save(tmp_path / "session")]
+    written += model.save_pretrained(tmp_path / "model").iterdir()
+    assert {f"{path.stat().st_mode & 0o777:o}" for path in written} == {"600"}
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:

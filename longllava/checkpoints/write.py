@@ -132,7 +132,6 @@ def write_tensors(path: Path, outputs: Mapping[str, Output]) -> None:
             write_tensor(file, key, outputs[key])
         file.flush()
         os.fsync(file.fileno())
-    os.chmod(path, 0o644)
 
 
 def write_tensor(file: BinaryIO, key: str, output: Output) -> None:

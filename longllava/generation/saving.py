@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import secrets
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longllava.errors import CheckpointError
-from longllava.files import sync
+from longllava.files import sync, unfinished
 from longllava.generation.content import Content, compact
 from longllava.generation.prefill import Reader
 from longllava.inputs.chat import Markup, Piece, Plain
@@ -71,10 +70,12 @@ def save(session: Session, path: str | Path) -> Path:
         "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # a name known before the file is there
+    staged = unfinished(path)
     try:
+        staged.touch(exist_ok=False)
+        mode = staged.stat().st_mode  # what the umask leaves; safetensors makes files that are closed to others
         save_file(tensors, staged, metadata={"session": json.dumps({**about, "checksum": checksum_of(about)})})
-        os.chmod(staged, 0o644)
+        os.chmod(staged, mode)
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(staged, path)
