@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from longllava.errors import InputError
 
 IS_A_FILE = "{}: it is a file; name a folder to write into"
-WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # what file systems without locks answer
+WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EBADF)  # file systems without; NFS of a folder's
 
 
 def expanded(path: str | Path) -> Path:
@@ -93,7 +93,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             for path in staged.rglob("*"):
                 if path.is_file():
                     sync(path)
-        put_in_place(staged, folder)
+        with alone_in(beside):
+            put_in_place(staged, folder)
     sync(beside)
 
 
@@ -164,6 +165,23 @@ def where_there_are_locks() -> Iterator[None]:
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Of those that put files into a folder, and have locks, one at a time: else theirs would be mixed."""
+    if os.name != "posix":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with where_there_are_locks():
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync(path: Path) -> None:

@@ -19,7 +19,7 @@ from longllava.checkpoints.adapters import is_adapter
 from longllava.checkpoints.folders import INDEX, RECORD, UNFINISHED, WEIGHTS
 from longllava.checkpoints.stored import DTYPES
 from longllava.errors import CheckpointError
-from longllava.files import expanded, made_folder, naming, sync, write_json
+from longllava.files import alone_in, expanded, made_folder, naming, sync, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,8 @@ def write_folder(
             total = sum(output.n_bytes() for output in outputs.values())
             write_json(staged / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_rest(staged)
-        exchange(folder, staged, names, replaced)
+        with alone_in(folder):
+            exchange(folder, staged, names, replaced)
     sync(folder)
     return folder
 

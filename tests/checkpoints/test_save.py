@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,3 +228,18 @@ def test_saving_into_a_file_is_refused(tmp_path):
 def test_saved_files_can_be_read_by_others(tmp_path):
     folder = save(tmp_path)
     assert all(os.stat(path).st_mode & 0o777 == 0o644 for path in folder.iterdir())
+
+
+def test_saves_into_one_folder_take_turns(tmp_path, monkeypatch):
+    tiny, replace_file = tiny_model(), os.replace
+
+    def slow(source, target):
+        replace_file(source, target)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(os, "replace", slow)
+    with ThreadPoolExecutor(3) as pool:  # processes do the same
+        done = [pool.submit(save_model, tiny.model, tiny.tokenizer, tmp_path / "out") for _ in range(6)]
+    assert [one.result() for one in done] == [tmp_path / "out"] * 6
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json"]  # fmt: skip
