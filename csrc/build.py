@@ -61,7 +61,7 @@ def compiler() -> list[str]:
 
 
 def is_clang(command: list[str]) -> bool:
-    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace")
     return "clang" in done.stdout
 
 
@@ -137,7 +137,7 @@ def _link(command: list[str], output_dir: Path, name: str) -> Path:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")  # it may speak another encoding
     if done.returncode:
         raise RuntimeError(f"the compiler failed:\n  {shlex.join(command)}\n{done.stderr.strip()}")
     if done.stderr.strip():
@@ -151,5 +151,5 @@ if __name__ == "__main__":
         print(build(target))
         if wants_cuda():
             print(build_cuda(target))
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:  # a folder that may not be written into, a full disk
         sys.exit(f"csrc/build.py: {error}")

@@ -202,6 +202,23 @@ def test_each_compiler_gets_the_options_it_knows(name, tmp_path, monkeypatch) ->
     assert ("-fno-tree-loop" in (tmp_path / "log").read_text()) == name.startswith("g++")
 
 
+def test_a_compiler_may_speak_another_encoding(tmp_path, monkeypatch) -> None:
+    (compiler := tmp_path / "compiler").write_bytes(b"#!/bin/sh\necho 'non termin\xe9' | tee /dev/stderr\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(RuntimeError, match="the compiler failed:"):
+        build_module().build(tmp_path / "lib")
+
+
+def test_a_folder_that_cannot_be_built_into_is_one_sentence(tmp_path) -> None:
+    (compiler := tmp_path / "compiler").write_text(COMPILER.format(name="g++", log=tmp_path / "log"))
+    compiler.chmod(0o755)
+    line = [sys.executable, str(ROOT / "csrc/build.py"), str(tmp_path / "log/lib")]
+    done = subprocess.run(line, env={**os.environ, "CXX": str(compiler)}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"csrc/build.py: [Errno 20] Not a directory: '{tmp_path / 'log/lib'}'\n"
+
+
 def test_a_blank_name_of_a_compiler_names_none(monkeypatch) -> None:
     monkeypatch.setenv("CXX", " ")
     blank = build_module().compiler()
