@@ -79,7 +79,7 @@ def build(output_dir: str | Path) -> Path:
                 define = [f"-DLONGLLAVA_FORM={form}"] if form else []
                 target = ["-o", f"{scratch}/{source.stem}-{form}.o"]
                 jobs.append([*command, *flags, *define, "-c", str(source), *target])
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(_n_cores()) as pool:
             list(pool.map(_run, jobs))
         objects = [job[-1] for job in jobs]
         return _link([*command, "-shared", "-pthread", *objects], Path(output_dir), NAME)
@@ -107,7 +107,7 @@ def build_cuda(output_dir: str | Path) -> Path:
             for x in sorted(SOURCES.glob("*.cu"))
             if hopper_codes(archs) or not is_hoppers(x)
         ]
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(_n_cores()) as pool:
             list(pool.map(_run, jobs))
         return _link([*command, *codes, "-shared", *(job[-1] for job in jobs)], Path(output_dir), CUDA_NAME)
 
@@ -125,6 +125,11 @@ def is_hoppers(source: Path) -> bool:
 def hopper_codes(archs: list[str]) -> list[str]:
     """What the sources for Hopper alone are compiled for: nothing where it is not asked for."""
     return ["-gencode=arch=compute_90a,code=sm_90a"] if "90" in archs else []
+
+
+def _n_cores() -> int:
+    """Those this process may use: a container on a large machine has not the memory for a compiler on each of it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _link(command: list[str], output_dir: Path, name: str) -> Path:

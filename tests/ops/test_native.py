@@ -219,6 +219,23 @@ def test_a_folder_that_cannot_be_built_into_is_one_sentence(tmp_path) -> None:
     assert done.stderr == f"csrc/build.py: [Errno 20] Not a directory: '{tmp_path / 'log/lib'}'\n"
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux keeps a process to some cores")
+def test_as_many_compilers_run_at_once_as_the_process_has_cores(tmp_path, monkeypatch) -> None:
+    (compiler := tmp_path / "compiler").write_text(COMPILER.format(name="g++", log=tmp_path / "log"))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    module, cores = build_module(), os.sched_getaffinity(0)
+    pools, pool = [], module.ThreadPoolExecutor
+    monkeypatch.setattr(module, "ThreadPoolExecutor", lambda n: pools.append(n) or pool(n))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)  # as on a large machine
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        module.build(tmp_path / "lib")
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert pools == [1]
+
+
 def test_a_blank_name_of_a_compiler_names_none(monkeypatch) -> None:
     monkeypatch.setenv("CXX", " ")
     blank = build_module().compiler()
