@@ -19,6 +19,7 @@ from longllava.errors import InputError
 TAR = re.compile(r"tar:(\d+)\+(\d+):(.+)", re.DOTALL)
 TABLE = re.compile(r"table:(\d+)/(\d+)/([^:/]+):(.+)", re.DOTALL)
 READING = threading.Lock()  # of parquet files
+NOT_UNICODE = "pyarrow opens no file whose name is not Unicode text; rename that file or folder"
 ARROW_IMPORT = "reading parquet and arrow files needs pyarrow: pip install 'longllava[train]'"
 
 
@@ -118,6 +119,8 @@ def parquet_file(path: str) -> Any:
     try:
         # what is fetched ahead stays in memory until the file is closed: a row group of each file
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+    except UnicodeEncodeError:
+        raise InputError(f"{path!a}: {NOT_UNICODE}") from None
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: no parquet file: {' '.join(str(error).split())}") from None
 
@@ -148,5 +151,7 @@ def arrow_table(path: str) -> Any:
         except pyarrow.ArrowInvalid:
             source.seek(0)
             return pyarrow.ipc.open_stream(source).read_all()
+    except UnicodeEncodeError:
+        raise InputError(f"{path!a}: {NOT_UNICODE}") from None
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: no arrow file: {' '.join(str(error).split())}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -211,6 +212,14 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
         source(tmp_path, path="x.csv")
     with pytest.raises(DataError, match=r"none-\*.parquet: no such file"):
         source(tmp_path, path="none-*.parquet")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_whose_name_is_not_unicode_is_told(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / os.fsdecode(b"\xff." + kind.encode())
+    path.touch()
+    with pytest.raises(DataError, match=r"udcff.*: pyarrow opens no file whose name is not Unicode text; rename"):
+        list(TableStore([path], Columns(), False).scan())
 
 
 def test_a_reference_into_a_file_that_is_not_there(tmp_path: Path) -> None:
