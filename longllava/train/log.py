@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from longllava.evals.memory import PeakMemory
-from longllava.files import write_text
+from longllava.files import naming, write_text
 from longllava.train.trackers import open_trackers
 
 
@@ -47,8 +47,9 @@ class TrainingLog:
             return
         whole = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                  for name, value in record.items()}  # fmt: skip
-        self.file.write(json.dumps({"step": step, **whole}) + "\n")  # NaN is no JSON
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps({"step": step, **whole}) + "\n")  # NaN is no JSON
+            self.file.flush()
         numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
         for tracker in self.trackers:
             tracker.write(step, numbers)
@@ -78,7 +79,8 @@ class TrainingLog:
     ) -> None:
         if not self.active:
             return
-        self.file.close()
+        with naming(self.path):  # on a full disk it fails again
+            self.file.close()
         for tracker in self.trackers:
             tracker.close()
         if self.bar is not None:

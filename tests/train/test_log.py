@@ -134,6 +134,18 @@ def test_trackers_are_called_by_name(name: str, tmp_path: Path, monkeypatch: pyt
     assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 2, "loss": 0.5, "note": "words"}
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here that is always full")
+def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="No space left on device") as full,
+        TrainingLog(tmp_path, step=0, total_steps=1, label="x", report_to=()) as log,
+    ):
+        log.file.close()
+        log.file = open("/dev/full", "a", encoding="utf-8")
+        log.write(1, {"loss": 1.0})
+    assert full.value.filename == str(tmp_path / "log.jsonl")
+
+
 def test_a_tracker_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(TrainingError, match="wandb cannot be imported .*; pip install wandb, or leave it out"):
