@@ -56,3 +56,5 @@ def n_threads() -> int:
 
 
 LOOKS = Looks()
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads, and would wait for them for ever
+    os.register_at_fork(after_in_child=lambda: Looks.__init__(LOOKS))

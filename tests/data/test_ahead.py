@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import threading
 from pathlib import Path
 
@@ -104,6 +106,23 @@ def test_a_record_that_cannot_be_read_is_told_in_its_turn(tmp_path):
     recipe.expect(0, 0)
     with pytest.raises(DataError, match="it was usable when training began"):
         recipe.sample(0, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own(tmp_path):
+    path = str(picture(tmp_path / "a.png"))
+
+    def look() -> None:
+        ahead.LOOKS.expect([path])
+        ahead.LOOKS.look(path)
+
+    look()
+    child = multiprocessing.get_context("fork").Process(target=look)
+    child.start()
+    child.join(30)
+    child.kill()
+    assert child.exitcode == 0
 
 
 def test_processes_of_one_machine_share_its_cores(monkeypatch):
