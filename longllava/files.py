@@ -184,6 +184,23 @@ def alone_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def abandoned(folder: Path) -> bool:
+    """Whether the process that was `alone_in` it is gone. Where there are no locks nobody can tell: False."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
 def sync(path: Path) -> None:
     """To the disk: what a file holds, or which names a folder has, which makes a rename durable (POSIX only)."""
     if os.name != "posix":

@@ -6,6 +6,7 @@ little-endian; the header, JSON padded to a multiple of 8; the tensors' bytes in
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from longllava.checkpoints.adapters import is_adapter
 from longllava.checkpoints.folders import INDEX, RECORD, UNFINISHED, WEIGHTS
 from longllava.checkpoints.stored import DTYPES
 from longllava.errors import CheckpointError
-from longllava.files import alone_in, expanded, made_folder, naming, sync, write_json
+from longllava.files import abandoned, alone_in, expanded, made_folder, naming, sync, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,8 @@ def write_folder(
     """Write the weights into `folder` (made if need be), and whatever `write_rest(staged folder)` writes.
 
     Files are complete under temporary names before the first is renamed; weights of an earlier save are removed. While
-    old ones and new ones stand side by side, a folder UNFINISHED* says so, and find_folder refuses the mixture.
+    old ones and new ones stand side by side, a folder UNFINISHED* says so, and find_folder refuses the mixture. What a
+    save that was killed had staged is removed.
     replaced: names of files that an earlier model may have left, and that go where the new one has none; the record
     of how that model was trained goes always, and whoever trained this one writes it after.
     """
@@ -65,8 +67,13 @@ def write_folder(
     if is_adapter(folder):
         raise CheckpointError(f"{folder}: it holds an adapter, which would be read instead of the model; give another")
     shards = split(outputs, shard_bytes)
-    with made_folder(folder), tempfile.TemporaryDirectory(prefix=STAGED, dir=folder) as temporary:
-        staged = Path(temporary)
+    with made_folder(folder), contextlib.ExitStack() as stack:
+        with alone_in(folder):
+            for left in folder.glob(f"{STAGED}*"):
+                if abandoned(left):  # as large as a model, by each save that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+            staged = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=STAGED, dir=folder)))
+            stack.enter_context(alone_in(staged))
         names = shard_names(len(shards))
         for name, keys in zip(names, shards):
             write_tensors(staged / name, {key: outputs[key] for key in keys})

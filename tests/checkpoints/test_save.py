@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longllava.checkpoints import find_folder, load_model, save_model
+from longllava.checkpoints import find_folder, load_model, save_model, write
 from longllava.checkpoints.convert import open_source
 from longllava.config import EncoderConfig
 from longllava.errors import CheckpointError, ConfigError
@@ -243,3 +245,28 @@ def test_saves_into_one_folder_take_turns(tmp_path, monkeypatch):
     assert [one.result() for one in done] == [tmp_path / "out"] * 6
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json"]  # fmt: skip
+
+
+KILLED = """
+import os, sys
+from longllava.checkpoints import write
+from tests.tiny import tiny_model
+write.write_tensor = lambda *_: os.kill(os.getpid(), 9)
+tiny_model().save_pretrained(sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a folder has no lock here")
+def test_what_a_killed_save_left_goes_with_the_next_and_what_another_writes_stays(tmp_path, monkeypatch):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[2])
+    assert killed.returncode == -9 and [path.name[:8] for path in tmp_path.iterdir()] == [".saving-"]
+    tiny, write_tensor = tiny_model(), write.write_tensor
+
+    def slow(*arguments):
+        monkeypatch.undo()
+        save_model(tiny.model, tiny.tokenizer, tmp_path)
+        write_tensor(*arguments)
+
+    monkeypatch.setattr(write, "write_tensor", slow)
+    save_model(tiny.model, tiny.tokenizer, tmp_path)
+    assert not list(tmp_path.glob(".*")) and load_model(tmp_path)
