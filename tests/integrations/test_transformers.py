@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    pipeline,
 )
 
 import longllava.integrations.transformers as ours
@@ -90,6 +91,26 @@ def test_the_published_layout(tmp_path):
     assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
     model.save_pretrained(tmp_path / "native")
     assert load_model(tmp_path / "native").config == config.model_config()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks by the old name
+def test_a_folder_of_peft_alone_is_its_base_with_the_adapter(folder, tmp_path, model):
+    """peft's folder names its base, which the Auto classes and pipelines then ask for; a folder of both is merged."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "in_proj"], init_lora_weights=False)
+    ids = torch.arange(4, 20)[None]
+    before = model(ids).logits.detach()
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path)
+    expected = adapted(ids).logits.detach()
+    assert not torch.allclose(expected, before, atol=0.1)
+    torch.testing.assert_close(AutoModelForImageTextToText.from_pretrained(tmp_path)(ids).logits, expected)
+    pipe = pipeline("image-text-to-text", model=str(tmp_path), processor=AutoProcessor.from_pretrained(folder))
+    torch.testing.assert_close(pipe.model(ids).logits, expected)
+    AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path)  # as Trainer does: config.json is then there too
+    both = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    torch.testing.assert_close(both(ids).logits, expected, rtol=0, atol=1e-4)
 
 
 def test_other_folders_stay_transformers_own(tmp_path):

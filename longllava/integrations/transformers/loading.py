@@ -1,4 +1,4 @@
-"""Arguments of transformers' from_pretrained as this library understands them."""
+"""Arguments of transformers' from_pretrained as this library understands them, and a folder's way to generate."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from longllava import api
 from longllava.checkpoints import find_folder
 from longllava.checkpoints.placing import FP32_NAMES
 from longllava.errors import InputError
+from longllava.inputs.tokenizer import Tokenizer
+from longllava.integrations.transformers.configuration import LongLLaVAConfig
 from longllava.model import Model
 
 # given by the Auto classes and pipelines themselves, or of no effect here: a folder is always read as safetensors,
@@ -59,3 +62,16 @@ def checked_device_map(device_map: Any) -> torch.device:
     if isinstance(device_map, int):
         device_map = f"cuda:{device_map}"
     return api.checked_device(None if device_map == "auto" else device_map or "cpu")
+
+
+def generation_of(folder: Path, config: LongLLaVAConfig, defaults: GenerationConfig) -> GenerationConfig:
+    """The folder's generation_config.json, and ids that its tokenizer does not know: they are never generated."""
+    found = defaults
+    if (folder / "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(folder)
+        if defaults.eos_token_id is not None:
+            found.eos_token_id, found.pad_token_id = defaults.eos_token_id, defaults.pad_token_id
+    if config.eos_token_id is not None and found.suppress_tokens is None:
+        known = Tokenizer.from_folder(folder, config.model_config().prompt).vocab_size
+        found.suppress_tokens = list(range(known, config.vocab_size)) or None
+    return found

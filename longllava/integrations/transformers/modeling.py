@@ -7,21 +7,26 @@ this call, S tokens with those of the cache, N pictures, M tokens a picture, P p
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longllava.bridges import pool_features
 from longllava.checkpoints import load_model
+from longllava.checkpoints.adapters import is_adapter
 from longllava.errors import InputError
-from longllava.inputs.tokenizer import Tokenizer
 from longllava.integrations.transformers.cache import LongLLaVACache
 from longllava.integrations.transformers.configuration import LongLLaVAConfig, token_ids
-from longllava.integrations.transformers.loading import as_one_dtype_, checked_device_map, checked_dtype, folder_of
+from longllava.integrations.transformers.loading import (
+    as_one_dtype_,
+    checked_device_map,
+    checked_dtype,
+    folder_of,
+    generation_of,
+)
 from longllava.model import Model
 from longllava.nn import Context
 from longllava.quant import quantize_
@@ -84,6 +89,7 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         device, {"": device}, or "auto".
         Raises: CheckpointError, ConfigError, InputError for an argument that has no meaning here.
         """
+        adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")  # of the Auto classes
         folder = folder_of(pretrained_model_name_or_path, kwargs)
         device = checked_device_map(device_map)
         model = load_model(folder, device=device, dtype=checked_dtype(dtype if torch_dtype is None else torch_dtype))
@@ -93,20 +99,10 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             setattr(config, name, number)
         made = cls(config, model)
         made.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
-        made.tell_generation_(folder)
+        made.generation_config = generation_of(folder, config, made.generation_config)
+        if adapter is not None and not is_adapter(folder):  # a folder that holds both is read as what they make
+            made.load_adapter(str(adapter))
         return made.eval()
-
-    def tell_generation_(self, folder: Path) -> None:
-        """The folder's generation_config.json, and ids that its tokenizer does not know: they are never generated."""
-        defaults = self.generation_config
-        if (folder / "generation_config.json").is_file():
-            found = GenerationConfig.from_pretrained(folder)
-            if defaults.eos_token_id is not None:
-                found.eos_token_id, found.pad_token_id = defaults.eos_token_id, defaults.pad_token_id
-            self.generation_config = found
-        if self.config.eos_token_id is not None and self.generation_config.suppress_tokens is None:
-            known = Tokenizer.from_folder(folder, self.config.model_config().prompt).vocab_size
-            self.generation_config.suppress_tokens = list(range(known, self.config.vocab_size)) or None
 
     def forward(
         self,
