@@ -107,7 +107,7 @@ def test_text_stays_text(processor, special):
         assert special in LIBRARY.tokenizer.decode(ids)
 
 
-def test_rows_are_padded_on_the_left_unless_asked(processor):
+def test_rows_are_padded_on_the_left_unless_asked(processor, tmp_path):
     short, long = [{"role": "user", "content": "a?"}], TALK
     left, right = (tokenized(processor, [short, long], padding_side=side) for side in (None, "right"))
     ids, _ = expected_of(LIBRARY, short)
@@ -116,6 +116,10 @@ def test_rows_are_padded_on_the_left_unless_asked(processor):
     assert right["input_ids"][0].tolist() == ids + [0] * (length - len(ids))
     assert left["attention_mask"][0].tolist() == [0] * (length - len(ids)) + [1] * len(ids)
     assert right["attention_mask"].sum(1).tolist() == left["attention_mask"].sum(1).tolist() == [len(ids), length]
+    told = AutoProcessor.from_pretrained(LIBRARY.save_pretrained(tmp_path), padding_side="right")
+    assert torch.equal(tokenized(told, [short, long])["input_ids"], right["input_ids"])
+    told.tokenizer.padding_side = "left"  # as examples of training set it
+    assert torch.equal(tokenized(told, [short, long])["input_ids"], left["input_ids"])
     wide = tokenized(processor, [short], padding="max_length", max_length=100)
     assert wide["input_ids"].shape == (1, 100)
     with pytest.raises(InputError, match=f"max_length: the prompt has {length} tokens, allowed are {length - 1}"):

@@ -64,7 +64,8 @@ class Told:
 
 
 class LongLLaVAProcessor(ProcessorMixin):
-    """Made by from_pretrained. Rows are padded on the left, where generation wants it.
+    """Made by from_pretrained. Rows are padded where the tokenizer's padding_side says: on the left, where generation
+    wants it, unless it was told otherwise.
 
     Options of a call, or in processor_kwargs of apply_chat_template: padding_side="right", padding="max_length" (to
     max_length), max_length (a longer row is an error: nothing is ever cut), tokens_per_image, and how media are read:
@@ -81,7 +82,7 @@ class LongLLaVAProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         folder = find_folder(pretrained_model_name_or_path)
-        return cls(LongLLaVATokenizer.from_pretrained(folder), read_config(folder))
+        return cls(LongLLaVATokenizer.from_pretrained(folder, **kwargs), read_config(folder))
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """The tokenizer's files, processor_config.json, and the config.json that it is made from."""
@@ -186,13 +187,14 @@ class LongLLaVAProcessor(ProcessorMixin):
 
     def batch(self, rows: Sequence[Row], options: Mapping[str, Any]) -> BatchFeature:
         length = max(len(encoded.ids) for encoded, _ in rows)
+        side = options.get("padding_side", self.tokenizer.padding_side)
         if options.get("padding") == "max_length":
             length = options.get("max_length") or length
         ids_BL = torch.full((len(rows), length), self.inner.tokenizer.pad_id)
         mask_BL, learned_BL = torch.zeros_like(ids_BL), torch.zeros_like(ids_BL)
         for number, (encoded, _) in enumerate(rows):
             n = len(encoded.ids)
-            place = slice(0, n) if options.get("padding_side") == "right" else slice(length - n, length)
+            place = slice(0, n) if side == "right" else slice(length - n, length)
             ids_BL[number, place] = torch.tensor(encoded.ids)
             mask_BL[number, place] = 1
             learned_BL[number, place] = torch.tensor(encoded.trainable).long()
