@@ -35,6 +35,18 @@ def test_an_int8_folder_answers_and_is_saved_as_it_is(tmp_path):
     }
 
 
+def test_a_processor_of_the_floats_leaves_the_config_of_int8_weights(tmp_path):
+    floats = tiny_model(3).save_pretrained(tmp_path / "floats")
+    processor = AutoProcessor.from_pretrained(floats)
+    folder = quantize_folder(floats, tmp_path / "int8", Int8Config())
+    expected = (folder / "config.json").read_bytes()
+    processor.save_pretrained(folder)
+    assert (folder / "config.json").read_bytes() == expected
+    load_model(folder)
+    processor.save_pretrained(tmp_path / "alone")
+    assert (tmp_path / "alone/config.json").read_bytes() == (floats / "config.json").read_bytes() != expected
+
+
 def test_a_folder_that_says_nothing_of_rotation_is_saved_so(tmp_path):
     tiny_model(3).save_pretrained(tmp_path / "floats")
     folder = quantize_folder(tmp_path / "floats", tmp_path / "int8", Int8Config(rotated=()))

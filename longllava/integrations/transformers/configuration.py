@@ -14,6 +14,7 @@ from longllava.checkpoints.folders import CONFIG
 from longllava.checkpoints.published import read_config
 from longllava.config import MODEL_TYPE, ModelConfig
 from longllava.errors import CheckpointError
+from longllava.files import json_text
 from longllava.inputs.tokenizer import FILE_NAME, SENTENCEPIECE, Tokenizer
 from longllava.settings import build
 
@@ -88,6 +89,10 @@ class LongLLaVAConfig(PreTrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.model_config())
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """What is saved: fields in our order, as save_model writes them."""
+        return json_text(self.to_diff_dict()) if use_diff else super().to_json_string(use_diff=False)
 
 
 class PublishedConfig(LongLLaVAConfig):

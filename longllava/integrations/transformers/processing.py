@@ -17,7 +17,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from longllava.checkpoints import find_folder
-from longllava.checkpoints.folders import CONFIG
+from longllava.checkpoints.folders import CONFIG, INDEX, WEIGHTS
 from longllava.checkpoints.published import read_config
 from longllava.config import ModelConfig
 from longllava.data.images import open_reference
@@ -85,9 +85,12 @@ class LongLLaVAProcessor(ProcessorMixin):
         return cls(LongLLaVATokenizer.from_pretrained(folder, **kwargs), read_config(folder))
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """The tokenizer's files, processor_config.json, and the config.json that it is made from."""
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        write_json(Path(save_directory) / CONFIG, dataclasses.asdict(self.config))
+        """The tokenizer's files, processor_config.json, and the config.json that it is made from, unless weights lie
+        there with one of their own."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not ((folder / CONFIG).is_file() and any((folder / name).is_file() for name in (WEIGHTS, INDEX))):
+            write_json(folder / CONFIG, dataclasses.asdict(self.config))
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
