@@ -219,3 +219,14 @@ def test_saved_alone_it_is_whole(processor, tmp_path):
     features, found = tokenized(processor, TALK), tokenized(again, TALK)
     assert all(torch.equal(found[key], features[key]) for key in features)
     assert (tmp_path / "chat_template.jinja").read_text() == processor.chat_template
+
+
+def test_a_tokenizer_saved_alone_is_the_same(processor, tmp_path):
+    """As beside peft's adapters, in a folder without config.json."""
+    processor.tokenizer.save_pretrained(tmp_path)
+    tokenizer, again = processor.tokenizer, AutoTokenizer.from_pretrained(tmp_path)
+    said = ["is this a?<|endoftext|>", "a"]
+    assert type(again) is type(tokenizer)
+    assert again(said, padding=True).data == tokenizer(said, padding=True).data
+    assert again.apply_chat_template(TALK, tokenize=False) == tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert again.decode([2, 261], skip_special_tokens=True) == processor.decode([2, 261], skip_special_tokens=True)

@@ -6,14 +6,17 @@ text to the processor, which takes it as plain text.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from longllava.checkpoints import find_folder
+from longllava.checkpoints.folders import CONFIG
 from longllava.checkpoints.published import read_config
 from longllava.inputs.template import chat_template
-from longllava.inputs.tokenizer import Tokenizer
+from longllava.inputs.tokenizer import FILE_NAME, Tokenizer
 
 
 class LongLLaVATokenizer(PreTrainedTokenizerFast):
@@ -23,6 +26,9 @@ class LongLLaVATokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any) -> LongLLaVATokenizer:
+        saved = Path(os.path.expanduser(pretrained_model_name_or_path))
+        if (saved / FILE_NAME).is_file() and not (saved / CONFIG).is_file():  # by save_pretrained, no model beside it
+            return super().from_pretrained(saved, *inputs, **kwargs)
         folder = find_folder(pretrained_model_name_or_path)
         prompt = read_config(folder).prompt
         backend = Tokenizer.from_folder(folder, prompt).backend
