@@ -83,6 +83,20 @@ def test_beam_search_follows_its_rows(model, processor, use_cache):
     torch.testing.assert_close(beams.sequences_scores, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_prompt_of_embeddings_is_answered_as_its_tokens(library, model, processor, use_cache):
+    inputs = prepared(processor, TALKS)
+    ids, mask, pixels = (inputs[name] for name in ("input_ids", "attention_mask", "pixel_values"))
+    how = {"attention_mask": mask, "use_cache": use_cache, "max_new_tokens": N_NEW, "do_sample": False}
+    with torch.no_grad():
+        embedded = model.embedded(ids, mask, 0, pixels, None)
+        found = [model.generate(inputs_embeds=embedded, num_beams=n_beams, **how) for n_beams in (1, 2)]
+    expected = [library.generate(talk, max_new_tokens=N_NEW) for talk in TALKS]
+    assert processor.batch_decode(found[0], skip_special_tokens=True) == expected
+    beams = answers(model, processor, inputs, num_beams=2)
+    assert processor.batch_decode(found[1], skip_special_tokens=True) == beams
+
+
 def test_a_cache_goes_on_where_it_was(library, model, processor):
     """The conversation so far stays in the cache; the next turn brings its own pictures only."""
     first, rest = [user(PICTURES[0], "what is this?")], TALKS[2]

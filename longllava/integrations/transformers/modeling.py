@@ -261,9 +261,13 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ids, kwargs = super()._expand_inputs_for_generation(*rows, **kwargs)  # type: ignore[misc]
         return ids, {**kwargs, "pixel_values": pixels_N3PP}
 
-    def prepare_inputs_for_generation(self, *arguments: Any, pixel_values: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Pictures are read with the prompt, once."""
-        inputs = super().prepare_inputs_for_generation(*arguments, **kwargs)  # type: ignore[misc]
+    def prepare_inputs_for_generation(
+        self, *arguments: Any, inputs_embeds: Any = None, pixel_values: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Pictures are read with the prompt, once. generate looks here for the name of inputs_embeds."""
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            *arguments, inputs_embeds=inputs_embeds, **kwargs
+        )
         if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
         # the mask and the cache know places (cache_position is of 5.0); the others are of generate itself
