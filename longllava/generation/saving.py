@@ -52,7 +52,7 @@ def save(session: Session, path: str | Path) -> Path:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         raise CheckpointError(f"{path}: it is a folder; name a file to save the session in")
     state, n_tokens, n_images, pieces = session.content
@@ -124,7 +124,7 @@ def load_into_(session: Session, path: str | Path) -> Session:
     """Fill a fresh session from a file. Raises: CheckpointError for a torn file or another model's."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise CheckpointError(f"{path}: no such session file")
     try:

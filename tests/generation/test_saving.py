@@ -64,6 +64,15 @@ def test_what_is_appended_while_it_is_saved_is_in_the_file_or_not(tmp_path, monk
     assert_same_state(loaded.state, MODEL.session(images=tiny_pictures(4)).state)
 
 
+def test_a_file_may_be_named_from_ones_home(tmp_path, monkeypatch):
+    """As model folders are, and not in a folder called ~ where one stands."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    assert MODEL.session(text="a").save("~/album.session") == tmp_path / "home/album.session"
+    assert MODEL.load_session("~/album.session").n_tokens == 0 and not (tmp_path / "~").exists()
+
+
 def test_an_empty_session_saves_too(tmp_path):
     loaded = MODEL.load_session(MODEL.session().save(tmp_path / "a"))
     assert loaded.n_tokens == 0 and loaded.ask("a", **SHORT) == MODEL.generate("a", **SHORT)
