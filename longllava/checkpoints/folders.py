@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from longllava.errors import CheckpointError
 from longllava.files import expanded
@@ -25,9 +26,10 @@ def shipped_models() -> list[str]:
     return sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG}"))
 
 
-def find_folder(name: str | Path) -> Path:
+def find_folder(name: str | Path, **hub: Any) -> Path:
     """A model's folder: a shipped name, a path, or a hub name "owner/model" (downloaded once).
 
+    hub: how it is downloaded (revision, token ...), as huggingface_hub.snapshot_download takes it.
     Raises: CheckpointError saying what there is.
     """
     if str(name) in shipped_models():
@@ -50,19 +52,19 @@ def find_folder(name: str | Path) -> Path:
     if path.suffix in PICKLES or path.suffix == ".safetensors":
         raise CheckpointError(f"{path}: give the folder that holds {CONFIG} and {WEIGHTS}, not a file of weights")
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
-        return download(str(name))
+        return download(str(name), **hub)
     raise CheckpointError(
         f"{name}: no such model; give a folder, a hub name (owner/model)"
         f" or one of those shipped: {', '.join(shipped_models()) or 'none'}"
     )
 
 
-def download(name: str) -> Path:
+def download(name: str, **hub: Any) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"], **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{name}: not a folder here, and the hub says: {' '.join(str(error).split())}") from None
 

@@ -82,6 +82,16 @@ def test_dtypes_and_devices(folder, tmp_path):
             ours.LongLLaVAForConditionalGeneration.from_pretrained(folder, **arguments)
 
 
+def test_a_name_of_the_hub_is_downloaded_as_the_caller_says(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: asked.append((name, how)) or folder)
+    how = {"revision": "v2", "token": "secret", "cache_dir": "there", "local_files_only": True}
+    for made in (ours.LongLLaVAForConditionalGeneration, ours.LongLLaVAProcessor, ours.LongLLaVATokenizer):
+        made.from_pretrained("owner/model", **how)
+    assert [name for name, _ in asked] == 3 * ["owner/model"]
+    assert all(found.items() >= how.items() for _, found in asked)
+
+
 def test_the_published_layout(tmp_path):
     published.longllava(tmp_path, 4)
     config = AutoConfig.from_pretrained(tmp_path)

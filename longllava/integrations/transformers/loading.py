@@ -17,12 +17,13 @@ from longllava.inputs.tokenizer import Tokenizer
 from longllava.integrations.transformers.configuration import LongLLaVAConfig
 from longllava.model import Model
 
+# how a name of the hub is downloaded
+HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # given by the Auto classes and pipelines themselves, or of no effect here: a folder is always read as safetensors,
 # straight to its place, and its code is never run
 WITHOUT_EFFECT = {
-    "_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "cache_dir", "code_revision", "force_download",
-    "local_files_only", "low_cpu_mem_usage", "proxies", "revision", "token", "trust_remote_code", "use_safetensors",
-    "weights_only",
+    *HUB, "_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "code_revision", "low_cpu_mem_usage",
+    "proxies", "trust_remote_code", "use_safetensors", "weights_only",
 }  # fmt: skip
 ATTENTION = (None, "eager", "sdpa")  # our attention chooses its backend itself
 
@@ -34,7 +35,11 @@ def folder_of(name: Any, arguments: dict[str, Any]) -> Path:
     asked = [key for key, value in arguments.items() if key not in WITHOUT_EFFECT and value not in (None, False, "")]
     if asked:
         raise InputError(f"from_pretrained: {', '.join(asked)} cannot be used with this model; leave it out")
-    return find_folder(name)
+    return find_folder(name, **hub_arguments(arguments))
+
+
+def hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {key: arguments[key] for key in HUB if arguments.get(key) is not None}
 
 
 def checked_dtype(dtype: Any) -> torch.dtype | None:

@@ -30,6 +30,7 @@ from longllava.inputs.processor import Encoded, Processor
 from longllava.inputs.prompts import Media, prompt_turns
 from longllava.inputs.template import chat_template as template_of
 from longllava.inputs.tokenizer import Tokenizer
+from longllava.integrations.transformers.loading import hub_arguments
 from longllava.integrations.transformers.tokenization import LongLLaVATokenizer
 from longllava.settings import check_count
 
@@ -81,7 +82,7 @@ class LongLLaVAProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        folder = find_folder(pretrained_model_name_or_path)
+        folder = find_folder(pretrained_model_name_or_path, **hub_arguments(kwargs))
         return cls(LongLLaVATokenizer.from_pretrained(folder, **kwargs), read_config(folder))
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from longllava.checkpoints.folders import CONFIG
 from longllava.checkpoints.published import read_config
 from longllava.inputs.template import chat_template
 from longllava.inputs.tokenizer import FILE_NAME, Tokenizer
+from longllava.integrations.transformers.loading import hub_arguments
 
 
 class LongLLaVATokenizer(PreTrainedTokenizerFast):
@@ -29,7 +30,7 @@ class LongLLaVATokenizer(PreTrainedTokenizerFast):
         saved = Path(os.path.expanduser(pretrained_model_name_or_path))
         if (saved / FILE_NAME).is_file() and not (saved / CONFIG).is_file():  # by save_pretrained, no model beside it
             return super().from_pretrained(saved, *inputs, **kwargs)
-        folder = find_folder(pretrained_model_name_or_path)
+        folder = find_folder(pretrained_model_name_or_path, **hub_arguments(kwargs))
         prompt = read_config(folder).prompt
         backend = Tokenizer.from_folder(folder, prompt).backend
         backend.encode_special_tokens = False
