@@ -115,6 +115,22 @@ def test_a_cache_goes_on_where_it_was(library, model, processor):
             **begun, use_cache=True).past_key_values}, max_new_tokens=1)  # fmt: skip
 
 
+def test_a_cache_has_a_row_for_each_beam(model, processor):
+    inputs = prepared(processor, TALKS[1])
+    ids, cut = inputs["input_ids"], inputs["input_ids"].shape[1] - 4
+    begun = {**inputs, "input_ids": ids[:, :cut], "attention_mask": inputs["attention_mask"][:, :cut]}
+    asked = {"input_ids": ids, "attention_mask": inputs["attention_mask"], "num_beams": 3, "do_sample": False}
+    with torch.no_grad():
+        cache = model(**begun, use_cache=True).past_key_values
+        with pytest.raises(InputError, match="past_key_values: its rows are 1, those of this call 3; for beams"):
+            model.generate(**asked, past_key_values=cache, max_new_tokens=N_NEW)
+        cache.batch_repeat_interleave(3)
+        found = model.generate(**asked, past_key_values=cache, max_new_tokens=N_NEW)
+    assert processor.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True) == answers(
+        model, processor, inputs, num_beams=3
+    )
+
+
 def test_room_is_made_once(model, processor):
     inputs = prepared(processor, TALKS[1])
     with torch.no_grad():

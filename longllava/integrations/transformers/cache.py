@@ -56,6 +56,13 @@ class LongLLaVACache(Cache):
         first = self.state[0]
         return len(first.scan_BEN if isinstance(first, MambaState) else first.segments()[-1].keys_BSGK)
 
+    def state_of(self, rows: int) -> State | None:
+        """The state, to go on from. Raises: InputError where the call has another number of rows."""
+        if self.state is not None and self.batch_size != rows:
+            raise InputError(f"past_key_values: its rows are {self.batch_size}, those of this call {rows}; for beams"
+                             " and several answers repeat them with batch_repeat_interleave")  # fmt: skip
+        return self.state
+
     def reset(self) -> None:
         self.state, self.n_tokens = None, 0
 

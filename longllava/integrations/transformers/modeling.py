@@ -166,7 +166,7 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ctx = context(mask_BS, start, batch, length)
         if cache is None:
             return self.backbone(x_BLD, ctx)[0]
-        state = cache.state
+        state = cache.state_of(batch)
         if state is None:
             room = max(cache.capacity, length)
             state = self.backbone.empty_state(batch, room, x_BLD.device, self.backbone.embed_tokens.weight.dtype)
