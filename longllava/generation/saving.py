@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longllava.errors import CheckpointError
-from longllava.files import sync, unfinished
+from longllava.files import expanded, sync, unfinished
 from longllava.generation.content import Content, compact
 from longllava.generation.prefill import Reader
 from longllava.inputs.chat import Markup, Piece, Plain
@@ -52,7 +52,7 @@ def save(session: Session, path: str | Path) -> Path:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = Path(os.path.expanduser(path))
+    path = expanded(path)
     if path.is_dir():
         raise CheckpointError(f"{path}: it is a folder; name a file to save the session in")
     state, n_tokens, n_images, pieces = session.content
@@ -124,7 +124,7 @@ def load_into_(session: Session, path: str | Path) -> Session:
     """Fill a fresh session from a file. Raises: CheckpointError for a torn file or another model's."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(os.path.expanduser(path))
+    path = expanded(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such session file")
     try:

@@ -6,8 +6,6 @@ text to the processor, which takes it as plain text.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from longllava.checkpoints import find_folder
 from longllava.checkpoints.folders import CONFIG
 from longllava.checkpoints.published import read_config
+from longllava.files import expanded
 from longllava.inputs.template import chat_template
 from longllava.inputs.tokenizer import FILE_NAME, Tokenizer
 from longllava.integrations.transformers.loading import hub_arguments
@@ -27,7 +26,7 @@ class LongLLaVATokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any) -> LongLLaVATokenizer:
-        saved = Path(os.path.expanduser(pretrained_model_name_or_path))
+        saved = expanded(pretrained_model_name_or_path)
         if (saved / FILE_NAME).is_file() and not (saved / CONFIG).is_file():  # by save_pretrained, no model beside it
             return super().from_pretrained(saved, *inputs, **kwargs)
         folder = find_folder(pretrained_model_name_or_path, **hub_arguments(kwargs))
