@@ -98,6 +98,7 @@ class FeatureCache:
         self.rows |= {os.fsdecode(line): row for row, line in enumerate(lines, self.n_records)}
         self.n_records += len(lines)
         self.n_read += whole
+        self.map = None  # of the records so far: others write too, and a run may meet theirs without any of its own
 
     def missing(self, references: Sequence[str]) -> list[str]:
         return [reference for reference in dict.fromkeys(references) if picture_key(reference) not in self.rows]
@@ -129,7 +130,6 @@ class FeatureCache:
             with self.keys.open("ab") as file:
                 file.write(os.fsencode("".join(picture_key(reference) + "\n" for reference in references)))
             self.read_keys()
-        self.map = None
 
     def get(self, references: Sequence[str]) -> Tensor:
         """(N, M, C) bfloat16 of pictures that are in the cache."""

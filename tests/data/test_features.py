@@ -55,6 +55,15 @@ def test_each_picture_is_encoded_once_by_all_who_share_a_cache(tmp_path, monkeyp
     assert calls[150:] == [shuffled[4], shuffled[2], shuffled[3], shuffled[1]]
 
 
+def test_pictures_that_another_run_encoded_since(tmp_path) -> None:
+    first, second = open_cache(tmp_path), open_cache(tmp_path)
+    first.fill(["world:1", "world:2"])
+    assert_right(first, ["world:2"])
+    second.fill(["world:3"])
+    assert first.fill(["world:3"]) == 0  # nothing of its own to write: what it had mapped ends before the new record
+    assert_right(first, ["world:3", "world:1"])
+
+
 @pytest.mark.parametrize("name", ["two\nlines", "c:\\new\\n", "a\\\nb", "next\x85line\u2028", "latin-\udcff"])
 def test_any_name_of_a_file_is_one_line(tmp_path, name: str) -> None:
     names = [name, "world:1", name.replace("\n", "\\n") + "x", "world:2"]
