@@ -118,15 +118,17 @@ def held_bytes(config: TrainConfig, model: ModelConfig, world: int, value_bytes:
     return Estimate(weights + FLOAT * n_encoder, gradients, optimizer, gathered, 0, 0, 0, 0)
 
 
-def adapters_of(model: ModelConfig, lora: LoraConfig, experts: float = 1.0) -> int:
-    """Parameters of the adapters: two matrices a layer. experts: the share of those of experts that is counted."""
+def adapters_of(model: ModelConfig, lora: LoraConfig, experts: float = 1.0, part: str = "") -> int:
+    """Parameters of the adapters: two matrices a layer. experts: the share of those of experts that is counted. part:
+    of it alone."""
     import torch
 
     from longllava.model import Model
 
     with torch.device("meta"):
         built = Model(model)
-    sizes = {name: lora.rank * sum(built.get_parameter(f"{name}.weight").shape) for name in layers_of(built, lora)}
+    sizes = {name: lora.rank * sum(built.get_parameter(f"{name}.weight").shape)
+             for name in layers_of(built, lora) if name.startswith(part)}  # fmt: skip
     return round(sum(size * (experts if ".experts." in name else 1) for name, size in sizes.items()))
 
 

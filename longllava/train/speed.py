@@ -5,7 +5,6 @@ Chowdhery et al. 2022 (arXiv:2204.02311, appendix B): what is computed again for
 
 from __future__ import annotations
 
-import dataclasses
 import time
 
 import torch
@@ -33,7 +32,7 @@ class Cost:
         self.token += 3 * (backbone.n_layers - n_attention) * scan_operations(backbone)
         if lora is not None and "backbone" in lora.parts:
             chosen = backbone.n_experts_per_token / backbone.n_experts  # of a mixture
-            self.token += 3 * 2 * adapters_of(model, dataclasses.replace(lora, parts=["backbone"]), chosen)
+            self.token += 3 * 2 * adapters_of(model, lora, chosen, "backbone")
         self.pair = 3 * 4 * n_attention * backbone.n_heads * backbone.head_dim
         self.label = self.times * 2 * backbone.vocab_size * backbone.width
         self.picture = self.picture_token = self.n_tokens = 0

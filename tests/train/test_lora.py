@@ -126,6 +126,14 @@ def test_only_adapters_and_the_bridge_are_kept_and_changed(runs, monkeypatch) ->
     assert record["base"] == str(runs / "base/model") and record["lora"]["rank"] == 4
 
 
+def test_layers_of_both_parts_may_be_named(runs) -> None:
+    lora = {"rank": 4, "parts": ["encoder", "backbone"], "targets": ["in_proj", "qkv"]}  # each is a layer of one part
+    folder = run_stage(load_stage(lora_stage(runs, train_only=["encoder", "bridge", "backbone"], lora=lora)))
+    modules = {name.split(".lora_")[0] for name in load_file(folder / "adapter_model.safetensors") if ".lora_" in name}
+    assert {tuple(name.split(".")[index] for index in (2, -1)) for name in modules} == {
+        ("encoder", "qkv"), ("backbone", "in_proj")}  # fmt: skip
+
+
 def test_a_run_with_adapters_goes_on_bit_for_bit(runs, monkeypatch) -> None:
     lora = {"rank": 4, "dropout": 0.2}
     whole = run_stage(load_stage(lora_stage(runs, stage="whole", lora=lora, save_every=1)))
