@@ -73,7 +73,8 @@ def base_of(init_from: Mapping[str, str], folders: Mapping[str, Path], config: M
 
 
 def layers_of(model: Model, config: LoraConfig) -> list[str]:
-    """Names of the layers that get adapters. Raises: ConfigError for a target that no layer is called."""
+    """Names of the layers that get adapters. Raises: ConfigError for a target that no layer is called, and for a part
+    without any, all of which would learn whole."""
     from torch import nn
 
     names = [
@@ -84,7 +85,13 @@ def layers_of(model: Model, config: LoraConfig) -> list[str]:
     for target in config.targets:
         if target not in known:
             raise ConfigError(f"lora.targets: no layer is called {target!r}; have {', '.join(known)}")
-    return [name for name in names if not config.targets or name.split(".")[-1] in config.targets]
+    chosen = [name for name in names if not config.targets or name.split(".")[-1] in config.targets]
+    for part in config.parts if config.targets else ():
+        if not any(name.startswith(f"{part}.") for name in chosen):
+            own = sorted({name.split(".")[-1] for name in names if name.startswith(f"{part}.")})
+            raise ConfigError(f"lora.targets: none is a layer of the {part}, which would learn whole; name some of"
+                              f" {', '.join(own)}, or take it out of lora.parts")  # fmt: skip
+    return chosen
 
 
 def add_adapters_(model: Model, config: LoraConfig, seed: int) -> None:

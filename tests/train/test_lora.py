@@ -169,6 +169,8 @@ def test_a_run_with_adapters_goes_on_bit_for_bit(runs, monkeypatch) -> None:
         ({"lora": {"ranks": 2}}, "unknown key 'ranks'; did you mean 'rank'"),
         ({"average_phases": [0]}, "a mean of adapters is not the mean"),
         ({"lora": {"targets": ["q_porj"]}}, "lora.targets: no layer is called 'q_porj'; have down_proj, dt_proj"),
+        ({"lora": {"parts": ["encoder", "backbone"], "targets": ["in_proj"]}, "train_only": ["encoder", "backbone"]},
+         "lora.targets: none is a layer of the encoder, which would learn whole; name some of down, out, qkv, up, or"),
         ({"start_from": {"backbone": "base"}}, "lora: adapters belong to one model.* got backbone from"),
         ({"frozen_dtype": "int8"}, "frozen_dtype: int8 is for a frozen language model"),
     ],
