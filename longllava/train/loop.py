@@ -137,10 +137,11 @@ def train(
                     if missed == NOT_FINITE_IN_A_ROW:
                         raise TrainingError(f"{config.stage}: {missed} steps in a row; {told}")
                 log.step(step)
-                if step % config.log_every == 0 or step == total:
+                ends = inside + 1 == phase.steps  # a record is of one phase: losses of two are not of one kind
+                if step % config.log_every == 0 or ends:
                     log.write(step, {**meter.take(engine.gather), "norm": norm, "rate": rate, "phase": number})
                     give_back()
-                if inside + 1 == phase.steps and number in config.average_phases:
+                if ends and number in config.average_phases:
                     tensors = engine.trained()
                     if chief:
                         keep_weights(folder / "averaged", tensors, number)

@@ -151,6 +151,14 @@ def test_what_would_train_otherwise_is_refused_before_the_first_step(runs, chang
     assert not (runs / "stage2" / "log.jsonl").exists()
 
 
+def test_a_record_of_the_log_is_of_one_phase(runs) -> None:
+    phase = {"steps": 3, "row_length": 192, "learning_rate": 1e-3}
+    run_stage(load_stage(write_stage(runs, phases=[{**phase, "alignment_only": True}, phase], log_every=4)))
+    records = map(json.loads, (runs / "stage2" / "log.jsonl").read_text().splitlines())
+    found = [(record["step"], record["phase"], "accuracy" in record) for record in records]
+    assert found == [(3, 0, False), (4, 1, True), (6, 1, True)]  # an accuracy is of labels of its phase alone
+
+
 def test_an_evaluation_follows_the_last_step(runs, capsys) -> None:
     run_stage(load_stage(write_stage(runs, evaluate=["caption", "needle@4"], eval_questions=6)))
     result = json.loads((runs / "stage2" / "evaluation.json").read_text())
