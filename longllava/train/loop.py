@@ -84,13 +84,14 @@ def train(
             part.offload_activations = config.offload_activations
     checkpoints = folder / "checkpoints"
     state = engine.share(lambda: latest_state(checkpoints))
+    if state is not None:  # before its weights are read: those of another rank or part do not fit
+        kept = {name: fact for name, fact in state.facts.items() if name not in FREE}  # older runs kept more
+        compare(kept, facts, state.step)
     engine.prepare(Forward(model, config.aids, evenly=engine.evenly), parameters, state)
     frozen = frozen_marks(model, engine.whole)
     feed = Feed(config, recipe, processor, engine.rank, engine.world)
     step, total, missed = 0, config.total_steps(), 0
     if state is not None:
-        kept = {name: fact for name, fact in state.facts.items() if name not in FREE}  # older runs kept more
-        compare(kept, facts, config.phase_at(max(state.step, 1) - 1)[0] + 1)
         step, feed.first_step, feed.begin = state.step, state.first_step, state.begin
         state = None  # of a large model hundreds of gigabytes of the first process's memory
     pictures = Pictures(config, model, processor, engine.device, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -133,16 +134,18 @@ def differences(key: str, then: Any, now: Any) -> list[str]:
     return [] if then == now else [f"{key}: {then!r} then, {now!r} now"]
 
 
-def compare(saved: dict[str, Any], now: dict[str, Any], n_phases: int) -> None:
-    """Whether a run that was begun with the facts `saved` may go on with `now`.
+def compare(saved: dict[str, Any], now: dict[str, Any], step: int) -> None:
+    """Whether a run that was begun with the facts `saved` and took `step` steps may go on with `now`.
 
-    Phases after the first n_phases have not begun and may change; settings that `saved` does not know came later.
+    Phases that have not begun may change; settings that `saved` does not know came later.
     Raises: TrainingError naming what differs.
     """
     pairs = {key: (saved[key], now.get(key)) for key in sorted(saved)}
     if "phases" in pairs:
-        then, at = (phases and phases[:n_phases] for phases in pairs["phases"])
-        pairs["phases"] = then, at
+        then, at = pairs["phases"]
+        firsts = itertools.accumulate((phase["steps"] for phase in then[:-1]), initial=0)
+        n_begun = sum(first < step for first in firsts)
+        pairs["phases"] = then[:n_begun], at and at[:n_begun]
     different = [line for key, (then, at) in pairs.items() for line in differences(key, then, at)]
     if different:
         raise TrainingError(

@@ -151,7 +151,8 @@ def test_a_run_with_adapters_goes_on_bit_for_bit(runs, monkeypatch) -> None:
         run_stage(load_stage(path))
     cut = run_stage(load_stage(path))
     assert (cut / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
-    for settings, message in (({"rank": 8}, "lora"), ({"rank": 4, "dropout": 0.2, "targets": ["in_proj"]}, "lora")):
+    for settings, message in (({"rank": 8}, "lora.rank: 4 then, 8 now"),
+                              ({"rank": 4, "dropout": 0.2, "targets": ["in_proj"]}, "lora.targets: ")):
         path = lora_stage(runs, stage="cut", lora=settings, save_every=1)
         (cut / "training.json").unlink(missing_ok=True)
         with pytest.raises(TrainingError, match=message):

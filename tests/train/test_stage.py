@@ -314,6 +314,8 @@ def test_a_run_goes_on_only_as_the_same_run(runs, monkeypatch) -> None:
         (f"recipe={runs / 'changed.yaml'}", r"samples\.0\.weight: "),
         (f"recipe={runs / 'others.yaml'}", r"pictures\.per_thing: \d+ then, 3 now"),
         (f"recipe={runs / 'tiled.yaml'}", r"reading\.0\.media\.tiles: None then, '2x2' now"),
+        ("phases.0.steps=2", r"settings \(phases.0.steps: 14 then, 2 now\); use"),  # fewer than were taken
+        ("train_only=[bridge]", r"train_only: \['bridge', 'backbone'\] then, \['bridge'\] now"),
         ("phases.0.learning_rate=0.1", r"settings \(phases.0.learning_rate: 0.005 then, 0.1 now\); use"),
     ):
         with pytest.raises(TrainingError, match=message):
