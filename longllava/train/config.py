@@ -104,9 +104,9 @@ class TrainConfig:
 
     stage: its name. model: a shipped model config ("nano"), a YAML or a model folder. start_from: part ->
     name of the stage it comes from ("all" for every part); parts not named start fresh. init_from: part ->
-    folder where that stage's model lies; default runs/<model>/<stage>/model, else the shipped
-    "<model>-foundation". frozen: modules inside the parts that train which do not ("backbone.embed_tokens").
-    recipe: a data recipe, shipped or a path. text_only: without encoder and bridge.
+    folder where that stage's model lies; default runs/<model>/<stage>/model, or beside `output` where that is given,
+    else the shipped "<model>-foundation". frozen: modules inside the parts that train which do not
+    ("backbone.embed_tokens"). recipe: a data recipe, shipped or a path. text_only: without encoder and bridge.
     dtype: of matrix products, over fp32 weights; "auto" is bfloat16 where the device multiplies it in hardware (on
     a CPU without that it is 50 times slower than fp32). threads: of torch on a CPU (0 = as torch decides); bits
     depend on their number. average_phases: numbers of phases (from 0) after which the weights are kept; the

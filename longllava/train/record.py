@@ -35,6 +35,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def stage_of(folder: Path, part: str) -> str | None:
+    """The stage that a part of the model in `folder` comes from; None where nothing says so."""
+    record = read_record(folder)
+    return record.get("parts", {}).get(part, record.get("stage"))
+
+
 def check_stage(folder: Path, part: str, wanted: str, stage: str) -> None:
     """A folder's record names its stage, and where it was put together from several, that of each part.
 
@@ -42,10 +48,9 @@ def check_stage(folder: Path, part: str, wanted: str, stage: str) -> None:
     """
     if (folder / f"{part}.safetensors").is_file() and folder.name == wanted:
         return
-    record = read_record(folder)
-    if not record:
+    if not read_record(folder):
         raise TrainingError(f"{folder}: no {RECORD} that says which stage it is of; {stage} needs {wanted}")
-    found = record.get("parts", {}).get(part, record.get("stage"))
+    found = stage_of(folder, part)
     if found != wanted:
         raise TrainingError(f"{stage} starts its {part} from {wanted}; {folder} is of {found}")
 

@@ -25,7 +25,7 @@ from longllava.train.lock import run_lock
 from longllava.train.lora import add_adapters_, base_of, save_adapter
 from longllava.train.parts import named_config, read_part
 from longllava.train.pretrained import PRETRAINED, load_pretrained_, pretrained_folder
-from longllava.train.record import RECORD, check_stage, environment, resume_facts
+from longllava.train.record import RECORD, check_stage, environment, resume_facts, stage_of
 
 if TYPE_CHECKING:
     from longllava.evals.curriculum_task import Task
@@ -202,7 +202,7 @@ def start_folders(config: TrainConfig, model_config: ModelConfig) -> dict[str, P
             folder = find_folder(named)
         elif own.is_dir():
             folder = own
-        elif foundation in shipped_models():
+        elif foundation in shipped_models() and stage_of(find_folder(foundation), part) == stage:
             folder = find_folder(foundation)
         else:
             raise TrainingError(f"{config.stage} starts from {stage}, and {own} is not there; train {stage} first")

@@ -129,6 +129,11 @@ def test_a_folder_of_another_stage_is_refused(runs, monkeypatch, changes: dict, 
     assert not (runs / "stage2").exists()  # nothing half-written
 
 
+def test_a_stage_that_was_not_trained_is_named_also_where_a_foundation_ships(runs) -> None:
+    with pytest.raises(TrainingError, match=r"stage2 starts from stage1, and .*stage1/model is not there; train"):
+        run_stage(load_stage(write_stage(runs, start_from={"all": "stage1"})))
+
+
 def test_a_misspelt_evaluation_is_told_before_training(runs) -> None:
     with pytest.raises(ConfigError, match="no task 'captoin'; have recall, facts, words, caption"):
         run_stage(load_stage(write_stage(runs, evaluate=["captoin"])))
