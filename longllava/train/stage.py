@@ -45,7 +45,8 @@ def main(path: str | Path, overrides: Sequence[str] = ()) -> None:
     if "stage" not in read_mapping(path):
         from longllava.train import vision
 
-        vision.main(str(path), *overrides)
+        if is_chief():  # it learns in one process; `make foundation NPROC=8` starts as many as the text's
+            vision.main(str(path), *overrides)
         return
     from longllava.train.loop import Stopped
 

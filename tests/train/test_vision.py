@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from longllava.errors import ConfigError, InputError, TrainingError
 from longllava.shipped import shipped
-from longllava.train import vision
+from longllava.train import main, vision
 from longllava.train.vision import Pictures, VisionTrainConfig, one_cycle, random_means
 from longllava.train.vision_config import load_vision
 from longllava.train.vision_model import NameReadout
@@ -110,6 +110,14 @@ def test_the_shipped_foundation_trains_from_any_folder(tmp_path, monkeypatch):
     steps = [f"{phase}_steps=0" for phase in ("crop", "whole", "name")]
     vision.main(str(shipped("configs", "train/nano/foundation-vision")), "preset=smoke", "out=run", "n_test=4", *steps)
     assert (tmp_path / "run" / "results.json").is_file() and (tmp_path / "run" / "encoder.safetensors").is_file()
+
+
+def test_processes_beside_the_first_leave_it_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")  # of make foundation NPROC=2, whose second process found the folder locked
+    steps = [f"{phase}_steps=0" for phase in ("crop", "whole", "name")]
+    main(shipped("configs", "train/nano/foundation-vision"), ["preset=smoke", "out=run", "n_test=4", *steps])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
