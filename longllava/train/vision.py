@@ -7,7 +7,7 @@ It stands where CLIP stands in the real recipe. Three phases, all on pictures dr
   whole    the whole encoder on whole pictures; thing, digit, frame colour, count and place are read from the
            mean of a random few of the pooled tokens, so that every token comes to carry everything
 
-    python -m longllava.train.vision configs/train/nano/foundation-vision.yaml
+    longllava train nano/foundation-vision
 
 Batch i is a pure function of (seed, phase, i), so a run that was stopped goes on where it was.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -265,7 +264,3 @@ def write(content: bytes, file: BinaryIO) -> int:
 
 def main(path: str, *overrides: str) -> None:
     train(load_vision(path, overrides))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
