@@ -8,17 +8,17 @@ from pathlib import Path
 
 from longllava.errors import ConfigError
 from longllava.plan.memory import sized
-from longllava.settings import read_mapping
 from longllava.train.config import TrainConfig, engine_named, load_stage
 from longllava.train.memory import FLOAT, estimate, parameters_of
 from longllava.train.stage import model_config_of, with_environment
+from longllava.train.vision_config import is_vision
 
 HALF = 2  # bytes of bfloat16
 
 
 def preview(path: str | Path, overrides: Sequence[str] = (), processes: int | None = None) -> str:
     """For people. processes: how many share the stage; default WORLD_SIZE, or one. Raises: ConfigError."""
-    if "out" in read_mapping(path):
+    if is_vision(path):
         raise ConfigError(f"{path}: --estimate is for stages; this is the vision foundation, and is not counted")
     config = load_stage(path, with_environment(overrides))
     model_config = model_config_of(config)

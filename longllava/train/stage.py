@@ -18,7 +18,6 @@ from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.quant import quantize_
 from longllava.quant.layers import NEVER
-from longllava.settings import read_mapping
 from longllava.shipped import shipped
 from longllava.train.config import PARTS, TrainConfig, engine_named, load_stage
 from longllava.train.lock import run_lock
@@ -26,6 +25,7 @@ from longllava.train.lora import add_adapters_, base_of, save_adapter
 from longllava.train.parts import named_config, read_part
 from longllava.train.pretrained import PRETRAINED, load_pretrained_, pretrained_folder
 from longllava.train.record import RECORD, check_stage, environment, resume_facts, stage_of
+from longllava.train.vision_config import is_vision
 
 if TYPE_CHECKING:
     from longllava.evals.curriculum_task import Task
@@ -42,7 +42,7 @@ def main(path: str | Path, overrides: Sequence[str] = ()) -> None:
     Raises: LongLLaVAError of some kind.
     """
     overrides = with_environment(overrides)
-    if "stage" not in read_mapping(path):
+    if is_vision(path):
         from longllava.train import vision
 
         if is_chief():  # it learns in one process; `make foundation NPROC=8` starts as many as the text's

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from longllava.errors import ConfigError
-from longllava.settings import build, not_negative, positive
+from longllava.settings import build, not_negative, positive, read_mapping
 from longllava.train.config import read_stage
 
 
@@ -56,6 +57,11 @@ class VisionTrainConfig:
         """The highest of the phase."""
         rates = {"crops": self.crop_learning_rate, "whole": self.whole_learning_rate, "names": self.name_learning_rate}
         return rates[phase]
+
+
+def is_vision(path: str | Path) -> bool:
+    """Whether a YAML is the vision foundation's: stages have a name and phases, recipes have sources."""
+    return not {"stage", "phases", "sources"} & read_mapping(path).keys()
 
 
 def load_vision(path: str, overrides: Sequence[str] = ()) -> VisionTrainConfig:

@@ -9,8 +9,10 @@ import torch
 
 from longllava.errors import ConfigError, TrainingError
 from longllava.shipped import shipped, shipped_names
+from longllava.train import main
 from longllava.train.config import PhaseConfig, learning_rate, load_stage
 from longllava.train.engines import open_engine
+from longllava.train.preview import preview
 
 YAML = """
 stage: s
@@ -93,6 +95,13 @@ def test_what_is_wrong_is_named(path, override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_stage(path, [override])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("run", [main, preview])
+def test_a_stage_without_its_name_is_no_vision_foundation(path, run) -> None:
+    path.write_text(YAML.replace("stage: s\n", ""))
+    with pytest.raises(ConfigError, match="missing 1 required keyword-only argument: 'stage'"):
+        run(path)
 
 
 def test_every_shipped_stage_and_its_smoke_can_be_read() -> None:
