@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from longllava.checkpoints import find_folder, load_model, save_model, shipped_models
 from longllava.config import Int8Config, ModelConfig
 from longllava.data.recipes import Recipe
-from longllava.errors import TrainingError
+from longllava.errors import ConfigError, TrainingError
 from longllava.files import write_json
 from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
@@ -70,6 +70,8 @@ def run_stage(config: TrainConfig) -> Path:
     tasks = tasks_named(config.evaluate)  # a misspelt one is told now, not after the last step
 
     model_config = model_config_of(config)
+    if model_config.encoder is None:
+        check_text(config, tasks)
     folder = output_folder(config, model_config)
     final = folder / "model"
     if (final / RECORD).is_file():
@@ -81,6 +83,18 @@ def run_stage(config: TrainConfig) -> Path:
         return final
     with run_lock(folder, is_chief()):
         return run_locked(config, tasks, model_config, folder)
+
+
+def check_text(config: TrainConfig, tasks: Sequence[Task]) -> None:
+    """Raises: ConfigError where a stage of text wants pictures."""
+    from longllava.evals.curriculum_task import draw_samples
+
+    for task in tasks:
+        if draw_samples(task, 1)[0].images:
+            raise ConfigError(f"evaluate: {task.name!r} asks about pictures, and this stage's model reads text only")
+    for number, phase in enumerate(config.phases):
+        if phase.alignment_only:
+            raise ConfigError(f"phases.{number}.alignment_only: without pictures nothing would be learned")
 
 
 def run_locked(config: TrainConfig, tasks: Sequence[Task], model_config: ModelConfig, folder: Path) -> Path:

@@ -142,6 +142,21 @@ def test_a_misspelt_evaluation_is_told_before_training(runs) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"evaluate": ["facts", "caption"]}, "evaluate: 'caption' asks about pictures, and this stage"),
+        ({"phases": [{"steps": 1, "row_length": 256, "alignment_only": True}]},
+         "phases.0.alignment_only: without pictures nothing would be learned"),
+    ],
+)  # fmt: skip
+def test_a_stage_of_text_wants_no_pictures(runs, changes: dict, message: str) -> None:
+    keys = {"recipe": "nano/foundation-text", "text_only": True, "train_only": ["backbone"], "start_from": {}}
+    with pytest.raises(ConfigError, match=message):
+        run_stage(load_stage(write_stage(runs, **keys, **changes)))
+    assert not (runs / "stage2").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"device": "cuda" if not torch.cuda.is_available() else "mps"}, "but this run is on c.*; set device: auto"),
         ({"phases": [{"steps": 1, "row_length": 64, "tokens_per_image": 7}]}, "phases.0.tokens_per_image: got 7"),
         *(({"phases": [{"steps": 1, "row_length": 256}, {"steps": 1, "row_length": 256, "tasks": tasks}]},
