@@ -161,6 +161,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive(self, "window", "save_every", "log_every", "eval_questions")
         not_negative(self, "threads")
+        if abs(self.seed) >= 1 << 63:
+            raise ConfigError(f"seed: got {self.seed}, must be smaller than 2^63")
         one_of(self, "dtype", ("auto", "bfloat16", "float32"))
         one_of(self, "frozen_dtype", ("float32", "int8"))
         if self.frozen_dtype == "int8" and "backbone" in self.train_only:
