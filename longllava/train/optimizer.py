@@ -19,7 +19,7 @@ def select_parts(model: nn.Module, parts: Iterable[str], frozen: Iterable[str] =
 
     frozen: modules or parameters inside those parts that do not ("backbone.embed_tokens"). Of a part with adapters
     (train/lora.py) these alone train.
-    Raises: TrainingError for names that the model does not have.
+    Raises: TrainingError for names that the model does not have, or where nothing is left to train.
     """
     wanted = set(parts)
     model.train()
@@ -39,7 +39,10 @@ def select_parts(model: nn.Module, parts: Iterable[str], frozen: Iterable[str] =
             raise TrainingError(f"frozen: the model has no {prefix!r}")
         for parameter in inside:
             parameter.requires_grad_(False)
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not learned:
+        raise TrainingError(f"frozen: nothing is left that learns of train_only, {', '.join(sorted(wanted))}")
+    return learned
 
 
 def freeze_beside_adapters_(part: nn.Module) -> None:

@@ -158,6 +158,7 @@ def test_a_stage_of_text_wants_no_pictures(runs, changes: dict, message: str) ->
     ("changes", "message"),
     [
         ({"device": "cuda" if not torch.cuda.is_available() else "mps"}, "but this run is on c.*; set device: auto"),
+        ({"frozen": ["bridge", "backbone"]}, "frozen: nothing is left that learns of train_only, backbone, bridge"),
         ({"phases": [{"steps": 1, "row_length": 64, "tokens_per_image": 7}]}, "phases.0.tokens_per_image: got 7"),
         *(({"phases": [{"steps": 1, "row_length": 256}, {"steps": 1, "row_length": 256, "tasks": tasks}]},
            f"phases.1.tasks: {told}")
