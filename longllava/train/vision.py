@@ -231,21 +231,27 @@ def one_cycle(peak: float, step: int, steps: int) -> float:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
+    right, known = n_right(logits, labels)
+    return int(right) / max(1, int(known))
+
+
+def n_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """(2,): how many are right, and how many labels are known."""
     known = labels >= 0
-    return float((logits.argmax(-1) == labels)[known].float().mean()) if known.any() else 0.0
+    return torch.stack([((logits.argmax(-1) == labels) & known).sum(), known.sum()])
 
 
 @torch.no_grad()
 def evaluate(config: VisionTrainConfig, model: VisionFoundation, style: str) -> dict[str, float]:
     """Accuracy by label on unseen pictures of the test split, read from the mean of all tokens."""
     model.eval()
-    totals: dict[str, list[float]] = {}
+    counts: dict[str, Tensor] = {}  # right, known: not every picture has a digit
     pictures = Pictures(config, "whole", "test", (style,), 0, max(1, config.n_test // config.batch))
     for pixels, labels in DataLoader(pictures, batch_size=None, num_workers=1):
         mean = torch.full((len(pixels), config.pool_tokens), 1 / config.pool_tokens)
         for name, logits in model.whole(pixels, config.pool_tokens, mean, by_name=config.name_steps > 0).items():
-            totals.setdefault(name, []).append(accuracy(logits, labels[name]))
-    return {name: float(np.mean(values)) for name, values in totals.items()}
+            counts[name] = counts.get(name, 0) + n_right(logits, labels[name])
+    return {name: int(right) / max(1, int(known)) for name, (right, known) in counts.items()}
 
 
 def save_encoder(model: VisionFoundation, out: Path) -> None:

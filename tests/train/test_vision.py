@@ -140,6 +140,23 @@ def test_one_token_can_be_all_of_a_picture(tmp_path):
     assert (tmp_path / "run" / "results.json").is_file()
 
 
+def test_an_accuracy_counts_every_known_label_once(tmp_path):
+    torch.manual_seed(0)
+    config = VisionTrainConfig(model=model_yaml(tmp_path), **{**SMALL, "batch": 1, "n_test": 24, "name_steps": 0})
+    model = vision.VisionFoundation(vision.named_config(config.model).encoder).eval()
+    batches = [Pictures(config, "whole", "test", ("noto",), number, 1)[0] for number in range(24)]
+    pixels = torch.cat([pixels for pixels, _ in batches])
+    with torch.no_grad():
+        found = model.whole(pixels, 36, torch.full((24, 36), 1 / 36), by_name=False)
+    expected = {}
+    for name, logits in found.items():
+        labels = torch.cat([labels[name] for _, labels in batches])
+        right = (logits.argmax(-1) == labels)[labels >= 0]  # not every picture has a digit, a frame or one place
+        expected[name] = float(right.float().mean())
+    assert 0 < expected["place"] < 1
+    assert vision.evaluate(config, model, "noto") == pytest.approx(expected)
+
+
 def test_means_are_over_the_asked_number_of_tokens():
     weights = random_means(50, 36, 2, 5, seed=1)
     counts = (weights > 0).sum(-1)
