@@ -167,9 +167,11 @@ class Recipe:
         """file:line: reason of every record that was left out."""
         return [str(item) for source in self.sources for item in getattr(source, "rejected", ())]
 
-    def write_rejected(self, path: str | Path) -> int:
-        """Write `rejected` to a file, one a line, if there are any. Returns how many."""
-        lines = self.rejected()
+    def write_rejected(self, path: str | Path, add: bool = False) -> int:
+        """Write `rejected` to a file, one a line, if there are any. add: to what it holds. Returns how many lines."""
+        path = Path(path)
+        before = path.read_bytes().decode("utf-8").split("\n")[:-1] if add and path.is_file() else []
+        lines = dict.fromkeys([*before, *(line.replace("\n", "\\n") for line in self.rejected())])
         if lines:
             write_text(path, "".join(f"{line}\n" for line in lines))
         return len(lines)

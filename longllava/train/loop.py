@@ -36,6 +36,7 @@ from longllava.train.record import FREE
 from longllava.train.speed import Cost, peak_operations
 from longllava.train.state import average_weights, compare, frozen_marks, keep_weights
 
+QUARANTINE = "quarantine.txt"
 NOT_FINITE_IN_A_ROW = 10  # a run that diverged must end in an error, not run on without learning
 
 
@@ -87,6 +88,8 @@ def train(
     if state is not None:  # before its weights are read: those of another rank or part do not fit
         kept = {name: fact for name, fact in state.facts.items() if name not in FREE}  # older runs kept more
         compare(kept, facts, state.step)
+    if chief:  # a run that goes on does not open again what was found broken before
+        recipe.write_rejected(folder / QUARANTINE, add=state is not None)
     engine.prepare(Forward(model, config.aids, evenly=engine.evenly), parameters, state)
     frozen = frozen_marks(model, engine.whole)
     feed = Feed(config, recipe, processor, engine.rank, engine.world)
@@ -151,6 +154,7 @@ def train(
                     if chief:
                         save_state(checkpoints, state)
                         list_left_out(folder / "left-out.tsv", feed.misfits)
+                        recipe.write_rejected(folder / QUARANTINE, add=True)
                     state = None
                 if stop:
                     log.say(f"{config.stage}: saved after step {step}; start it again to go on")

@@ -115,7 +115,6 @@ def run_locked(config: TrainConfig, tasks: Sequence[Task], model_config: ModelCo
     facts = resume_facts(config, recipe)
     if is_chief():  # the others may not be able to write there
         settings = {"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config)}
-        recipe.write_rejected(folder / "quarantine.txt")
         write_json(folder / "config.json", settings)
         write_json(folder / "environment.json", environment())
     started = time.monotonic()
@@ -129,7 +128,6 @@ def run_locked(config: TrainConfig, tasks: Sequence[Task], model_config: ModelCo
         save_adapter(model, processor.tokenizer, trained, config.lora, base, final)
     else:
         save_model(model, processor.tokenizer, final)
-    recipe.write_rejected(folder / "quarantine.txt")  # with what was found since
     record = {
         "stage": config.stage,
         "model": model_config.name,

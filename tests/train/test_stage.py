@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from longllava.checkpoints import load_model, quantize_folder
 from longllava.data.packing import Misfit
+from longllava.data.recipes import Recipe
 from longllava.errors import CheckpointError, ConfigError, TrainingError
 from longllava.settings import read_mapping
 from longllava.shipped import shipped
@@ -356,6 +358,37 @@ def test_what_was_left_out_before_a_stop_stays_listed(tmp_path) -> None:
     for misfits in ([first], [first], [second]):
         loop.list_left_out(tmp_path / "left-out.tsv", misfits)
     assert (tmp_path / "left-out.tsv").read_text() == "source\ta\tbroken\nsource\tb\ttoo long\n"
+
+
+def test_records_found_broken_before_a_stop_stay_listed(runs, tmp_path, monkeypatch) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a cat"}]
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "good.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "good.png").read_bytes()[:-30])
+    records = [{"id": str(n), "image": "good.png", "conversations": turns} for n in range(200)]
+    records.append({"id": "empty", "conversations": []})  # found when the file is read, each time
+    (tmp_path / "own.json").write_text(json.dumps(records))
+    source = {"name": "own", "kind": "llava", "path": "own.json", "licence": "CC0", "origin": "x"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"name": "own", "sources": [source]}))
+    records[Recipe.load(tmp_path / "own.yaml").at(1, 5)[1]]["image"] = "torn.png"  # in the first window
+    (tmp_path / "own.json").write_text(json.dumps(records))
+    phases = [{"steps": 16, "row_length": 64, "rows": 2, "learning_rate": 1e-3}]  # once through the records
+    path = write_stage(runs, recipe=str(tmp_path / "own.yaml"), phases=phases, window=2, save_every=1)
+    real, quarantine, after = loop.Feed.batches, runs / "stage2" / "quarantine.txt", list[int]()
+
+    def batches(self, *arguments):
+        if self.misfits:
+            after.append(1)
+        if self.misfits and len(after) == 7:  # windows later than that which left it out
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(loop.Feed, "batches", batches)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(load_stage(path))
+    listed = quarantine.read_text()
+    assert "no turns" in listed and "torn.png" in listed
+    run_stage(load_stage(path))
+    assert quarantine.read_text() == listed
 
 
 def test_a_finished_run_goes_on_with_a_phase_added(runs) -> None:
