@@ -28,12 +28,13 @@ class SourceCheck:
     """One source. missing: why it could not be opened. lengths: tokens of the samples that were looked at.
 
     left_out: records and samples that cannot be used. too_long: of those that could, longer than a row.
+    share: of the recipe; None where one source alone is looked at and others do not say how many they are.
     """
 
     config: SourceConfig
     missing: str | None = None
     n_samples: int | None = None
-    share: float = 0.0
+    share: float | None = None
     lengths: list[int] = field(default_factory=list)
     n_images: int = 0
     n_image_tokens: int = 0
@@ -49,7 +50,7 @@ class SourceCheck:
         lengths = sorted(self.lengths)
         return {
             "name": self.config.name, "licence": self.config.licence, "origin": self.config.origin,
-            "missing": self.missing, "samples": self.n_samples, "share": round(self.share, 4),
+            "missing": self.missing, "samples": self.n_samples, "share": self.share and round(self.share, 4),
             "looked_at": len(lengths), "left_out": len(self.left_out), "reasons": dict(self.reasons()),
             "too_long": self.too_long,
             "tokens": {name: quantile(lengths, share) for name, share in QUANTILES.items()},
@@ -91,12 +92,13 @@ def check_recipe(
             checked.missing = str(error).removeprefix(f"{path}: source {row.name!r}: ")
         else:
             checked.left_out = [*getattr(source, "rejected", []), *checked.left_out]
-    sizes = [checked.n_samples or checked.config.count or 0 if checked.config.weight is None else checked.config.weight
-             for checked in checks]  # fmt: skip
-    if sum(sizes):
-        counts = block_counts([size / sum(sizes) for size in sizes])
-        for checked, count in zip(checks, counts):
-            checked.share = count / sum(counts)
+    found = {checked.config.name: checked.n_samples for checked in checks}
+    sizes = [row.weight if row.weight is not None else found.get(row.name) or row.count or 0 for row in config.sources]
+    unseen = [row for row in config.sources if row.name not in found and row.weight is None and row.count is None]
+    if sum(sizes) and not unseen:  # or how much of the recipe one source is cannot be told
+        counts = dict(zip(names, block_counts([size / sum(sizes) for size in sizes])))
+        for checked in checks:
+            checked.share = counts[checked.config.name] / sum(counts.values())
     return config, checks
 
 

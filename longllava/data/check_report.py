@@ -37,7 +37,8 @@ def show_check(console: Console, config: RecipeConfig, checks: Sequence[SourceCh
         found = one.as_dict()
         tokens = found["tokens"]
         table.add_row(
-            one.config.name, "without end" if one.n_samples is None else f"{one.n_samples:,}", f"{one.share:.1%}",
+            one.config.name, "without end" if one.n_samples is None else f"{one.n_samples:,}",
+            "" if one.share is None else f"{one.share:.1%}",
             f"{found['images_a_sample']:g}", *(f"{value:,}" if value is not None else "" for value in tokens.values()),
             f"{one.n_learned / max(1, sum(one.lengths)):.1%}", f"{len(one.left_out)}{too_long(one)}",
         )  # fmt: skip

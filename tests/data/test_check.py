@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,18 @@ def test_counts_lengths_and_reasons(tmp_path: Path, processor: Processor) -> Non
     assert len(lines) == 5 and lines[0].startswith(f"files\t{tmp_path}/data.json:") and "torn.png" in lines[-1]
     with pytest.raises(ConfigError, match="no source 'file'; have files, gone, world"):
         check_recipe(tmp_path / "r.yaml", processor, only="file")
+
+
+def test_the_share_of_one_source_is_that_of_the_recipe(tmp_path: Path, processor: Processor) -> None:
+    path = recipe(tmp_path)
+    (checked,) = check_recipe(path, processor, limit=5, only="files")[1]
+    assert checked.share == 0.6
+    path.write_text(re.sub(r", weight: \d|  - {name: world.*\n", "", path.read_text()))  # shares follow the numbers
+    config, checks = check_recipe(path, processor, limit=5, only="files")
+    assert checks[0].share is None and checks[0].as_dict()["share"] is None  # nobody has counted the other one
+    out = io.StringIO()
+    show_check(Console(file=out, width=300), config, checks, processor.tokenizer)
+    assert re.search(r"files +\d+ +1 ", out.getvalue())  # samples, no share, pictures
 
 
 def test_what_is_learned_is_in_colour(tmp_path: Path, processor: Processor) -> None:
