@@ -73,6 +73,7 @@ def resume_facts(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
         {"media": dataclasses.asdict(row.media), "columns": row.columns, "question": row.question, "marks": row.marks}
         for row in recipe.config.sources
     ]
+    facts["streaming"] = [row.streaming for row in recipe.config.sources]  # samples come in another order then
     return json.loads(json.dumps(facts))  # tuples become lists, as they come back from a checkpoint
 
 

@@ -1,10 +1,18 @@
-"""What a run writes of itself names no folder of the machine."""
+"""What a run writes of itself names no folder of the machine; what it must keep to go on."""
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-from longllava.train.record import command, environment
+import pytest
+import yaml
+
+from longllava.data.recipes import Recipe
+from longllava.errors import TrainingError
+from longllava.train.config import PhaseConfig, TrainConfig
+from longllava.train.record import command, environment, resume_facts
+from longllava.train.state import compare
 
 
 @pytest.mark.parametrize(
@@ -20,3 +28,27 @@ from longllava.train.record import command, environment
 def test_the_command_is_what_was_typed_without_folders(monkeypatch, program: str, expected: str) -> None:
     monkeypatch.setattr("sys.argv", [program, "nano/stage1", "seed=2"])
     assert command() == environment()["command"] == expected
+
+
+def test_a_run_does_not_go_on_as_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose samples are shuffled in windows: some of an epoch would come again, others not at all."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "arrow"))
+    datasets.disable_progress_bars()
+    monkeypatch.setenv("LONGLLAVA_CACHE", str(tmp_path / "cache"))
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.jsonl").write_text("".join(
+        json.dumps({"id": str(number), "conversations": turns}) + "\n" for number in range(20)))  # fmt: skip
+    config = TrainConfig(stage="s", model="nano", recipe="r", train_only=["bridge"],
+                         phases=[PhaseConfig(steps=2, row_length=64)])  # fmt: skip
+    facts = []
+    for streaming in (False, True):
+        source = {"name": "own", "kind": "llava", "format": "datasets", "path": "own", "count": 20, "licence": "CC0",
+                  "origin": "x", "streaming": streaming}  # fmt: skip
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "r", "sources": [source]}))
+        facts.append(resume_facts(config, Recipe.load(tmp_path / "r.yaml")))
+    compare(facts[1], facts[1], 1)
+    compare({name: fact for name, fact in facts[0].items() if name != "streaming"}, facts[0], 1)  # an older checkpoint
+    with pytest.raises(TrainingError, match=r"begun with other settings \(streaming.0: False then, True now\)"):
+        compare(facts[0], facts[1], 1)
