@@ -89,7 +89,7 @@ class Cells:
     def __init__(self, path: str, column: str):
         self.path, self.column = path, column
         self.table: Any = None
-        if path.endswith(".arrow"):
+        if path.lower().endswith(".arrow"):
             self.table = arrow_table(path)[column]
             return
         metadata = parquet_file(path).metadata

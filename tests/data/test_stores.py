@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pa.OSFile(str(folder / "all.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         for batch in table.to_batches(max_chunksize=7):
             writer.write_batch(batch)
+    shutil.copy(folder / "all.arrow", folder / "LARGE.ARROW")  # as `auto` takes endings
     for part, numbers in enumerate((range(12), range(12, N))):
         with tarfile.open(folder / f"{part}.tar", "w") as tar:
             for n in numbers:
@@ -92,6 +94,7 @@ FORMS = {
     "a list of files": {"path": ["part-0.parquet", "part-1.parquet"]},
     "parquet with names": {"path": "named.parquet", "image_root": "pictures"},
     "arrow": {"path": "all.arrow"},
+    "arrow, written large": {"path": "LARGE.ARROW"},
     "tars": {"path": ["0.tar", "1.tar"]},
 }
 

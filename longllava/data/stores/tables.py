@@ -51,7 +51,7 @@ class TableStore:
         return f"{self.paths[place[0]]}:{place[3] + 1}"
 
     def is_arrow(self, number: int) -> bool:
-        return self.paths[number].suffix == ".arrow"
+        return self.paths[number].suffix.lower() == ".arrow"
 
     def n_groups(self, number: int) -> int:
         if self.is_arrow(number):
