@@ -87,10 +87,18 @@ class SourceConfig:
 
     def check_records(self) -> None:
         columns = Columns.of(self.columns)
-        if columns.answer is not None and columns.question is None and self.question is None:
+        asked = [name for name, given in (("question", self.question), ("columns.question", columns.question)) if given]
+        if columns.answer is not None and not asked:
             raise ConfigError(
                 f"source {self.name!r}: columns.answer without a question; name columns.question, or give question"
             )
+        if columns.answer is None and asked:
+            raise ConfigError(
+                f"source {self.name!r}: {asked[0]} without columns.answer would be asked of no record, and"
+                " conversations have questions of their own; name that column, or leave it out"
+            )
+        if len(asked) > 1:
+            raise ConfigError(f"source {self.name!r}: {' and '.join(asked)} both say what is asked; leave out one")
         for name in OF_HUB:
             if getattr(self, name) and self.format != "datasets":
                 raise ConfigError(f"source {self.name!r}: {name} goes with format: datasets; leave it out")

@@ -139,8 +139,15 @@ def test_names_differ_and_columns_say_how(folder: Path, tmp_path: Path) -> None:
     assert captions.sample(1).turns[0].text == "<image>\nDescribe this."
     with pytest.raises(ConfigError, match="columns: got 'questoin', allowed: id, conversations"):
         SourceConfig(name="s", kind="llava", licence="x", origin="x", path="a.json", columns={"questoin": "q"})
-    with pytest.raises(ConfigError, match="columns.answer without a question"):
-        SourceConfig(name="s", kind="llava", licence="x", origin="x", path="a.json", columns={"answer": "a"})
+    for columns, question, told in (
+        ({"answer": "a"}, None, "columns.answer without a question"),
+        ({}, "What?", "question without columns.answer would be asked of no record"),
+        ({"question": "q"}, None, "columns.question without columns.answer"),
+        ({"question": "q", "answer": "a"}, "What?", "question and columns.question both say what is asked"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            SourceConfig(name="s", kind="llava", licence="x", origin="x", path="a.json", columns=columns,
+                         question=question)  # fmt: skip
 
 
 @pytest.mark.parametrize("files", [True, False])
