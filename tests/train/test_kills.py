@@ -13,7 +13,7 @@ import pytest
 from longllava.train.config import load_stage
 from longllava.train.stage import run_stage
 from tests.tiny_world import write_foundation, write_stage
-from tests.train.test_stage import losses, start
+from tests.train.runs import losses, start
 
 N_KILLS = int(os.environ.get("LONGLLAVA_KILLS", "20"))
 STEPS_A_KILL = 12  # a process that is left alone takes some 40 a second

@@ -32,13 +32,6 @@ with run_lock(Path(sys.argv[1])):
 """
 
 
-@pytest.fixture(autouse=True)
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LONGLLAVA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PRESET", raising=False)
-    monkeypatch.chdir(tmp_path)
-
-
 def python(code: str, folder: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     return subprocess.Popen([sys.executable, "-c", code, str(folder)], env=environment, stdout=subprocess.PIPE,

@@ -32,13 +32,6 @@ from tests.tiny_world import TOKENIZER, world_config, world_samples, write_found
 RATE = {"phases": [{"steps": 4, "row_length": 192, "rows": 1, "learning_rate": 2e-2}]}
 
 
-@pytest.fixture(autouse=True)
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LONGLLAVA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PRESET", raising=False)
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     """runs/base/model is the model that adapters are trained on."""

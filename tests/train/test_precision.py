@@ -13,7 +13,7 @@ from longllava.train import loop
 from longllava.train.config import load_stage
 from longllava.train.stage import run_stage
 from tests.tiny_world import write_foundation, write_stage
-from tests.train.test_stage import losses
+from tests.train.runs import losses
 
 
 def test_in_bfloat16_a_stage_trains_and_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,8 @@ from longllava.train.config import load_stage
 from longllava.train.engines import open_engine, sent, shared_state
 from longllava.train.stage import run_stage
 from longllava.train.state import TrainingState
-from tests.tiny_world import write_foundation, write_stage
-from tests.train.test_stage import losses, wait_for_step
+from tests.tiny_world import write_stage
+from tests.train.runs import losses, wait_for_step
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = {"needle": {"n_images": [2, 3], "n_questions": [1, 2], "weight": 1}, "facts": {"weight": 8}}
@@ -33,13 +33,6 @@ CASES = {
         "phases": [{"steps": 8, "row_length": 128, "rows": 2, "learning_rate": 5e-3, "tasks": TEXT}],
     },
 }  # fmt: skip
-
-
-@pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LONGLLAVA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return write_foundation(tmp_path / "runs")
 
 
 def launch(path: Path, n: int, *overrides: str) -> subprocess.Popen:
@@ -89,7 +82,8 @@ def test_processes_wait_for_the_first_for_hours(monkeypatch: pytest.MonkeyPatch,
     if engine != "torch":
         pytest.importorskip("deepspeed")
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "1", "DS_ACCELERATOR": "cpu"}.items():  # fmt: skip
+                        "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "1", "DS_ACCELERATOR": "cpu",
+                        "OMP_NUM_THREADS": "1"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", begin)
     for kind in (PartialState, AcceleratorState):  # as in a process that has trained nothing yet

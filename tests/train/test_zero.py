@@ -21,21 +21,14 @@ from longllava.train.forward import Forward
 from longllava.train.optimizer import select_parts
 from longllava.train.stage import run_stage
 from longllava.train.zero import Zero
-from tests.tiny_world import world_config, write_foundation, write_stage
+from tests.tiny_world import world_config, write_stage
+from tests.train.runs import losses
 from tests.train.test_processes import compare, launch
-from tests.train.test_stage import losses
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 FEW = {"needle": {"n_images": [2, 3], "n_questions": [1, 2], "weight": 1}, "facts": {"weight": 8}}
 FIRST = {"steps": 3, "row_length": 192, "rows": 4, "rows_at_once": 1, "learning_rate": 5e-3, "tasks": FEW}
 SECOND = FIRST | {"rows": 2, "row_length": 128}  # many a process then has a row of text alone
-
-
-@pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LONGLLAVA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return write_foundation(tmp_path / "runs")
 
 
 def plan(runs: Path, **changes: Any) -> dict[str, Any]:
