@@ -79,8 +79,8 @@ def of_phase(config: TrainConfig, model: ModelConfig, number: int, world: int, v
         kept = ends + sum(layer.saved for layer in layers)
         layers = [Layer(0, layer.running) for layer in layers]
     n_encoder = n_kept = 0
-    if model.encoder is not None and "encoder" in config.train_only:
-        n_pictures = n_tokens // (phase.tokens_per_image or tokens_per_image(model))
+    if model.encoder is not None and model.bridge is not None and "encoder" in config.train_only:
+        n_pictures = n_tokens // (phase.tokens_per_image or model.bridge.tokens_per_image)
         n_kept, n_encoder = encoder_bytes(model.encoder, n_pictures, value_bytes, residual_bytes, config)
     elif model.encoder is not None and not config.feature_cache:
         n_encoder = BATCH * encoder_workspace(model.encoder, value_bytes)
@@ -201,10 +201,6 @@ def encoder_bytes(
     ends = 2 * config.width * ratio  # patches at their places, and the result
     kept = n_pictures * (pixels + value_bytes * (stem + n_tokens * (config.n_layers_used() * of_layers + ends)))
     return Layer(int(kept), int(n_pictures * value_bytes * n_tokens * beside))
-
-
-def tokens_per_image(model: ModelConfig) -> int:
-    return model.bridge.tokens_per_image if model.bridge is not None else 1
 
 
 def bridge_bytes(model: ModelConfig, n_tokens: int, value_bytes: int) -> int:

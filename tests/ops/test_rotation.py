@@ -80,7 +80,7 @@ def test_a_gpu_makes_the_same_bits(dtype: torch.dtype) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("form", FORMS[:3])
+@pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_the_kernels_makes_the_same_bits(form: str) -> None:
     code = (
         "import torch; from longllava.ops.quantized import quantize, rotate\n"

@@ -36,22 +36,27 @@ def model_yaml(tmp_path):
     return str(path)
 
 
+def train_until(phase, at, config, monkeypatch):
+    """A run that is stopped before that step of the phase."""
+    honest = vision.losses_of
+
+    def stop(config, model, now, pixels, labels, step):
+        if (now, step) == (phase, at):
+            raise KeyboardInterrupt
+        return honest(config, model, now, pixels, labels, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vision, "losses_of", stop)
+        with pytest.raises(KeyboardInterrupt):
+            vision.train(config)
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     model = model_yaml(tmp_path)
     vision.train(VisionTrainConfig(model=model, out=str(tmp_path / "straight"), **SMALL))
     broken = VisionTrainConfig(model=model, out=str(tmp_path / "broken"), **SMALL)
     for phase, at in (("crops", 1), ("whole", 0), ("whole", 2), ("names", 0), ("names", 1)):
-        honest = vision.losses_of
-
-        def stop(config, model, now, pixels, labels, step, phase=phase, at=at, honest=honest):
-            if (now, step) == (phase, at):
-                raise KeyboardInterrupt
-            return honest(config, model, now, pixels, labels, step)
-
-        monkeypatch.setattr(vision, "losses_of", stop)
-        with pytest.raises(KeyboardInterrupt):
-            vision.train(broken)
-        monkeypatch.setattr(vision, "losses_of", honest)
+        train_until(phase, at, broken, monkeypatch)
     vision.train(broken)
     one, other = (load_file(tmp_path / name / "encoder.safetensors") for name in ("straight", "broken"))
     assert one.keys() == other.keys()
@@ -61,17 +66,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
 def test_steps_that_are_done_again_are_logged_once(tmp_path, monkeypatch):
     monkeypatch.setattr(vision, "LOG_EVERY", 1)
     config = VisionTrainConfig(model=model_yaml(tmp_path), out=str(tmp_path), **{**SMALL, "save_seconds": 1e9})
-    honest = vision.losses_of
-
-    def stop(config, model, phase, pixels, labels, step):
-        if (phase, step) == ("names", 2):
-            raise KeyboardInterrupt
-        return honest(config, model, phase, pixels, labels, step)
-
-    monkeypatch.setattr(vision, "losses_of", stop)
-    with pytest.raises(KeyboardInterrupt):
-        vision.train(config)
-    monkeypatch.setattr(vision, "losses_of", honest)
+    train_until("names", 2, config, monkeypatch)
     vision.train(config)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     phases = ["crops"] * 2 + ["whole"] * 3 + ["names"] * 3
