@@ -9,8 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
+
+from longllava.train import loop
+from longllava.train.config import load_stage
+from longllava.train.stage import run_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,3 +39,19 @@ def wait_for_step(child: subprocess.Popen, log: Path, step: int) -> None:
     while not (log.exists() and f'{{"step": {step},' in log.read_text()):
         assert child.poll() is None, child.stdout and child.stdout.read()
         time.sleep(0.005)
+
+
+def stopped_at(path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Runs a stage until that forward pass. The list has an entry for each so far, of later runs too."""
+    real, passes = loop.Forward.forward, []
+
+    def forward(self, *arguments):
+        passes.append(len(passes))
+        if len(passes) == number:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(loop.Forward, "forward", forward)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(load_stage(path))
+    return passes

@@ -20,7 +20,6 @@ from longllava.errors import CheckpointError, ConfigError, TrainingError
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.model import Model
 from longllava.settings import build
-from longllava.train import loop
 from longllava.train import stage as stage_module
 from longllava.train.config import load_stage
 from longllava.train.lora import LoraConfig, add_adapters_
@@ -28,6 +27,7 @@ from longllava.train.optimizer import select_parts
 from longllava.train.parts import read_part
 from longllava.train.stage import run_stage
 from tests.tiny_world import TOKENIZER, world_config, world_samples, write_foundation, write_stage
+from tests.train.runs import stopped_at
 
 RATE = {"phases": [{"steps": 4, "row_length": 192, "rows": 1, "learning_rate": 2e-2}]}
 
@@ -130,18 +130,8 @@ def test_layers_of_both_parts_may_be_named(runs) -> None:
 def test_a_run_with_adapters_goes_on_bit_for_bit(runs, monkeypatch) -> None:
     lora = {"rank": 4, "dropout": 0.2}
     whole = run_stage(load_stage(lora_stage(runs, stage="whole", lora=lora, save_every=1)))
-    real, n_calls = loop.Forward.forward, []
-
-    def forward(self, *arguments):
-        n_calls.append(1)
-        if len(n_calls) == 3:
-            raise KeyboardInterrupt
-        return real(self, *arguments)
-
-    monkeypatch.setattr(loop.Forward, "forward", forward)
     path = lora_stage(runs, stage="cut", lora=lora, save_every=1)
-    with pytest.raises(KeyboardInterrupt):
-        run_stage(load_stage(path))
+    stopped_at(path, 3, monkeypatch)
     cut = run_stage(load_stage(path))
     assert (cut / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
     for settings, message in (({"rank": 8}, "lora.rank: 4 then, 8 now"),

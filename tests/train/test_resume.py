@@ -24,7 +24,7 @@ from longllava.train import loop
 from longllava.train.config import load_stage
 from longllava.train.stage import run_stage
 from tests.tiny_world import write_stage
-from tests.train.runs import losses, start, wait_for_step
+from tests.train.runs import losses, start, stopped_at, wait_for_step
 
 LONG = {"phases": [{"steps": 14, "row_length": 128, "rows": 2, "learning_rate": 5e-3, "warmup": 2},
                    {"steps": 10, "row_length": 192, "rows": 1, "learning_rate": 5e-3,
@@ -61,17 +61,7 @@ def test_a_killed_run_goes_on_bit_for_bit(runs) -> None:
 
 def test_a_run_goes_on_only_as_the_same_run(runs, monkeypatch) -> None:
     path = write_stage(runs, **LONG)
-    real, n_calls = loop.Forward.forward, []
-
-    def forward(self, *arguments):
-        n_calls.append(1)
-        if len(n_calls) == 5:
-            raise KeyboardInterrupt
-        return real(self, *arguments)
-
-    monkeypatch.setattr(loop.Forward, "forward", forward)
-    with pytest.raises(KeyboardInterrupt):
-        run_stage(load_stage(path))
+    passes = stopped_at(path, 5, monkeypatch)
     recipe = read_mapping(shipped("data_recipes", "nano/stage2"))
     (runs / "moved.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
     recipe["sources"][0]["weight"] += 1
@@ -98,7 +88,7 @@ def test_a_run_goes_on_only_as_the_same_run(runs, monkeypatch) -> None:
         run_stage(load_stage(path, changed))
     finally:
         torch.set_num_threads(before)
-    assert len(n_calls) == 5 + 15 - 3  # from the checkpoint of step 3
+    assert len(passes) == 5 + 15 - 3  # from the checkpoint of step 3
 
 
 def test_what_was_left_out_before_a_stop_stays_listed(tmp_path) -> None:
