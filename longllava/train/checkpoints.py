@@ -7,6 +7,7 @@ renamed: there are whole ones only, whenever the process is killed. One that a d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -36,18 +37,21 @@ def save_state(folder: Path, state: TrainingState) -> Path:
 
     target = folder / f"step-{state.step:08d}"
     temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    aside = folder / f".{target.name}.old"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_space(folder, state)
         write_files(temporary, state)
-        if target.exists():  # the same step again, after a resume: it holds the same bytes
-            shutil.rmtree(target)
+        if target.exists():  # the same step again, after one before it
+            os.replace(target, aside)
         os.replace(temporary, target)
         sync(folder)
+        if aside.exists():
+            shutil.rmtree(aside)
         for old in checkpoint_folders(folder)[:-KEPT]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_unfinished(folder)
         raise TrainingError(
             f"{target}: the checkpoint cannot be written: {' '.join(str(error).split())}; {what_is_left(folder)}"
         ) from None
@@ -116,7 +120,13 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What a killed run was writing."""
+    """What a killed run was writing goes; what it had put aside for that comes back, where the new one is not there."""
+    for path in folder.glob(".step-*.old"):
+        if (target := folder / path.stem.removeprefix(".")).exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                os.replace(path, target)
     for path in folder.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -151,6 +151,35 @@ def test_killed_at_every_operation_the_last_good_one_is_whole(
         assert same(latest_state(folder), 5)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("killed", [True, False])
+def test_the_same_step_saved_again_is_there_at_every_moment(before: Path, tmp_path: Path, killed: bool) -> None:
+    shutil.rmtree(before / "step-00000002")  # nothing else to go on from
+    counted = Path(shutil.copytree(before, tmp_path / "counted"))
+    with pytest.MonkeyPatch.context() as patch:
+        operations = Operations(patch, -1, lambda: None)
+        save_state(counted, state_of(3))
+    for number, folder in copies(before, tmp_path, len(operations.names)):
+
+        def end() -> None:
+            if killed:
+                os._exit(CODE)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def save(folder: Path = folder, number: int = number, end: Callable[[], None] = end) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                Operations(patch, number, end)
+                save_state(folder, state_of(3))
+
+        if killed:
+            assert in_a_child(save) == CODE, (number, operations.names[number])
+        elif number:  # else the making of the outer folder, which is there
+            with pytest.raises(TrainingError, match="step-00000003 is whole"):
+                save()
+        assert same(latest_state(folder, pytest.fail), 3), (number, operations.names[number])
+        assert [path.name for path in folder.iterdir()] == ["step-00000003"], (number, operations.names[number])
+
+
 @pytest.mark.parametrize("number_of_error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_disk_that_fails_at_any_operation_leaves_the_old_one_whole(
     before: Path, names: list[str], tmp_path: Path, number_of_error: int
