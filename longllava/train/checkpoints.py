@@ -65,7 +65,10 @@ def write_files(folder: Path, state: TrainingState) -> None:
     files = {}
     for name, tensors in (("model.safetensors", state.tensors), ("optimizer.safetensors", state.optimizer)):
         plain = {key: value.detach().to("cpu").contiguous() for key, value in tensors.items()}
+        (folder / name).touch()
+        mode = (folder / name).stat().st_mode  # what the umask leaves; safetensors closes its files to others
         save_file(untied(plain), folder / name)
+        os.chmod(folder / name, mode)
         flush(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "crc32": checksum(folder / name)}
     record = {"step": state.step, "first_step": state.first_step, "next": state.begin.next,

@@ -126,6 +126,16 @@ def test_what_is_saved_is_what_is_loaded_and_two_are_kept(before: Path) -> None:
     assert sorted(path.name for path in before.iterdir()) == ["step-00000002", "step-00000003"]
 
 
+def test_its_files_are_as_open_as_the_umask_leaves_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        files = list(save_state(tmp_path, state_of(1)).iterdir())
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == dict.fromkeys(
+        ("model.safetensors", "optimizer.safetensors", "state.json"), 0o640)  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("half", [False, True])
 def test_killed_at_every_operation_the_last_good_one_is_whole(
