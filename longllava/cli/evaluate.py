@@ -58,17 +58,19 @@ def vniah(
     from longllava.evals import vniah_report
     from longllava.evals.memory import PeakMemory
     from longllava.evals.vniah_task import draw_haystack
+    from longllava.train.lock import run_lock
 
     draw_haystack(settings, max(settings.images))  # says now what is wrong with a folder or a style
     talker = LongLLaVA.from_pretrained(model, device=device, dtype=dtype, tokens_per_image=tokens_per_image, int8=int8)
     n_tokens = talker.processor.tokens_per_image(tokens_per_image)
     parts = names(model, n_tokens, style, haystack, int8)
     folder = Path(output or f"runs/vniah/{'-'.join(parts)}")
-    journal = open_journal(folder, settings, model, talker, n_tokens)
     memory = PeakMemory()
-    cells = measured(talker, settings, journal, memory)
-    title = vniah_report.title_of(cells, ", ".join([*parts[:1], f"{n_tokens} tokens an image", *parts[2:]]))
-    picture = vniah_report.write_report(cells, folder, title)
+    with run_lock(folder):
+        journal = open_journal(folder, settings, model, talker, n_tokens)
+        cells = measured(talker, settings, journal, memory)
+        title = vniah_report.title_of(cells, ", ".join([*parts[:1], f"{n_tokens} tokens an image", *parts[2:]]))
+        picture = vniah_report.write_report(cells, folder, title)
     vniah_report.print_summary(cells)
     memory.bytes()  # nothing may have been left to ask
     print(f"{time.perf_counter() - started:.0f} s in all, peak memory {memory.highest / 1e6:,.0f} MB")

@@ -1,4 +1,4 @@
-"""One run in a folder at a time: two would write over each other's checkpoints and log."""
+"""One run in a folder at a time: two would write over each other's checkpoints, log or finished answers."""
 
 from __future__ import annotations
 
@@ -57,6 +57,6 @@ def take(file: TextIO, path: Path) -> None:
         file.seek(0)
         holder = file.read() or "another process"
         raise TrainingError(
-            f"{path.parent}: {holder} trains in this folder and holds {path};"
+            f"{path.parent}: {holder} works in this folder and holds {path};"
             " wait for its end, stop it, or give this run another output folder"
         ) from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,8 @@ from longllava.errors import LongLLaVAError
 from longllava.evals import vniah
 from longllava.evals.journal import Journal
 from longllava.evals.vniah_task import Settings, draw_haystack, draw_needles, position
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def test_the_command_line_from_start_to_picture(tiny, tmp_path: Path, capsys: py
     assert printed.err == ""
     assert sum(" images, depth " in line for line in printed.out.splitlines()) == 8
     assert {path.name for path in out.iterdir()} == {
-        "all_accuracies.json", "cells.csv", "cells.jsonl", "heatmap.png"
+        "all_accuracies.json", "cells.csv", "cells.jsonl", "heatmap.png", "lock"
     }  # fmt: skip
     before = (out / "cells.csv").read_bytes()
     evaluate.vniah(["3,6"], **options)
@@ -92,3 +96,25 @@ def test_the_command_line_from_start_to_picture(tiny, tmp_path: Path, capsys: py
     assert again.startswith(f"8 finished prompts in {out / 'cells.jsonl'}; going on from there")
     assert " images, depth " not in again
     assert (out / "cells.csv").read_bytes() == before
+
+
+def test_two_evaluations_do_not_write_one_journal(tiny, tmp_path: Path) -> None:
+    """With other options the second would take the first one's answers for its own."""
+    pytest.importorskip("fcntl")
+    tiny.save_pretrained(tmp_path / "tiny")
+    out = tmp_path / "out"
+    code = f"""
+from pathlib import Path
+from longllava.train.lock import run_lock
+with run_lock(Path({str(out)!r})):
+    print("held", flush=True)
+    input()
+"""
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert first.stdout is not None and first.stdout.readline() == b"held\n"
+        with pytest.raises(LongLLaVAError, match=f"{out}: process {first.pid} on .* works in this folder and holds"):
+            evaluate.vniah(["3"], model=str(tmp_path / "tiny"), depths="2", needles=1, output=str(out))
+        assert [path.name for path in out.iterdir()] == ["lock"]
+    finally:
+        first.communicate(b"\n")

@@ -47,7 +47,7 @@ def test_a_second_run_stops_and_a_killed_one_keeps_nobody_out(tmp_path: Path) ->
     worker = int(holder.stdout.readline())
     try:
         said = (
-            f"longllava train: {folder}: process {holder.pid} on .* trains in this folder and holds {folder}/lock; wait"
+            f"longllava train: {folder}: process {holder.pid} on .* works in this folder and holds {folder}/lock; wait"
         )
         with pytest.raises(SystemExit) as raised:
             run(lambda: stage.main(path), "longllava train")
