@@ -18,6 +18,7 @@ from longllava.errors import TrainingError
 from longllava.version import __version__
 
 if TYPE_CHECKING:
+    from longllava.config import ModelConfig
     from longllava.data.recipes import Recipe
     from longllava.train.config import TrainConfig
 
@@ -55,7 +56,7 @@ def check_stage(folder: Path, part: str, wanted: str, stage: str) -> None:
         raise TrainingError(f"{stage} starts its {part} from {wanted}; {folder} is of {found}")
 
 
-def resume_facts(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
+def resume_facts(config: TrainConfig, recipe: Recipe, model: ModelConfig) -> dict[str, Any]:
     """What a run must keep to be the same run. Of the recipe, what decides samples and their order; files may move.
 
     Not the number of processes: they share a step's rows and add their gradients, so that only rounding differs. Nor
@@ -74,7 +75,16 @@ def resume_facts(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
         for row in recipe.config.sources
     ]
     facts["streaming"] = [row.streaming for row in recipe.config.sources]  # samples come in another order then
+    facts["architecture"] = architecture(model)
     return json.loads(json.dumps(facts))  # tuples become lists, as they come back from a checkpoint
+
+
+def architecture(model: ModelConfig) -> dict[str, Any]:
+    """What a model is, whatever its file is called and wherever its encoder is kept."""
+    found = dataclasses.asdict(model)
+    if found["encoder"] is not None:
+        del found["encoder"]["weights"]
+    return {part: found[part] for part in ("encoder", "bridge", "backbone", "fusion", "prompt")}
 
 
 def environment() -> dict[str, Any]:

@@ -112,7 +112,7 @@ def run_locked(config: TrainConfig, tasks: Sequence[Task], model_config: ModelCo
         # inputs stay floats, for their gradients: rotating them would gain nothing
         quantize_(model, Int8Config(parts=("backbone",), rotated=(), dynamic_from=NEVER))
     recipe = Recipe.load(config.recipe if Path(config.recipe).is_file() else shipped("data_recipes", config.recipe))
-    facts = resume_facts(config, recipe)
+    facts = resume_facts(config, recipe, model_config)
     if is_chief():  # the others may not be able to write there
         settings = {"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config)}
         write_json(folder / "config.json", settings)

@@ -51,11 +51,14 @@ def apply_weights(state: TrainingState, model: nn.Module, parts: list[str]) -> N
         prefix = part + "."
         mine = {key[len(prefix) :]: value for key, value in state.tensors.items() if key.startswith(prefix)}
         module = getattr(model, part)
-        try:
-            missing, unexpected = module.load_state_dict(mine, strict=False)
-        except RuntimeError as error:
-            raise of_another_model(state, " ".join(str(error).split())) from None
-        missing = sorted(learned_names(module.state_dict()) & set(missing))
+        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        wrong = sorted(name for name, tensor in mine.items() if tensor.shape != shapes.get(name, tensor.shape))
+        if wrong:
+            name = wrong[0]
+            raise of_another_model(state, f"{len(wrong)} tensors of its {part} have other shapes, the first, {name},"
+                                          f" {tuple(mine[name].shape)}, not {tuple(shapes[name])}")  # fmt: skip
+        missing, unexpected = module.load_state_dict(mine, strict=False)
+        missing = sorted(learned_names(shapes) & set(missing))
         if missing or unexpected:
             raise of_another_model(state, f"of its {part}, it lacks {missing[:8]} and has {unexpected[:8]} beyond")
 

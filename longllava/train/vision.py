@@ -40,7 +40,7 @@ from longllava.train.checkpoints import latest_state, save_state
 from longllava.train.lock import run_lock
 from longllava.train.log import drop_after
 from longllava.train.parts import named_config
-from longllava.train.state import apply, compare, gather
+from longllava.train.state import apply, apply_weights, compare, gather
 from longllava.train.vision_config import VisionTrainConfig, load_vision
 from longllava.train.vision_model import VisionFoundation
 
@@ -167,34 +167,35 @@ def run_phase(config: VisionTrainConfig, model: VisionFoundation, phase: str, ou
             with (out / "log.jsonl").open("a", encoding="utf-8") as log:
                 print(json.dumps(row), file=log)
         if time.time() - last_save > config.save_seconds or step + 1 == steps:
-            facts = {"phase": phase, "step": step + 1, **numbers(config)}
+            facts = {"phase": phase, "step": step + 1, **numbers(config, model)}
             state = gather(model, PARTS, optimizer, facts, step=before + step + 1, first_step=0, begin=Cursor(0, ()))
             save_state(out / "checkpoints", state)
             last_save = time.time()
 
 
-def resume(config: VisionTrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, phase: str, steps: int,
+def resume(config: VisionTrainConfig, model: VisionFoundation, optimizer: torch.optim.Optimizer, phase: str, steps: int,
            out: Path) -> int:  # fmt: skip
     """Steps of this phase that are done. Raises: TrainingError when the run was begun with other numbers."""
     state = latest_state(out / "checkpoints")
     if state is None:
         return 0
-    compare({name: state.facts.get(name) for name in numbers(config)}, numbers(config), 0)
+    now = numbers(config, model)
+    compare({name: fact for name, fact in state.facts.items() if name in now}, now, 0)
     if state.facts["phase"] == phase:
         apply(state, model, PARTS, optimizer)
         return int(state.facts["step"])
     if PHASES.index(state.facts["phase"]) > PHASES.index(phase):
         return steps
-    for part in PARTS:  # of the phase before: its weights, with a fresh optimizer
-        own = {key[len(part) + 1 :]: value for key, value in state.tensors.items() if key.startswith(part + ".")}
-        getattr(model, part).load_state_dict(own)
+    apply_weights(state, model, PARTS)  # of the phase before, with a fresh optimizer
     return 0
 
 
-def numbers(config: VisionTrainConfig) -> dict[str, Any]:
-    """What a run that goes on must share with its beginning."""
+def numbers(config: VisionTrainConfig, model: VisionFoundation) -> dict[str, Any]:
+    """What a run that goes on must share with its beginning, as it comes back from a checkpoint."""
     free = ("out", "save_seconds", "n_threads", "n_test")
-    return {name: value for name, value in asdict(config).items() if name not in free}
+    found = {name: value for name, value in asdict(config).items() if name not in free}
+    encoder = {name: value for name, value in asdict(model.config).items() if name != "weights"}
+    return json.loads(json.dumps({**found, "encoder": encoder}))
 
 
 def losses_of(config: VisionTrainConfig, model: VisionFoundation, phase: str, pixels: Tensor, labels: dict, step: int):

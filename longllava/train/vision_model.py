@@ -53,6 +53,7 @@ class NameReadout(nn.Module):
 class VisionFoundation(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
+        self.config = config
         self.encoder = build_encoder(config)
         self.readout = Readout(config.width)
         self.crop_readout = Readout(config.width)

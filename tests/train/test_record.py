@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from longllava.config import ModelConfig
 from longllava.data.recipes import Recipe
 from longllava.errors import TrainingError
 from longllava.train.config import PhaseConfig, TrainConfig
@@ -47,7 +48,7 @@ def test_a_run_does_not_go_on_as_a_stream(tmp_path: Path, monkeypatch: pytest.Mo
         source = {"name": "own", "kind": "llava", "format": "datasets", "path": "own", "count": 20, "licence": "CC0",
                   "origin": "x", "streaming": streaming}  # fmt: skip
         (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "r", "sources": [source]}))
-        facts.append(resume_facts(config, Recipe.load(tmp_path / "r.yaml")))
+        facts.append(resume_facts(config, Recipe.load(tmp_path / "r.yaml"), ModelConfig()))
     compare(facts[1], facts[1], 1)
     compare({name: fact for name, fact in facts[0].items() if name != "streaming"}, facts[0], 1)  # an older checkpoint
     with pytest.raises(TrainingError, match=r"begun with other settings \(streaming.0: False then, True now\)"):

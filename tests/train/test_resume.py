@@ -91,6 +91,27 @@ def test_a_run_goes_on_only_as_the_same_run(runs, monkeypatch) -> None:
     assert len(passes) == 5 + 15 - 3  # from the checkpoint of step 3
 
 
+def test_a_model_that_changed_under_its_name_is_another_run(runs, monkeypatch) -> None:
+    path = write_stage(runs)
+    stopped_at(path, 4, monkeypatch)
+    sizes = json.loads((runs / "tiny.json").read_text())
+
+    def told(**changes) -> str:
+        (runs / "tiny.json").write_text(json.dumps({**sizes, "bridge": {**sizes["bridge"], **changes}}))
+        with pytest.raises(TrainingError) as raised:
+            run_stage(load_stage(path))
+        return str(raised.value)
+
+    assert "settings (architecture.bridge.pool: '2d' then, '1d' now); use" in told(pool="1d")  # of the same shapes
+    assert "settings (architecture.bridge.hidden: 32 then, 48 now); use" in told(hidden=48)
+    record = runs / "stage2/checkpoints/step-00000003/state.json"
+    state = json.loads(record.read_text())
+    del state["facts"]["architecture"]  # as older checkpoints are
+    record.write_text(json.dumps(state))
+    shapes = "3 tensors of its bridge have other shapes, the first, down.weight, (32, 32), not (32, 48)"
+    assert told(hidden=48) == f"checkpoint of step 3 is of another model: {shapes}"
+
+
 def test_what_was_left_out_before_a_stop_stays_listed(tmp_path) -> None:
     first, second = Misfit("a", "source", "broken"), Misfit("b", "source", "too\nlong")
     for misfits in ([first], [first], [second]):

@@ -82,6 +82,26 @@ def test_other_numbers_do_not_go_on_with_a_run(tmp_path, monkeypatch):
         vision.train(VisionTrainConfig(model=config.model, out=config.out, **{**SMALL, "batch": 3}))
 
 
+@pytest.mark.parametrize("phase", ["crops", "whole"])
+def test_an_encoder_that_changed_under_its_name_does_not_go_on_with_a_run(tmp_path, monkeypatch, phase):
+    config = VisionTrainConfig(model=model_yaml(tmp_path), out=str(tmp_path / "run"), **SMALL)
+    train_until(phase, 1 if phase == "crops" else 0, config, monkeypatch)
+    path = tmp_path / "model.yaml"
+    text = path.read_text()
+    same = text.replace("-1", "-1, activation: gelu"), "encoder.activation: 'quick_gelu' then, 'gelu' now"
+    wide = text.replace("mlp_width: 16", "mlp_width: 24"), "encoder.mlp_width: 16 then, 24 now"
+    for text, told in (same, wide):
+        path.write_text(text)
+        with pytest.raises(TrainingError, match=told):
+            vision.train(config)
+    (record,) = (tmp_path / "run/checkpoints").glob("*1/state.json" if phase == "crops" else "*2/state.json")
+    state = json.loads(record.read_text())
+    del state["facts"]["encoder"]  # as older checkpoints are
+    record.write_text(json.dumps(state))
+    with pytest.raises(TrainingError, match="is of another model: 3 tensors of its encoder have other shapes"):
+        vision.train(config)
+
+
 def test_batches_are_a_pure_function_of_their_number():
     config = VisionTrainConfig(model="", batch=3)
     one = Pictures(config, "whole", "train", ("noto", "fluent"), 0, 9)[5]
