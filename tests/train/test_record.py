@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -31,8 +32,17 @@ def test_the_command_is_what_was_typed_without_folders(monkeypatch, program: str
     assert command() == environment()["command"] == expected
 
 
-def test_a_run_does_not_go_on_as_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose samples are shuffled in windows: some of an epoch would come again, others not at all."""
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [  # a stream's samples are shuffled in windows: some of an epoch would come again, others not at all
+        ({"streaming": True}, "streaming.0: False then, True now"),
+        ({"subset": "default"}, "versions.0.subset: None then, 'default' now"),
+        ({"revision": "v2"}, "versions.0.revision: None then, 'v2' now"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_form_of_a_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], told: str
+) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "arrow"))
     datasets.disable_progress_bars()
@@ -44,12 +54,13 @@ def test_a_run_does_not_go_on_as_a_stream(tmp_path: Path, monkeypatch: pytest.Mo
     config = TrainConfig(stage="s", model="nano", recipe="r", train_only=["bridge"],
                          phases=[PhaseConfig(steps=2, row_length=64)])  # fmt: skip
     facts = []
-    for streaming in (False, True):
+    for changes in ({}, change):
         source = {"name": "own", "kind": "llava", "format": "datasets", "path": "own", "count": 20, "licence": "CC0",
-                  "origin": "x", "streaming": streaming}  # fmt: skip
+                  "origin": "x", **changes}  # fmt: skip
         (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "r", "sources": [source]}))
         facts.append(resume_facts(config, Recipe.load(tmp_path / "r.yaml"), ModelConfig()))
     compare(facts[1], facts[1], 1)
-    compare({name: fact for name, fact in facts[0].items() if name != "streaming"}, facts[0], 1)  # an older checkpoint
-    with pytest.raises(TrainingError, match=r"begun with other settings \(streaming.0: False then, True now\)"):
+    key = told.split(".")[0]
+    compare({name: fact for name, fact in facts[0].items() if name != key}, facts[0], 1)  # an older checkpoint
+    with pytest.raises(TrainingError, match=rf"begun with other settings \({told}\)"):
         compare(facts[0], facts[1], 1)
