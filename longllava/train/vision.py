@@ -204,7 +204,8 @@ def losses_of(config: VisionTrainConfig, model: VisionFoundation, phase: str, pi
     else:
         easy = phase == "whole" and step < config.easy_share * config.whole_steps
         few, many = (max(1, config.pool_tokens // 2), config.pool_tokens) if easy else (1, config.max_tokens_read)
-        pick = random_means(len(pixels), config.pool_tokens, few, many, config.seed * 1_000_003 + step)
+        seed = (config.seed * 1_000_003 + step) % (1 << 64)
+        pick = random_means(len(pixels), config.pool_tokens, few, many, seed)
         logits = model.whole(pixels, config.pool_tokens, pick, by_name=phase == "names")
     losses = {name: F.cross_entropy(value, labels[name], ignore_index=-100) for name, value in logits.items()}
     if phase == "names":

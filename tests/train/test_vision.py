@@ -138,7 +138,7 @@ def test_processes_beside_the_first_leave_it_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "wrong",
     [{"batch": 0}, {"crop_steps": -1}, {"max_tokens_read": 0}, {"max_tokens_read": 37}, {"name_learning_rate": -1.0},
-     {"n_threads": -1}, {"easy_share": 2.0}, {"pool_tokens": 35}],
+     {"n_threads": -1}, {"easy_share": 2.0}, {"pool_tokens": 35}, {"seed": 1 << 63}],
 )  # fmt: skip
 def test_numbers_that_cannot_be_are_told_before_the_first_step(tmp_path, monkeypatch, wrong):
     monkeypatch.setattr(vision, "run_phase", None)
@@ -151,6 +151,13 @@ def test_numbers_that_cannot_be_are_told_before_the_first_step(tmp_path, monkeyp
 
 def test_one_token_can_be_all_of_a_picture(tmp_path):
     small = {**SMALL, "pool_tokens": 1, "max_tokens_read": 1, "easy_share": 1.0}
+    vision.train(VisionTrainConfig(model=model_yaml(tmp_path), out=str(tmp_path / "run"), **small))
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
+@pytest.mark.parametrize("seed", [(1 << 63) - 1, 1 - (1 << 63)])
+def test_every_seed_that_is_taken_trains(tmp_path, seed):
+    small = {**SMALL, "crop_steps": 0, "whole_steps": 1, "name_steps": 0, "seed": seed}
     vision.train(VisionTrainConfig(model=model_yaml(tmp_path), out=str(tmp_path / "run"), **small))
     assert (tmp_path / "run" / "results.json").is_file()
 
