@@ -13,13 +13,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from longllava.data.worlds.sheets import things
 from longllava.errors import TrainingError
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.nn.priors import orthonormal
+from longllava.train.parts import read_tensors
 
 FILE = "name_readout.safetensors"
 
@@ -34,7 +34,7 @@ def name_codes_(embeddings_VD: Tensor, tokenizer: Tokenizer, folder: Path, seed:
     path = folder / FILE
     if not path.is_file():
         raise TrainingError(f"aids.name_codes: no {path}; train the vision foundation first (make foundation)")
-    codes_NC = load_file(path)["codes"].float()
+    codes_NC = read_tensors(path)["codes"].float()
     n, width = codes_NC.shape
     if n != len(things()) or width >= embeddings_VD.shape[1]:
         raise TrainingError(

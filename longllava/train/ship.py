@@ -18,12 +18,13 @@ import torch
 from longllava.checkpoints import load_model, save_model
 from longllava.checkpoints.load import CONFIG
 from longllava.config import ModelConfig
-from longllava.errors import TrainingError
+from longllava.errors import LongLLaVAError, TrainingError
 from longllava.files import write_json
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.model import Model
 from longllava.settings import load
-from longllava.train.stage import RECORD, read_part
+from longllava.train.parts import load_part_
+from longllava.train.record import RECORD
 
 FOUNDATIONS = {"encoder": "foundation-vision", "backbone": "foundation-text"}
 STAGES = ("stage3", "stage2", "stage1")  # the latest that is finished is shipped
@@ -46,7 +47,7 @@ def ship(runs: str | Path, assets: str | Path) -> list[Path]:
     foundation.initialise_()
     for part, stage in FOUNDATIONS.items():
         folder = runs / stage if part == "encoder" else runs / stage / "model"
-        getattr(foundation, part).load_state_dict(read_part(folder, part), strict=False)
+        load_part_(foundation, folder, part)
     first = save_model(foundation, tokenizer, assets / config.encoder.weights, dtype=torch.bfloat16)
     write_json(first / RECORD, {"stage": "foundation", "parts": FOUNDATIONS})
 
@@ -58,5 +59,8 @@ def ship(runs: str | Path, assets: str | Path) -> list[Path]:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         raise SystemExit("usage: python -m longllava.train.ship RUNS ASSETS, for example runs/nano longllava/assets")
-    for written in ship(sys.argv[1], sys.argv[2]):
-        print(written)
+    try:
+        for written in ship(sys.argv[1], sys.argv[2]):
+            print(written)
+    except (LongLLaVAError, OSError) as error:
+        sys.exit(f"longllava ship: {error}")

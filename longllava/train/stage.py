@@ -22,7 +22,7 @@ from longllava.shipped import shipped
 from longllava.train.config import PARTS, TrainConfig, engine_named, load_stage
 from longllava.train.lock import run_lock
 from longllava.train.lora import add_adapters_, base_of, save_adapter
-from longllava.train.parts import named_config, read_part
+from longllava.train.parts import load_part_, named_config
 from longllava.train.pretrained import PRETRAINED, load_pretrained_, pretrained_folder
 from longllava.train.record import RECORD, check_stage, environment, resume_facts, stage_of
 from longllava.train.vision_config import is_vision
@@ -261,16 +261,8 @@ def build_start(
     for part, folder in folders.items():
         if PRETRAINED in (config.start_from.get(part), config.start_from.get("all")):
             load_pretrained_(model, folder, part)
-            continue
-        tensors, module = read_part(folder, part), getattr(model, part)
-        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-        # batch norm's count of batches is no weight, and a file of weights may lack it
-        missing = [name for name in shapes.keys() - tensors.keys() if not name.endswith("num_batches_tracked")]
-        wrong = missing + [name for name, tensor in tensors.items() if tensor.shape != shapes.get(name)]
-        if wrong:
-            listed = ", ".join(sorted(wrong)[:8])
-            raise TrainingError(f"{folder}: its {part} is of another model; they differ in {listed}")
-        module.load_state_dict(tensors, strict=False)
+        else:
+            load_part_(model, folder, part)
     if config.lora is not None:
         add_adapters_(model, config.lora, config.seed)
     return model

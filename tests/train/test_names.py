@@ -57,6 +57,9 @@ def test_what_cannot_be_used_is_named(tmp_path, tokenizer) -> None:
     codes_in(tmp_path, n=5)
     with pytest.raises(TrainingError, match="5 codes"):
         name_codes_(embeddings, tokenizer, tmp_path)
+    (tmp_path / FILE).write_bytes(b"torn")
+    with pytest.raises(TrainingError, match=f"{FILE}: cannot be read"):
+        name_codes_(embeddings, tokenizer, tmp_path)
 
 
 def test_frozen_modules_inside_a_part_do_not_train() -> None:
