@@ -83,7 +83,7 @@ check: setup    ## lint, types, import layers
 	$(RUN) -m pytest -q tests/test_layers.py
 
 foundation: setup  ## what stage 1 starts from: an encoder aligned with names, a language model of text
-	$(TRAIN) configs/train/$(MODEL)/foundation-vision.yaml $(OVERRIDES)
+	$(TRAIN) configs/train/$(MODEL)/foundation-vision.yaml $(filter-out phases.%,$(OVERRIDES))
 	$(TRAIN) configs/train/$(MODEL)/foundation-text.yaml $(OVERRIDES)
 
 stage1: setup   ## single-image alignment: only the bridge learns

@@ -92,6 +92,14 @@ def test_every_make_target_is_explained() -> None:
         assert used <= targets, name
 
 
+def test_what_is_set_of_phases_is_the_text_foundations() -> None:
+    """The encoder's YAML has none, and would refuse it: NPROC=2 needs rows=2."""
+    done = subprocess.run(["make", "-n", "foundation", "SET=seed=7 phases.0.rows=2"], capture_output=True, text=True,
+                          cwd=ROOT, check=True)  # fmt: skip
+    found = dict(re.findall(r"train configs/train/nano/foundation-(\w+)\.yaml *(.*)", done.stdout))
+    assert found == {"vision": "seed=7", "text": "seed=7 phases.0.rows=2"}
+
+
 def test_the_tested_set_covers_every_requirement() -> None:
     """Each package that setup.py asks for in what `make setup` installs stands in constraints.txt, pinned."""
     pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)

@@ -19,6 +19,16 @@ from longllava.model import Model
 from longllava.train.config import TrainConfig
 
 
+def uneven_rows(config: TrainConfig, world: int) -> str:
+    """Why `world` processes cannot share the rows of a step, and what to do; empty where they can."""
+    uneven = {f"phases.{n}.rows": phase.rows for n, phase in enumerate(config.phases) if phase.rows % world}
+    if not uneven:
+        return ""
+    name, rows = next(iter(uneven.items()))
+    settings = " ".join(f"{name}={-(-rows // world) * world}" for name, rows in uneven.items())
+    return f"{name}: {rows} rows do not divide among {world} processes; set {settings}, or start fewer processes"
+
+
 class Feed:
     """Plans windows of steps ahead, in a thread, and hands out this process's batches of a step.
 

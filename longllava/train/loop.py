@@ -27,7 +27,7 @@ from longllava.nn.recompute import Recomputing
 from longllava.train.checkpoints import latest_state, save_state
 from longllava.train.config import TrainConfig, learning_rate
 from longllava.train.engines import open_engine
-from longllava.train.feed import Feed, Pictures
+from longllava.train.feed import Feed, Pictures, uneven_rows
 from longllava.train.forward import Forward
 from longllava.train.log import Meter, TrainingLog
 from longllava.train.memory import estimate
@@ -67,9 +67,9 @@ def train(
     dtype = compute_dtype(config)
     engine = open_engine(config, dtype)
     chief = engine.rank == 0
+    if uneven := uneven_rows(config, engine.world):
+        raise TrainingError(uneven)
     for number, phase in enumerate(config.phases):
-        if phase.rows % engine.world:
-            raise TrainingError(f"phases.{number}.rows: {phase.rows} rows do not divide among {engine.world} processes")
         if phase.tokens_per_image is not None and model.bridge is not None:
             try:  # else every sample with a picture would be left out, one by one
                 processor.tokens_per_image(phase.tokens_per_image)

@@ -9,6 +9,7 @@ from pathlib import Path
 from longllava.errors import ConfigError
 from longllava.plan.memory import sized
 from longllava.train.config import TrainConfig, engine_named, load_stage
+from longllava.train.feed import uneven_rows
 from longllava.train.memory import FLOAT, estimate, parameters_of
 from longllava.train.stage import model_config_of, with_environment
 from longllava.train.vision_config import is_vision
@@ -40,9 +41,8 @@ def preview(path: str | Path, overrides: Sequence[str] = (), processes: int | No
         f"  memory of a process, estimated: {need}",
         f"  host memory of the first process while it reads the weights: {sized(host)}",
     ]  # fmt: skip
-    for number, phase in enumerate(config.phases):
-        if phase.rows % world:
-            lines.append(f"  phases.{number}.rows: {phase.rows} rows do not divide among {world} processes; give more")
+    if uneven := uneven_rows(config, world):
+        lines.append(f"  {uneven}")
     return "\n".join(lines)
 
 

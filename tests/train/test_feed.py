@@ -24,7 +24,7 @@ from longllava.model import Model
 from longllava.settings import load
 from longllava.shipped import shipped
 from longllava.train.config import TrainConfig, load_stage
-from longllava.train.feed import Feed, Pictures
+from longllava.train.feed import Feed, Pictures, uneven_rows
 from tests.tiny_world import world_model
 
 PHASES = ({"steps": 3, "rows": 4, "row_length": 512}, {"steps": 2, "rows": 6, "row_length": 256})
@@ -53,6 +53,13 @@ def rows_of(stage: TrainConfig, rank: int, world: int) -> Iterator[list[list[int
             shown.update(reference for batch in batches for reference in batch.refs)
             yield [row for batch in batches for row in batch.ids_BL.tolist()]
         assert shown == set(plan.references(rank, world))
+
+
+def test_rows_that_processes_cannot_share_are_told_with_what_to_set(stage: TrainConfig) -> None:
+    assert uneven_rows(stage, 1) == uneven_rows(stage, 2) == ""
+    assert uneven_rows(stage, 4) == (
+        "phases.1.rows: 6 rows do not divide among 4 processes; set phases.1.rows=8, or start fewer processes")
+    assert "; set phases.0.rows=5 phases.1.rows=10, or" in uneven_rows(stage, 5)
 
 
 @pytest.mark.parametrize("world", [2, 3])
