@@ -6,7 +6,9 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, BinaryIO
 
 from longllava.errors import InputError
 
+UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 IS_A_FILE = "{}: it is a file; name a folder to write into"
 WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EBADF)  # file systems without; NFS of a folder's
 
@@ -47,6 +50,13 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
 def unfinished(path: Path) -> Path:
     """A name for a file until it is whole, known before the file is there."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What was begun under such names and never became whole, in a folder that this process alone writes into."""
+    for path in folder.glob(".*.tmp"):
+        if UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -89,8 +99,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise InputError(IS_A_FILE.format(folder))
     beside = folder if folder.is_dir() else folder.parent
-    with made_folder(beside), tempfile.TemporaryDirectory(prefix=".writing-", dir=beside) as temporary:
-        staged = Path(temporary) / "whole"
+    with made_folder(beside), staged_in(beside, ".writing-") as temporary:
+        staged = temporary / "whole"
         staged.mkdir()  # with the usual mode: what is around it is closed to others
         with naming_as(folder, staged):
             yield staged
@@ -100,6 +110,19 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         with alone_in(beside):
             put_in_place(staged, folder)
     sync(beside)
+
+
+@contextlib.contextmanager
+def staged_in(folder: Path, prefix: str) -> Iterator[Path]:
+    """A temporary folder below `folder`, held by this process; those of its prefix whose processes were killed go."""
+    with contextlib.ExitStack() as stack:
+        with alone_in(folder):
+            for left in folder.glob(f"{prefix}*"):
+                if abandoned(left):  # as large as what was to be written
+                    shutil.rmtree(left, ignore_errors=True)
+            staged = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=folder)))
+            stack.enter_context(alone_in(staged))
+        yield staged
 
 
 @contextlib.contextmanager

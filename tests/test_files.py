@@ -114,6 +114,27 @@ def test_a_folder_that_cannot_be_finished_is_not_begun(tmp_path: Path, there: bo
     assert sorted(tmp_path.rglob("*")) == before
 
 
+KILLED = """
+import os, sys
+from longllava.files import whole_folder
+with whole_folder(sys.argv[1]) as staged:
+    (staged / "big").touch()
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a folder has no lock here")
+@pytest.mark.parametrize("name", [".", "new"])
+def test_what_a_killed_process_had_begun_goes_and_what_another_writes_stays(tmp_path: Path, name: str) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], cwd=Path(__file__).parents[1])
+    assert killed.returncode == -9 and [path.name[:9] for path in tmp_path.iterdir()] == [".writing-"]
+    with whole_folder(tmp_path / name) as staged, whole_folder(tmp_path / name) as other:
+        (staged / "1").touch()
+        (other / "2").touch()
+    assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["1", "2"]
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_folder_that_another_process_made_meanwhile(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "a") as staged:
         (staged / "1").write_text("ours")

@@ -6,11 +6,9 @@ little-endian; the header, JSON padded to a multiple of 8; the tensors' bytes in
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from longllava.checkpoints.adapters import is_adapter
 from longllava.checkpoints.folders import INDEX, RECORD, UNFINISHED, WEIGHTS
 from longllava.checkpoints.stored import DTYPES
 from longllava.errors import CheckpointError
-from longllava.files import abandoned, alone_in, expanded, made_folder, naming, sync, write_json
+from longllava.files import alone_in, expanded, made_folder, naming, staged_in, sync, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -67,13 +65,7 @@ def write_folder(
     if is_adapter(folder):
         raise CheckpointError(f"{folder}: it holds an adapter, which would be read instead of the model; give another")
     shards = split(outputs, shard_bytes)
-    with made_folder(folder), contextlib.ExitStack() as stack:
-        with alone_in(folder):
-            for left in folder.glob(f"{STAGED}*"):
-                if abandoned(left):  # as large as a model, by each save that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-            staged = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=STAGED, dir=folder)))
-            stack.enter_context(alone_in(staged))
+    with made_folder(folder), staged_in(folder, STAGED) as staged:
         names = shard_names(len(shards))
         for name, keys in zip(names, shards):
             write_tensors(staged / name, {key: outputs[key] for key in keys})

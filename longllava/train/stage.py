@@ -13,7 +13,7 @@ from longllava.checkpoints import find_folder, load_model, save_model, shipped_m
 from longllava.config import Int8Config, ModelConfig
 from longllava.data.recipes import Recipe
 from longllava.errors import ConfigError, TrainingError
-from longllava.files import write_json
+from longllava.files import remove_unfinished, write_json
 from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.quant import quantize_
@@ -101,6 +101,9 @@ def run_locked(config: TrainConfig, tasks: Sequence[Task], model_config: ModelCo
     from longllava.train.loop import train
 
     final = folder / "model"
+    if is_chief():  # what was being written when a run was killed: as large as the parts that train
+        for place in (folder, folder / "averaged", final):
+            remove_unfinished(place)
     folders = start_folders(config, model_config)
     base = base_of(config.init_from, folders, model_config) if config.lora else ""
     processor = Processor(model_config, load_tokenizer(model_config, folders))

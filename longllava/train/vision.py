@@ -35,7 +35,7 @@ from longllava.data.worlds.pictures import draw_spec
 from longllava.data.worlds.render import FRAME, SIDE, PictureSpec, render
 from longllava.data.worlds.sheets import STYLES, sprites, things
 from longllava.errors import TrainingError
-from longllava.files import write_atomic, write_json
+from longllava.files import remove_unfinished, write_atomic, write_json
 from longllava.train.checkpoints import latest_state, save_state
 from longllava.train.lock import run_lock
 from longllava.train.log import drop_after
@@ -108,6 +108,7 @@ def train(config: VisionTrainConfig) -> None:
 
 
 def run_locked(config: VisionTrainConfig, out: Path) -> None:
+    remove_unfinished(out)
     torch.manual_seed(config.seed)
     if config.n_threads:
         torch.set_num_threads(config.n_threads)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from longllava.checkpoints import load_model, quantize_folder
 from longllava.errors import CheckpointError, ConfigError, TrainingError
+from longllava.files import unfinished
 from longllava.train import loop
 from longllava.train.config import load_stage
 from longllava.train.stage import main, model_config_of, run_stage
@@ -225,3 +226,14 @@ def test_rows_at_once_split_a_step_without_changing_it(runs) -> None:
         run_stage(load_stage(write_stage(runs, stage=stage, phases=[phase | {"rows_at_once": at_once}])))
     for (step, whole, norm), (_, split, split_norm) in zip(losses(runs / "whole"), losses(runs / "split"), strict=True):
         assert (split, split_norm) == pytest.approx((whole, norm), rel=1e-3), step
+
+
+def test_what_a_killed_run_was_writing_goes_when_it_goes_on(runs) -> None:
+    path, folder = write_stage(runs, phases=[{"steps": 1, "row_length": 192, "rows": 2}]), runs / "stage2"
+    left = [unfinished(folder / name) for name in ("config.json", "averaged/phase-0.safetensors", "model/config.json")]
+    kept = [folder / "averaged/.notes.tmp", folder / "averaged/phase-0.safetensors"]
+    for file in (*left, *kept):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    run_stage(load_stage(path))
+    assert not any(file.exists() for file in left) and all(file.exists() for file in kept)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from longllava.errors import ConfigError, InputError, TrainingError
+from longllava.files import unfinished
 from longllava.shipped import shipped
 from longllava.train import main, vision
 from longllava.train.vision import Pictures, VisionTrainConfig, one_cycle, random_means
@@ -123,7 +124,11 @@ def test_a_preset_lays_smaller_numbers_over_the_file():
 def test_the_shipped_foundation_trains_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     steps = [f"{phase}_steps=0" for phase in ("crop", "whole", "name")]
+    left = unfinished(tmp_path / "run" / "encoder.safetensors")  # a run that was killed while it wrote that
+    left.parent.mkdir()
+    left.touch()
     vision.main(str(shipped("configs", "train/nano/foundation-vision")), "preset=smoke", "out=run", "n_test=4", *steps)
+    assert not left.exists()
     assert (tmp_path / "run" / "results.json").is_file() and (tmp_path / "run" / "encoder.safetensors").is_file()
 
 
