@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Recomputing:
-    """A stack of layers, each of which may keep its input alone while it trains; offload_activations: on the host."""
+    """A stack of layers, each of which may keep its input alone for its backward pass; offload_activations: on the
+    host."""
 
     gradient_checkpointing = False
     offload_activations = False

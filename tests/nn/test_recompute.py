@@ -56,6 +56,25 @@ def test_an_input_that_was_put_away_leaves_the_device(monkeypatch) -> None:
     assert taken == [False] * n_layers + [True] * n_layers
 
 
+def test_a_frozen_model_through_which_gradients_go_runs_its_layers_again_too(monkeypatch) -> None:
+    """Of a stage in which the bridge alone learns all layers' activations were kept."""
+    taken = []
+    monkeypatch.setattr(Kept, "take", lambda self, take=Kept.take: taken.append(1) or take(self))
+    made, x_BLD = backbone().eval().requires_grad_(False), torch.randn(2, 9, 32, requires_grad=True)
+    context = Context(torch.zeros(2, 9, dtype=torch.int32))
+    of_x = []
+    for again in (False, True):
+        made.gradient_checkpointing = made.offload_activations = again
+        made(x_BLD, context)[0].square().sum().backward()
+        of_x.append(x_BLD.grad)
+        x_BLD.grad = None
+    torch.testing.assert_close(*of_x)
+    assert len(taken) == 2 * len(made.layers)
+    with torch.no_grad():
+        made(x_BLD.detach(), context)
+    assert len(taken) == 2 * len(made.layers)
+
+
 def test_every_expert_has_a_gradient_while_training() -> None:
     """One of zeros, where no token chose it: processes that share experts must call the same modules."""
     made, x_BLD = backbone(), torch.randn(1, 1, 32)
