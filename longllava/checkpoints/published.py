@@ -72,9 +72,12 @@ def read_config(folder: Path) -> ModelConfig:
     """The model of a folder, of ours or of a published layout. Raises: ConfigError, CheckpointError."""
     path = folder / CONFIG
     data = read_mapping(path)
-    kind = data.get("model_type")
-    if kind in (None, MODEL_TYPE):
-        return load(ModelConfig, path)
+    return load(ModelConfig, path) if data.get("model_type") in (None, MODEL_TYPE) else config_of(data, folder)
+
+
+def config_of(data: Mapping[str, Any], folder: Path) -> ModelConfig:
+    """The model that a published layout's config.json describes. folder: where it lies, with what stands beside it."""
+    path, kind = folder / CONFIG, data.get("model_type")
     if not isinstance(kind, str) or kind not in READERS:
         raise CheckpointError(f"{path}: model_type {kind!r}; this library reads {', '.join(READERS)}, and its own")
     for key, allowed in FIXED.items():

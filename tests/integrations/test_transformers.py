@@ -21,6 +21,7 @@ import longllava.integrations.transformers as ours
 from longllava.api import LongLLaVA
 from longllava.checkpoints import load_model
 from longllava.errors import CheckpointError, ConfigError, InputError
+from longllava.integrations.transformers.configuration import PublishedConfig
 from longllava.model import Model
 from tests.checkpoints import published
 from tests.integrations.talks import N_NEW, PICTURES, TALKS, answers, prepared
@@ -101,6 +102,16 @@ def test_the_published_layout(tmp_path):
     assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
     model.save_pretrained(tmp_path / "native")
     assert load_model(tmp_path / "native").config == config.model_config()
+
+
+def test_the_config_of_a_name_of_the_hub_is_the_one_that_was_asked_for(monkeypatch):
+    """transformers reads config.json of the caller's revision; another one may lie at the name itself."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: pytest.fail("downloaded"))
+    tower = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "resamplePooling": "1d"}
+    values = {"model_type": "llava_jamba", **published.JAMBA, "num_experts": 4, **tower}
+    config = PublishedConfig.from_dict(values, name_or_path="owner/model")
+    assert type(config) is ours.LongLLaVAConfig and config.bridge["pool"] == "1d" and config.backbone["n_experts"] == 4
+    assert config.name == "model" and PublishedConfig.from_dict(values).bridge == config.bridge
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks by the old name

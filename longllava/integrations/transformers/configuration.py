@@ -9,9 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from longllava.checkpoints import find_folder
 from longllava.checkpoints.folders import CONFIG
-from longllava.checkpoints.published import read_config
+from longllava.checkpoints.published import config_of
 from longllava.config import MODEL_TYPE, ModelConfig
 from longllava.errors import CheckpointError
 from longllava.files import json_text
@@ -102,8 +101,9 @@ class PublishedConfig(LongLLaVAConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
-        folder = find_folder(kwargs["name_or_path"])
-        return LongLLaVAConfig.from_dict(dataclasses.asdict(read_config(folder)), **kwargs)
+        """Nothing but these values is read: at a name of the hub others may lie than in the revision they came from."""
+        described = config_of(config_dict, Path(kwargs.get("name_or_path", cls.model_type)))
+        return LongLLaVAConfig.from_dict(dataclasses.asdict(described), **kwargs)
 
 
 def token_ids(folder: Path, config: ModelConfig) -> dict[str, int]:
