@@ -100,6 +100,8 @@ def test_the_published_layout(tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     expected = load_model(tmp_path).state_dict()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+    direct = ours.LongLLaVAForConditionalGeneration.from_pretrained(tmp_path)
+    assert direct.config.model_config() == config.model_config()
     model.save_pretrained(tmp_path / "native")
     assert load_model(tmp_path / "native").config == config.model_config()
 

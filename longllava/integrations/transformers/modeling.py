@@ -6,7 +6,7 @@ this call, S tokens with those of the cache, N pictures, M tokens a picture, P p
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         device = checked_device_map(device_map)
         model = load_model(folder, device=device, dtype=checked_dtype(dtype if torch_dtype is None else torch_dtype))
         as_one_dtype_(model)
-        config = config or LongLLaVAConfig.from_pretrained(folder)
+        config = config or LongLLaVAConfig(**asdict(model.config))
         for name, number in token_ids(folder, model.config).items():  # a name of the hub had none of its files yet
             setattr(config, name, number)
         made = cls(config, model)
