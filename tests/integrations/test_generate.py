@@ -36,6 +36,23 @@ def test_a_padded_batch_answers_as_each_row_alone(library, model, processor):
     assert answers(model, processor, inputs) == [library.generate(talk, max_new_tokens=N_NEW) for talk in TALKS]
 
 
+def test_rows_that_end_in_padding_are_not_answered(model, processor):
+    """An answer would begin after the padding, another one than without. Losses and logits may be had of such rows."""
+    longer = {"padding": "max_length", "max_length": 120}
+    for talks in (TALKS, TALKS[:1]):
+        inputs = prepared(processor, talks, padding_side="right", **longer)
+        for options in ({}, {"use_cache": False}, {"num_beams": 2}):
+            with pytest.raises(InputError, match="attention_mask: rows end in padding, .* pad on the left"):
+                answers(model, processor, inputs, **options)
+        left = prepared(processor, talks, padding_side="left", **longer)
+        losses = []
+        for batch in (inputs, left):
+            mask = batch["attention_mask"]
+            learned = (mask == 1) & (mask.cumsum(1) > 1)  # nothing foretells a row's first token
+            losses.append(model(**batch, labels=batch["input_ids"].masked_fill(~learned, -100)).loss)
+        torch.testing.assert_close(*losses)
+
+
 def test_a_prompt_is_read_in_chunks(monkeypatch, library, model, processor):
     expected = [library.generate(talk, max_new_tokens=N_NEW) for talk in TALKS]
     inputs = prepared(processor, TALKS)

@@ -63,12 +63,8 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 model.initialise_(int(torch.randint(2**31, ())))
             if described.int8 is not None:
                 quantize_(model, described.int8)
-        self.encoder, self.bridge, self.backbone, self.fusion = (
-            model.encoder,
-            model.bridge,
-            model.backbone,
-            model.fusion,
-        )
+        self.encoder, self.bridge = model.encoder, model.bridge
+        self.backbone, self.fusion = model.backbone, model.fusion
         if self.encoder is not None:
             self.encoder.requires_grad_(False)
         self.post_init()
@@ -244,7 +240,11 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict, *rest: Any
     ) -> None:
-        """Room for the prompt and all that is to come, at once."""
+        """Room for the prompt and all that is to come, at once. Raises: InputError for rows that end in padding."""
+        mask_BS = model_kwargs.get("attention_mask")
+        if mask_BS is not None and mask_BS.ndim == 2 and not bool((mask_BS[:, -1] != 0).all()):
+            raise InputError("attention_mask: rows end in padding, and an answer would follow that; pad on the left"
+                             " (padding_side='left')")  # fmt: skip
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = LongLLaVACache(generation_config.max_length)
 
