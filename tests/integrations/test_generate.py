@@ -215,6 +215,8 @@ def test_what_has_no_meaning_here_is_refused(model, processor):
     for change, words in (
         ({"past_key_values": DynamicCache()}, "got a DynamicCache; this model's layers keep a LongLLaVACache"),
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask: got \(1, 3\), expected \(1, \d+\)"),
+        ({"labels": inputs["input_ids"][:, 1:]}, r"labels: got \(1, (\d+)\), expected \(1, \d+\), one for each token"),
+        ({"labels": inputs["input_ids"][0]}, r"labels: got \(\d+,\), expected \(1, \d+\)"),
         ({"output_hidden_states": True}, "output_hidden_states: this model gives logits"),
         ({"inputs_embeds": torch.zeros(1, 2, 32)}, "give input_ids, with pixel_values or without, or inputs_embeds"),
         ({"input_ids": None, "inputs_embeds": torch.zeros(*inputs["input_ids"].shape, 32),

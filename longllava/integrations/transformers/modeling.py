@@ -120,7 +120,7 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         order, uint8 as the processor gives them. labels (B, L): the ids themselves where they are learned, -100
         elsewhere; the loss is the mean over them, or their sum over num_items_in_batch. While training, labels are
         answered without logits: all of 40,960 tokens would be 10.7 GB.
-        Raises: InputError when pictures and their places disagree.
+        Raises: InputError when pictures and their places disagree, or labels and tokens.
         """
         if output_attentions or output_hidden_states:
             raise InputError("output_attentions, output_hidden_states: this model gives logits and its cache only")
@@ -130,18 +130,17 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             past = past_key_values.n_tokens if isinstance(past_key_values, LongLLaVACache) else 0
             inputs_embeds = self.embedded(input_ids, attention_mask, past, pixel_values, tokens_per_image)
         assert inputs_embeds is not None
+        if labels is not None and labels.shape != (expected := inputs_embeds.shape[:2]):
+            raise InputError(f"labels: got {tuple(labels.shape)}, expected {tuple(expected)}, one for each token")
         cache = self.cache(past_key_values, use_cache, labels)
         keep = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
         hidden_BLD = self.hidden(inputs_embeds, attention_mask, cache, keep)
-        if isinstance(logits_to_keep, Tensor):
-            kept_BLD = hidden_BLD[:, logits_to_keep]
-        else:
-            kept_BLD = hidden_BLD[:, -logits_to_keep:] if logits_to_keep else hidden_BLD
+        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
         loss = None
         if labels is not None:
             answers = answer_loss(self.backbone.logits, hidden_BLD[:, :-1], labels[:, 1:])
             loss = answers.total / (max(1, answers.n_labels) if num_items_in_batch is None else num_items_in_batch)
-        logits = None if labels is not None and self.training else self.backbone.logits(kept_BLD)
+        logits = None if labels is not None and self.training else self.backbone.logits(hidden_BLD[:, kept])
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]
         return output if return_dict or return_dict is None else output.to_tuple()
 
