@@ -59,11 +59,13 @@ def quantize_(model: Model, config: Int8Config | None = None, *, keep: Iterable[
 
     keep: more layers that stay floats, beside config.keep. A mixture's experts of one layer, and a gate and its up
     projection, go together or not at all. Returns the model.
-    Raises: LongLLaVAError when it is quantised already or a weight is not finite, ConfigError for a name that no
-    layer has.
+    Raises: LongLLaVAError when it is quantised already, in float16, or a weight is not finite, ConfigError for a name
+    that no layer has.
     """
     if model.config.int8 is not None:
         raise LongLLaVAError("quantize_: the weights are int8 already; quantise the model of floats they came from")
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise LongLLaVAError("quantize_: float16 ends at 65504, sums of int8 layers do not; take bfloat16 or float32")
     config = (config or Int8Config()).chosen()
     config = dataclasses.replace(config, keep=(*config.keep, *keep))
     for name, old, new in replacements(model, config, on=torch.device("meta")):

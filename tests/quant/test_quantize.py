@@ -161,6 +161,8 @@ def test_faults_are_said_before_anything_changes():
     blind = tiny(encoder=None, bridge=None)
     with pytest.raises(ConfigError, match=r"int8.parts: encoder, but this model has none"):
         quantize_(blind, Int8Config(parts=("backbone", "encoder")))
+    with pytest.raises(LongLLaVAError, match="float16 ends at 65504, .* take bfloat16 or float32"):
+        quantize_(tiny(4).half())
     for one in (model, blind):
         assert one.config.int8 is None and not float_places(one)
     model.backbone.layers[2].ffn.up_proj.weight.data[3, 4] = torch.inf
