@@ -115,10 +115,10 @@ def test_generate_streams(calls: list[tuple], tmp_path: Path) -> None:
 
 def test_generate_as_json_from_stdin(calls: list[tuple]) -> None:
     arguments = ["generate", "-", "--json", "--model", "other", "--device", "cpu", "--temperature", "0.5"]
-    result = CliRunner().invoke(app, arguments, input="Are you there?")
+    result = CliRunner().invoke(app, arguments, input="Are you\nthere?\r\n")
     row = json.loads(result.output)
     assert row.pop("seconds") >= 0
-    assert row == {"answer": "a red panda", "prompt": "Are you there?", "model": "other", "images": None,
+    assert row == {"answer": "a red panda", "prompt": "Are you\nthere?", "model": "other", "images": None,
                    "video": None, **GREEDY, **READING, "temperature": 0.5}  # fmt: skip
     assert calls[0] == ("load", "other", "cpu")
 

@@ -72,7 +72,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Answer one prompt about pictures, a video, or nothing but text."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt  # a last line has an end, a question none
     pictures = expand(image)
     started = time.perf_counter()
     settings: Settings = {
