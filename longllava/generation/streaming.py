@@ -5,6 +5,8 @@ from __future__ import annotations
 from longllava.inputs.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are not (yet) UTF-8
+CHARACTER = 4  # bytes of a character at most, each of which may be a token
+WAITING = 256  # tokens that end no character; of more none will be one, and each would have all of them decoded again
 
 
 class TextStream:
@@ -16,7 +18,8 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
         self.tokenizer = tokenizer
         self.stop = stop
-        self.ids: list[int] = []
+        self.specials = frozenset(tokenizer.special_ids.values())
+        self.ids: list[int] = []  # without special tokens, which make no text
         self.begin = 0  # ids[begin:read] are decoded again as context: a first token loses its leading space
         self.read = 0
         self.waiting = ""  # decoded, but perhaps the beginning of a stop string
@@ -24,12 +27,18 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Text that is certain after this token, often empty."""
+        if token in self.specials:
+            return ""
         self.ids.append(token)
         before = self.tokenizer.decode(self.ids[self.begin : self.read])
         now = self.tokenizer.decode(self.ids[self.begin :])
+        end = len(self.ids)
         if len(now) <= len(before) or now.endswith(REPLACEMENT):
-            return ""
-        self.begin, self.read = self.read, len(self.ids)
+            if end - self.read <= WAITING:
+                return ""
+            end -= CHARACTER
+            now = self.tokenizer.decode(self.ids[self.begin : end])
+        self.begin, self.read = self.read, end
         return self.release(now[len(before) :])
 
     def finish(self) -> str:

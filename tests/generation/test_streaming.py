@@ -46,6 +46,16 @@ def test_a_character_of_four_bytes_comes_whole():
     assert [piece for piece in stream(TOKENIZER.encode("a\U0001f600b")) if piece] == ["a", "\U0001f600", "b"]
 
 
+@pytest.mark.parametrize("token", ["<0xFF>", SPECIALS[0]])
+def test_tokens_without_an_end_of_a_character_are_not_decoded_again_and_again(token, monkeypatch):
+    """Bytes that are no text, or special tokens: what is decoded at each of them does not grow with the answer."""
+    number, lengths, decode = TOKENIZER.backend.token_to_id(token), [], TOKENIZER.decode
+    monkeypatch.setattr(TOKENIZER, "decode", lambda ids: lengths.append(len(ids)) or decode(ids))
+    joined = "".join(stream([*TOKENIZER.encode("a"), *[number] * 2000, *TOKENIZER.encode("b")]))
+    expected = "a b" if token == SPECIALS[0] else "a" + "\ufffd" * 2000 + " b"
+    assert joined == expected and max(lengths) < 600
+
+
 def test_a_torn_character_at_the_end_is_marked():
     ids = TOKENIZER.encode("a€")
     assert "".join(stream(ids[:-1])).startswith("a\ufffd")
