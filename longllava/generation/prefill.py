@@ -27,6 +27,7 @@ from longllava.generation.lane import Lane, Throttle, uploaded
 from longllava.inputs.image import named, square_pixels
 from longllava.inputs.media import MediaOptions, MediaReader, listed
 from longllava.inputs.processor import Encoded, Processor, Span
+from longllava.inputs.tiles import picture_numbers
 from longllava.model import Model
 from longllava.nn import Context, State
 from longllava.nn.cache import int8_cache
@@ -173,17 +174,17 @@ class Reader:
         config, bridge = self.model.config.encoder, self.model.config.bridge
         assert config is not None and bridge is not None  # or tokens_per_image would have raised
         side, mean = config.image_size, config.mean
-        batch = self.images_at_once()
+        batch, numbers = self.images_at_once(), picture_numbers(sources)
 
         def decode(index: int) -> Tensor:
-            with named(index, len(sources), sources[index]):
+            with named(numbers[index], numbers[-1] + 1, sources[index]):
                 return square_pixels(sources[index], side, mean, self.media_reader.open_reference)
 
         def given(index: int) -> Tensor:
             tensor = sources[index]
             if tensor.dtype == torch.uint8 and tensor.shape == (3, side, side):
                 return tensor
-            return checked_features(tensor, index, (n_tokens, config.width))
+            return checked_features(tensor, numbers[index], (n_tokens, config.width))
 
         def encoded(images_N: Sequence[Tensor]) -> Tensor:
             images = uploaded(images_N, self.device)
@@ -215,11 +216,11 @@ class Reader:
                 bar.close()
 
 
-def checked_features(features_MC: Tensor, index: int, shape: tuple[int, int]) -> Tensor:
+def checked_features(features_MC: Tensor, number: int, shape: tuple[int, int]) -> Tensor:
     """Features that `LongLLaVA.encode` made. Raises: InputError when another model or setting made them."""
     if features_MC.shape != shape or not features_MC.is_floating_point():
         raise InputError(
-            f"image {index + 1}: got a tensor of {features_MC.dtype} {tuple(features_MC.shape)}, expected floats"
+            f"image {number + 1}: got a tensor of {features_MC.dtype} {tuple(features_MC.shape)}, expected floats"
             f" {shape}, which this model's encode() makes; or give a picture"
         )
     return features_MC

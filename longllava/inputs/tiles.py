@@ -11,8 +11,8 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longllava.config import PromptConfig
 from longllava.errors import InputError
@@ -39,6 +39,22 @@ def parse_tiles(tiles: str | None) -> tuple[int, int] | str | None:
     return int(found[1]), int(found[2])
 
 
+class Tile(NamedTuple):
+    """One tile of a picture: a function that open_image calls."""
+
+    split: Split
+    row: int
+    column: int
+
+    def __call__(self) -> Image.Image:
+        return self.split.tile((self.row, self.column))
+
+
+def picture_numbers(sources: Sequence[Any]) -> list[int]:
+    """For each source the number, from 0, of the picture that it is or is a tile of: tiles follow their picture."""
+    return [number - 1 for number in accumulate(not isinstance(source, Tile) for source in sources)]
+
+
 class Split:
     """A picture as rows x columns tiles, cut when they are read. It is decoded once for all of them, then dropped."""
 
@@ -53,9 +69,8 @@ class Split:
         self.unread: set[tuple[int, int]] = set()
 
     def sources(self) -> list[Any]:
-        """The picture, then its tiles: functions that open_image calls."""
-        places = [(row, column) for row in range(self.rows) for column in range(self.columns)]
-        return [self.source, *(partial(self.tile, place) for place in places)]
+        """The picture, then its tiles."""
+        return [self.source, *(Tile(self, row, column) for row in range(self.rows) for column in range(self.columns))]
 
     def tile(self, place: tuple[int, int]) -> Image.Image:
         from PIL import Image

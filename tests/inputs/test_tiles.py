@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from longllava.errors import InputError
@@ -118,3 +119,14 @@ def test_a_model_reads_the_whole_and_its_tiles():
     assert MODEL.generate("what is this?", image, **SHORT) != by_hand
     with pytest.raises(InputError, match=r"image 2 of 2: no\.png: no such file"):
         MODEL.generate("a", [image, "no.png"], tiles="fit")
+
+
+@pytest.mark.parametrize("tiles", ["fit", "2x3"])
+def test_errors_count_pictures_not_tiles(tiles, tmp_path):
+    file, torn = io.BytesIO(), tmp_path / "torn.png"
+    picture(40, 40).save(file, "PNG")
+    torn.write_bytes(file.getvalue()[:2000])
+    with pytest.raises(InputError, match=r"^image 2 of 3: .*torn\.png: broken picture"):
+        MODEL.generate("a", [picture(40, 20), torn, picture(40, 20)], tiles=tiles)
+    with pytest.raises(InputError, match=r"^image 3: got a tensor"):
+        MODEL.generate("a", [picture(9, 9), picture(40, 9), torch.zeros(2, 3)])

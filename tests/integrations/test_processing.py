@@ -145,6 +145,8 @@ def test_options_count_and_unknown_ones_are_told(processor, tmp_path):
     assert many["tokens_per_image"] == 16
     tiled = processor(text="a?", images=PICTURES[0], tiles="2x2")
     assert tiled["pixel_values"].shape == (5, 3, 16, 16)
+    with pytest.raises(InputError, match="^image 2 of 2: no.png: no such file"):
+        processor(text="a?", images=[PICTURES[0], "no.png"], tiles="2x2")
     frames = tmp_path / "frames"
     frames.mkdir()
     for number, image in enumerate(PICTURES):

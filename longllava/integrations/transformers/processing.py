@@ -29,6 +29,7 @@ from longllava.inputs.media import MediaOptions, MediaReader, listed
 from longllava.inputs.processor import Encoded, Processor
 from longllava.inputs.prompts import Media, prompt_turns
 from longllava.inputs.template import chat_template as template_of
+from longllava.inputs.tiles import picture_numbers
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.integrations.transformers.loading import hub_arguments
 from longllava.integrations.transformers.tokenization import LongLLaVATokenizer
@@ -213,10 +214,11 @@ class LongLLaVAProcessor(ProcessorMixin):
     def pixels(self, sources: Sequence[tuple[Any, MediaReader]]) -> torch.Tensor:
         encoder = self.config.encoder
         assert encoder is not None  # or its tokens would have been refused
+        numbers = picture_numbers([source for source, _ in sources])
 
         def decode(index: int) -> torch.Tensor:
             source, reader = sources[index]
-            with named(index, len(sources), source):
+            with named(numbers[index], numbers[-1] + 1, source):
                 return square_pixels(source, encoder.image_size, encoder.mean, reader.open_reference)
 
         with ThreadPoolExecutor(min(DECODERS, len(sources))) as pool:
