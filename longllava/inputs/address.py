@@ -79,12 +79,12 @@ def ask(
         if isinstance(connection.sock, ssl.SSLSocket):
             connection.sock.do_handshake()
         connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "longllava"})
-        response = connection.getresponse()
-        if response.status in MOVED and (location := response.getheader("Location")):
-            return b"", location
-        if response.status != 200:
-            raise InputError(f"the server answers {response.status}")
-        return read_all(response, max_bytes), None
+        with connection.getresponse() as response:  # which keeps the socket open beside the connection
+            if response.status in MOVED and (location := response.getheader("Location")):
+                return b"", location
+            if response.status != 200:
+                raise InputError(f"the server answers {response.status}")
+            return read_all(response, max_bytes), None
     except (OSError, http.client.HTTPException) as error:
         if time.monotonic() >= deadline:
             raise InputError(f"it took more than {seconds:g} seconds") from None

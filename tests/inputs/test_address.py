@@ -164,6 +164,20 @@ def test_what_does_not_come_is_a_sentence(server, path, sentence):
     assert time.monotonic() - started < 3
 
 
+def test_no_socket_stays_open_for_an_answer_that_is_refused(server, monkeypatch):
+    sockets, connect = [], address.connect
+
+    def noted(*arguments):
+        connection = connect(*arguments)
+        sockets.append(connection.sock)
+        return connection
+
+    monkeypatch.setattr(address, "connect", noted)
+    with pytest.raises(InputError, match="the server answers 404") as error:
+        download(at(server, "to//none"), HERE)
+    assert [socket.fileno() for socket in sockets] == [-1, -1] and error.value  # held, with all that it refers to
+
+
 INSIDE = ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f.1", "0177.0.0.1", "[::1]", "[::ffff:127.0.0.1]",
           "0.0.0.0", "10.0.0.1", "192.168.1.1", "172.16.0.1", "169.254.169.254", "[fe80::1]", "[fd00::1]", "100.64.0.1",
           "[2002:7f00:1::]", "[fec0::1]", "[::127.0.0.1]", "224.0.0.1", "[64:ff9b::7f00:1]"]  # fmt: skip
