@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from longllava.config import PromptConfig
 from longllava.errors import InputError
 from longllava.inputs.chat import Mark, Markup, Piece
-from longllava.inputs.image import label, open_image, upright_size
+from longllava.inputs.image import is_address, label, open_image, upright_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,6 +53,26 @@ class Tile(NamedTuple):
 def picture_numbers(sources: Sequence[Any]) -> list[int]:
     """For each source the number, from 0, of the picture that it is or is a tile of: tiles follow their picture."""
     return [number - 1 for number in accumulate(not isinstance(source, Tile) for source in sources)]
+
+
+class Fetched:
+    """The picture behind an address, which is asked once for two readings, of the whole and of the tiles: the first
+    keeps the bytes, the second drops them. A function that open_image calls."""
+
+    def __init__(self, address: str, open_reference: Callable[[str], Any]):
+        self.address, self.open_reference = address, open_reference
+        self.lock = threading.Lock()
+        self.kept: Any = None
+
+    def __call__(self) -> Any:
+        with self.lock:
+            found, self.kept = self.kept, None
+            if found is None:
+                found = self.kept = self.open_reference(self.address)
+            return found
+
+    def __fspath__(self) -> str:  # what errors call it
+        return self.address
 
 
 class Split:
@@ -118,10 +138,14 @@ def split(
     """Cut a picture for an encoder that looks at side x side pixels.
 
     tiles "fit": as many as its pixels fill, centred on white, none scaled. (rows, columns): scaled to fit into them.
-    Only the header is read now. Raises: InputError naming the source.
+    Only the header is read now; of an address all is downloaded for that, and not kept. Raises: InputError naming the
+    source.
     """
+    opened = source
+    if isinstance(source, str) and is_address(source) and open_reference is not None:
+        opened = Fetched(source, open_reference)
     if not isinstance(tiles, str):
-        return Split(source, *tiles, side, resize=True, open_reference=open_reference)
+        return Split(opened, *tiles, side, resize=True, open_reference=open_reference)
     try:
         width, height = upright_size(source, open_reference)
         rows, columns = math.ceil(height / side), math.ceil(width / side)
@@ -132,7 +156,7 @@ def split(
             )
     except InputError as error:
         raise InputError(f"{label(source)}{error}") from None
-    return Split(source, rows, columns, side, open_reference=open_reference)
+    return Split(opened, rows, columns, side, open_reference=open_reference)
 
 
 def expand(

@@ -124,6 +124,16 @@ def test_a_model_reads_it_only_where_it_may(server):
             model.generate("a", allow_hosts=bad)
 
 
+@pytest.mark.parametrize(("tiles", "times"), [("2x3", 1), ("fit", 2)])  # fit: its header first
+def test_a_picture_in_tiles_is_not_downloaded_for_each_reading(server, tiles, times):
+    model, reading = tiny_model(), {"tiles": tiles, "max_new_tokens": 4}
+    expected, before = model.generate("a", [PICTURE] * 2, **reading), len(server.asked)
+    assert model.generate("a", [at(server, "png")] * 2, allow_hosts=HERE, **reading) == expected
+    assert len(server.asked) == before + 2 * times
+    with pytest.raises(InputError, match=r"^image 2 of 2: http://127\.0\.0\.1:\d+/none: the server answers 404"):
+        model.generate("a", [PICTURE, at(server, "none")], allow_hosts=HERE, **reading)
+
+
 def test_an_address_may_hold_its_picture():
     model, short = tiny_model(), {"max_new_tokens": 4}
     picture, film = (f"data:image/x;base64,{base64.b64encode(make()).decode()}" for make in (png, gif))
