@@ -220,11 +220,10 @@ class VisionBlock(nn.Module):
 
     def attend(self, x_NTC: Tensor) -> Tensor:
         qkv = self.qkv(x_NTC)
-        n, t, _ = qkv.shape
-        q, k, v = qkv.view(n, t, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
         if better_in_fp32(q, k):
             q, k, v = q.float(), k.float(), v.float()
-        return self.attention(q, k, v).transpose(1, 2).reshape(n, t, -1).to(qkv.dtype)
+        return self.attention(q, k, v).transpose(1, 2).flatten(2).to(qkv.dtype)
 
 
 class Stem(nn.Module):

@@ -38,7 +38,9 @@ def test_without_gradients_it_gives_the_same(activation, changes):
     truth = vit(pixels).detach()
     with torch.no_grad():
         found = vit(pixels)
+        assert vit(pixels[:0]).shape == (0, *truth.shape[1:])
     assert truth.std() > 0.1 and torch.allclose(found, truth, atol=2e-5)
+    assert vit(pixels[:0]).shape == (0, *truth.shape[1:])
 
 
 @pytest.mark.parametrize("gradients", [False, True])
