@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from longllava.errors import BackendError
+from longllava.inputs.media import n_cores
 from longllava.probes import Verdict, try_all
 from longllava.version import __version__
 
@@ -111,7 +112,7 @@ def machine() -> dict[str, Any]:
     return {
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": n_cores(),
     }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from longllava.data.images import check_picture
+from longllava.inputs.media import n_cores
 
 SAMPLES = 64  # looked at ahead of the one that is planned
 PICTURES = 4096  # at most, whatever these samples hold
@@ -51,8 +52,7 @@ class Looks:
 
 def n_threads() -> int:
     """This process's share of the machine's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(MOST_THREADS, n_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 LOOKS = Looks()

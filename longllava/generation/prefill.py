@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -25,7 +24,7 @@ from longllava.encoders.vit import GPU_BATCH
 from longllava.errors import InputError
 from longllava.generation.lane import Lane, Throttle, uploaded
 from longllava.inputs.image import named, square_pixels
-from longllava.inputs.media import MediaOptions, MediaReader, listed
+from longllava.inputs.media import MediaOptions, MediaReader, listed, n_cores
 from longllava.inputs.processor import Encoded, Processor, Span
 from longllava.inputs.tiles import picture_numbers
 from longllava.model import Model
@@ -36,7 +35,7 @@ from longllava.settings import check_count
 
 PIXELS_PER_BATCH = 1 << 20  # encoder batch: 9 images of 336 x 336, or MAX_BATCH small ones
 MAX_BATCH = 32
-DECODERS = 16  # threads at most, one a core; Pillow frees the interpreter while it decodes
+DECODERS = 16  # threads at most, one a core that the process may use; Pillow frees the interpreter while it decodes
 CHUNK_TOKENS, GPU_CHUNK_TOKENS = 2048, 8192
 BAR_AFTER = 2.0  # seconds
 
@@ -194,7 +193,7 @@ class Reader:
 
         lane = Lane(self.device)
         bar = progress_bar(len(sources))
-        pool = ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1, len(sources)), "longllava-decode")
+        pool = ThreadPoolExecutor(min(DECODERS, n_cores(), len(sources)), "longllava-decode")
         ahead: deque[Future[Tensor] | Tensor] = deque()
         submitted = 0
         try:

@@ -99,3 +99,8 @@ def listed(images: Any) -> list[Any]:
             or is_open_file(images)
         )
     return [images] if single or not isinstance(images, Iterable) else list(images)
+
+
+def n_cores() -> int:
+    """Cores that this process may use, which is how many pictures it had better decode at a time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

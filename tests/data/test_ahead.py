@@ -127,7 +127,7 @@ def test_a_forked_process_has_threads_of_its_own(tmp_path):
 
 def test_processes_of_one_machine_share_its_cores(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda process: range(24))
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(24))
     assert ahead.n_threads() == ahead.MOST_THREADS == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert ahead.n_threads() == 3

@@ -42,6 +42,20 @@ def test_decoding_runs_one_batch_ahead_at_most(monkeypatch):
     assert 8 <= most[0] <= 16
 
 
+def test_no_more_threads_decode_than_the_process_has_cores(monkeypatch):
+    most, original = [0], prefill.square_pixels
+
+    def counted(*args):
+        most[0] = max(most[0], len(decoders()))
+        return original(*args)
+
+    monkeypatch.setattr(prefill, "square_pixels", counted)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)  # of a machine that others use too
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {5, 7, 9}, raising=False)
+    MODEL.session(images=tiny_pictures(1) * 40)
+    assert 1 <= most[0] <= 3
+
+
 def test_the_cache_has_exactly_the_room_it_needs():
     album = MODEL.session(images=tiny_pictures(5))
     for layer in album.state:
