@@ -48,6 +48,8 @@ def read_frames(source: Any, *, fps: float = 1.0, max_frames: int = MAX_FRAMES, 
             raise InputError(f"video: {error}") from None
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"video: expected a path, bytes or an open file, got {type(source).__name__}")
+    if not os.fspath(source):  # to Path it would be the folder one stands in
+        raise InputError("video: the name is empty; give a file or a folder of frames")
     path = Path(os.fsdecode(source))
     if not os.path.exists(path):  # not Path.exists, which raises where a name is too long
         raise InputError(f"{path}: no such video file or folder of frames")

@@ -81,6 +81,14 @@ def test_animated_png(tmp_path):
     assert levels(read_frames(tmp_path / "a.png")) == [0, 120]
 
 
+def test_an_empty_name_is_not_the_folder_one_stands_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grey(0).save("a.png")
+    assert len(read_frames(".")) == 1
+    with pytest.raises(InputError, match="^video: the name is empty; give a file or a folder"):
+        read_frames("")
+
+
 def test_bad_videos_get_a_sentence(tmp_path):
     with pytest.raises(InputError, match="no such video"):
         read_frames(tmp_path / "none.mp4")
