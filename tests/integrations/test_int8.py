@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -9,6 +10,7 @@ import longllava.integrations.transformers  # noqa: F401
 from longllava.api import LongLLaVA
 from longllava.checkpoints import load_model, quantize_folder
 from longllava.config import Int8Config
+from longllava.errors import CheckpointError
 from longllava.nn import Context
 from tests.tiny import tiny_model, tiny_pictures
 
@@ -33,6 +35,21 @@ def test_an_int8_folder_answers_and_is_saved_as_it_is(tmp_path):
     assert {key: tensor.dtype for key, tensor in made.state_dict().items()} == {
         key: tensor.dtype for key, tensor in expected.items()
     }
+
+
+def test_int8_weights_saved_over_others_can_be_read(tmp_path):
+    """The folder lists the files of the earlier ones; transformers, which writes others, knows nothing of that."""
+    tiny_model(3).save_pretrained(tmp_path / "floats")
+    folder = quantize_folder(tmp_path / "floats", tmp_path / "int8")
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    with torch.no_grad():
+        model.backbone.final_norm.weight.add_(1)
+    model.save_pretrained(folder)
+    assert torch.equal(load_model(folder).backbone.final_norm.weight, model.backbone.final_norm.weight)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="model.safetensors is not what int8.json lists"):
+        load_model(folder)
 
 
 def test_a_processor_of_the_floats_leaves_the_config_of_int8_weights(tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from longllava.errors import InputError
-from longllava.nn import AttentionState, MambaState, State
+from longllava.nn import AttentionState, Context, MambaState, State
 from longllava.nn.cache import LayerState
 
 
@@ -97,3 +97,17 @@ def select_rows(layer: LayerState, rows_B: Tensor) -> LayerState:
     for segment in layer.segments():
         new = new.extended(segment.rows(rows_B))
     return new
+
+
+def context(mask_BS: Tensor | None, start: int, batch: int, length: int) -> Context:
+    """What a mask over cached and new tokens says about the new ones; nothing where no token is padding."""
+    if mask_BS is not None and (mask_BS.ndim != 2 or mask_BS.shape != (batch, start + length)):
+        raise InputError(
+            f"attention_mask: got {tuple(mask_BS.shape)}, expected ({batch}, {start + length}): all tokens, those of"
+            " the cache too"
+        )
+    if mask_BS is None or bool((mask_BS != 0).all()):
+        return Context(start=start)
+    real_BS = mask_BS != 0
+    positions_BL = (real_BS.cumsum(1) - 1).clamp(min=0)[:, start:]
+    return Context(real_BS[:, start:].int() - 1, positions_BL, start=start)

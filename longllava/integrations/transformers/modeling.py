@@ -7,6 +7,7 @@ this call, S tokens with those of the cache, N pictures, M tokens a picture, P p
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from longllava.bridges import pool_features
 from longllava.checkpoints import load_model
 from longllava.checkpoints.adapters import is_adapter
+from longllava.checkpoints.int8 import write_manifest
 from longllava.errors import InputError
-from longllava.integrations.transformers.cache import LongLLaVACache
+from longllava.integrations.transformers.cache import LongLLaVACache, context
 from longllava.integrations.transformers.configuration import LongLLaVAConfig, token_ids
 from longllava.integrations.transformers.loading import (
     as_one_dtype_,
@@ -99,6 +101,12 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if adapter is not None and not is_adapter(folder):  # a folder that holds both is read as what they make
             made.load_adapter(str(adapter))
         return made.eval()
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *arguments: Any, **named: Any) -> None:
+        """As transformers saves, and of int8 weights the list of what they are, lest that of earlier ones stays."""
+        super().save_pretrained(save_directory, is_main_process, *arguments, **named)
+        if self.config.int8 is not None and is_main_process and not is_adapter(save_directory):
+            write_manifest(Path(save_directory))
 
     def forward(
         self,
@@ -282,17 +290,3 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def resize_token_embeddings(self, *arguments: Any, **named: Any) -> Any:
         raise InputError("resize_token_embeddings: vocab_size is in the model's config; make a model with another one")
-
-
-def context(mask_BS: Tensor | None, start: int, batch: int, length: int) -> Context:
-    """What a mask over cached and new tokens says about the new ones; nothing where no token is padding."""
-    if mask_BS is not None and (mask_BS.ndim != 2 or mask_BS.shape != (batch, start + length)):
-        raise InputError(
-            f"attention_mask: got {tuple(mask_BS.shape)}, expected ({batch}, {start + length}): all tokens, those of"
-            " the cache too"
-        )
-    if mask_BS is None or bool((mask_BS != 0).all()):
-        return Context(start=start)
-    real_BS = mask_BS != 0
-    positions_BL = (real_BS.cumsum(1) - 1).clamp(min=0)[:, start:]
-    return Context(real_BS[:, start:].int() - 1, positions_BL, start=start)
