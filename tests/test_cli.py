@@ -258,7 +258,7 @@ def test_chat_keeps_history_and_survives_a_wrong_path(
     result = CliRunner().invoke(app, ["chat"], input="\n".join(lines))
     assert result.exit_code == 0, result.output
     assert "--image missing.png: no such file" in " ".join(result.output.split())
-    assert "/video: the name is empty" in result.output
+    assert "video: the name is empty" in result.output
     assert "no command /nonsense; /help lists them" in result.output
     assert "you: (1 shown) What?" in result.output
     assert "answer: a red panda" in result.output
@@ -270,6 +270,7 @@ def test_chat_keeps_history_and_survives_a_wrong_path(
         ("ask", "Sure?", None, f"{tmp_path}/film.gif"),
         ("session", READING),
     ]
+    assert "video: the name is empty" in str(CliRunner().invoke(app, ["chat", "--video", ""]).exception)
 
 
 def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

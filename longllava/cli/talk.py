@@ -168,8 +168,10 @@ class Chat:
         self.video: str | None = None
 
     def show(self, pictures: list[str], video: str | None = None) -> None:
+        if video == "":
+            raise InputError("video: the name is empty; give a file or a folder of frames")
         self.pictures += pictures
-        self.video = os.path.expanduser(video) if video else self.video
+        self.video = self.video if video is None else os.path.expanduser(video)
 
     def turn(self, line: str) -> None:
         """One line of the user's: a question or a command."""
@@ -184,8 +186,6 @@ class Chat:
             self.show(expand([rest.strip()]))
             self.console.print(f"pictures for the next question: {len(self.pictures)}", highlight=False)
         elif command == "/video":
-            if not rest.strip():
-                raise InputError("/video: the name is empty; give a file or a folder of frames")
             self.show([], rest.strip())
         elif command == "/history":
             for question, answer in self.turns:
