@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from longllava.config import BackboneConfig
 from longllava.nn import Block, Context, State
-from longllava.nn.linear import Linear
+from longllava.nn.linear import Linear, product
 from longllava.nn.norm import RMSNorm
 from longllava.nn.recompute import Recomputing, recomputed
 
@@ -105,7 +105,7 @@ class Backbone(nn.Module, Recomputing):
         if self.lm_head is not None and getattr(self.lm_head, "weight", hidden).dtype == hidden.dtype:
             return self.lm_head(hidden)
         weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return hidden @ weight_VD.to(hidden.dtype).T
+        return product(hidden, weight_VD.to(hidden.dtype))
 
     def empty_state(self, batch: int, capacity: int, device: torch.device | str, dtype: torch.dtype) -> State:
         """The state before the first token; capacity: tokens the attention layers make room for.

@@ -1,4 +1,5 @@
-"""Products of bf16 on a processor without instructions for them: made in fp32, rounded once."""
+"""Products of bf16 on a processor without instructions for them, made in fp32 and rounded once, and on one with them,
+of few numbers of rows."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from longllava.nn import linear
-from longllava.nn.linear import MANY, Conv2d, Linear
+from longllava.nn.linear import MANY, Conv2d, Linear, product
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +63,41 @@ def test_compiles_in_one_graph_without_gradients(monkeypatch: pytest.MonkeyPatch
     layer, x = Linear(48, 7).bfloat16(), torch.randn(MANY, 48).bfloat16()
     with torch.no_grad():
         assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
+@pytest.fixture
+def rows_met(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    met, linear_of_torch = set(), F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: met.add(x.shape[:-1].numel()) or linear_of_torch(x, *rest))
+    return met
+
+
+def test_torch_meets_few_numbers_of_rows(rows_met) -> None:
+    """For each it keeps code of its own: a process that read prompts of 600 lengths held a gigabyte of it."""
+    weight = torch.randn(3, 2, dtype=torch.bfloat16)
+    for rows in range(2050):
+        before, rows_now = set(rows_met), max(1, rows)
+        y = product(torch.ones(rows, 2, dtype=torch.bfloat16), weight)
+        assert y.shape == (rows, 3)
+        for met in rows_met - before:
+            assert rows <= met <= min(rows_now * 9 / 8, rows + 63)
+    assert len(rows_met) == 82
+
+
+@pytest.mark.parametrize("under_autocast", [False, True])
+def test_rows_of_zeros_change_neither_the_product_nor_its_gradients(under_autocast, rows_met) -> None:
+    dtype = torch.float32 if under_autocast else torch.bfloat16
+    x, weight, bias = torch.randn(3, 7, 48, dtype=dtype), torch.randn(5, 48, dtype=dtype), torch.randn(5, dtype=dtype)
+    given = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+        y, wanted = product(*given), F.linear(*given)
+    assert rows_met == {21, 22} and y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, wanted)
+    g = torch.randn_like(y)
+    for own, other in zip(torch.autograd.grad(y, given, g), torch.autograd.grad(wanted, given, g), strict=True):
+        torch.testing.assert_close(own, other, rtol=2e-2, atol=2e-2)
+
+
+def test_fp32_has_the_rows_it_comes_with(rows_met) -> None:
+    product(torch.randn(21, 4), torch.randn(5, 4))
+    assert rows_met == {21}
