@@ -10,6 +10,7 @@ a CPU its attention keeps its weights too.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +18,10 @@ from longllava.config import BackboneConfig, EncoderConfig, ModelConfig
 from longllava.data.features import BATCH
 from longllava.plan.memory import sized
 from longllava.plan.need import encoder_workspace
+from longllava.quant import Int8Module, build_model
 from longllava.train.config import TrainConfig, engine_named
 from longllava.train.lora import LoraConfig, layers_of
+from longllava.train.parts import FROZEN_INT8
 
 FLOAT = 4
 LOSS_CHUNK = 2048  # train/loss.py
@@ -86,7 +89,7 @@ def of_phase(config: TrainConfig, model: ModelConfig, number: int, world: int, v
         n_encoder = BATCH * encoder_workspace(model.encoder, value_bytes)
     return dataclasses.replace(
         held_bytes(config, model, world, value_bytes),
-        kept=kept + n_kept, layer=max(map(sum, layers)),
+        kept=kept + n_kept, layer=max(map(sum, layers)) + quantised(config, model)[2] * value_bytes,
         loss=0 if phase.alignment_only else LOSS_CHUNK * backbone.vocab_size * (3 * FLOAT + 2 * (value_bytes % FLOAT)),
         encoder=n_encoder,
         grows_with_backward=engine_named(config) == "torch" and rows == mine,
@@ -104,10 +107,13 @@ def held_bytes(config: TrainConfig, model: ModelConfig, world: int, value_bytes:
     n_frozen_inside = sum(count for name, count in sizes_inside(model).items() if name.split(".")[0] in whole and any(
         f"{name}.".startswith(f"{prefix}.") for prefix in config.frozen))  # fmt: skip
     n_learned -= n_frozen_inside
+    n_quantised, int8, _ = quantised(config, model)
+    n_all -= n_quantised
     engine = engine_named(config)
     if engine == "torch":  # weights stay fp32; products are taken of copies in a lower precision
         copies = value_bytes * n_all if value_bytes < FLOAT else 0
-        return Estimate(FLOAT * (n_all + n_encoder) + copies, FLOAT * n_learned, 2 * FLOAT * n_learned, 0, 0, 0, 0, 0)
+        weights = FLOAT * (n_all + n_encoder) + copies + int8
+        return Estimate(weights, FLOAT * n_learned, 2 * FLOAT * n_learned, 0, 0, 0, 0, 0)
     stage, share = int(engine.removeprefix("zero")), world
     weights = value_bytes * n_all // (share if stage == 3 else 1)
     gradients = value_bytes * n_learned // (share if stage >= 2 else 1) + value_bytes * min(n_learned, BUCKET)
@@ -115,7 +121,7 @@ def held_bytes(config: TrainConfig, model: ModelConfig, world: int, value_bytes:
     optimizer = 0 if config.offload != "none" else 3 * FLOAT * n_learned // share
     if config.offload == "all":
         weights = 0
-    return Estimate(weights + FLOAT * n_encoder, gradients, optimizer, gathered, 0, 0, 0, 0)
+    return Estimate(weights + FLOAT * n_encoder + int8, gradients, optimizer, gathered, 0, 0, 0, 0)
 
 
 def adapters_of(model: ModelConfig, lora: LoraConfig, experts: float = 1.0, part: str = "") -> int:
@@ -130,6 +136,22 @@ def adapters_of(model: ModelConfig, lora: LoraConfig, experts: float = 1.0, part
     sizes = {name: lora.rank * sum(built.get_parameter(f"{name}.weight").shape)
              for name in layers_of(built, lora) if name.startswith(part)}  # fmt: skip
     return round(sum(size * (experts if ".experts." in name else 1) for name, size in sizes.items()))
+
+
+def quantised(config: TrainConfig, model: ModelConfig) -> tuple[int, int, int]:
+    """Of a language model in 8 bits: parameters that are floats no more; bytes of what stands for them, which no engine
+    shares among processes; numbers of the largest matrix, which is a float while it multiplies."""
+    import torch
+
+    if config.frozen_dtype != "int8":
+        return 0, 0, 0
+    with torch.device("meta"):
+        backbone = build_model(dataclasses.replace(model, int8=FROZEN_INT8)).backbone
+    n_floats = sum(parameter.numel() for parameter in backbone.parameters())
+    held = [buffer for module in backbone.modules() if isinstance(module, Int8Module)
+            for buffer in module.buffers(recurse=False)]  # fmt: skip
+    largest = max(math.prod(buffer.shape[-2:]) for buffer in held)  # of experts one at a time
+    return parameters_of(model)["backbone"] - n_floats, sum(buffer.nbytes for buffer in held), largest
 
 
 def parameters_of(model: ModelConfig) -> dict[str, int]:

@@ -9,8 +9,9 @@ from longllava.checkpoints import find_folder
 from longllava.checkpoints.adapters import is_adapter
 from longllava.checkpoints.load import read_entries
 from longllava.checkpoints.published import read_config
-from longllava.config import ModelConfig
+from longllava.config import Int8Config, ModelConfig
 from longllava.errors import TrainingError
+from longllava.quant.layers import NEVER
 from longllava.settings import load
 from longllava.shipped import shipped, shipped_names
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from longllava.model import Model
+
+# inputs stay floats, for their gradients: rotating them would gain nothing
+FROZEN_INT8 = Int8Config(parts=("backbone",), rotated=(), dynamic_from=NEVER)
 
 
 def named_config(source: str) -> ModelConfig:

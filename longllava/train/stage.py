@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longllava.checkpoints import find_folder, load_model, save_model, shipped_models
-from longllava.config import Int8Config, ModelConfig
+from longllava.config import ModelConfig
 from longllava.data.recipes import Recipe
 from longllava.errors import ConfigError, TrainingError
 from longllava.files import remove_unfinished, write_json
 from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.quant import quantize_
-from longllava.quant.layers import NEVER
 from longllava.shipped import shipped
 from longllava.train.config import PARTS, TrainConfig, engine_named, load_stage
 from longllava.train.lock import run_lock
 from longllava.train.lora import add_adapters_, base_of, save_adapter
-from longllava.train.parts import load_part_, named_config
+from longllava.train.parts import FROZEN_INT8, load_part_, named_config
 from longllava.train.pretrained import PRETRAINED, load_pretrained_, pretrained_folder
 from longllava.train.record import RECORD, check_stage, environment, resume_facts, stage_of
 from longllava.train.vision_config import is_vision
@@ -112,8 +111,7 @@ def run_locked(config: TrainConfig, tasks: Sequence[Task], model_config: ModelCo
     else:
         model = build_start(config, model_config, folders, processor.tokenizer)
     if config.frozen_dtype == "int8":
-        # inputs stay floats, for their gradients: rotating them would gain nothing
-        quantize_(model, Int8Config(parts=("backbone",), rotated=(), dynamic_from=NEVER))
+        quantize_(model, FROZEN_INT8)
     recipe = Recipe.load(config.recipe if Path(config.recipe).is_file() else shipped("data_recipes", config.recipe))
     facts = resume_facts(config, recipe, model_config)
     if is_chief():  # the others may not be able to write there

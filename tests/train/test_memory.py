@@ -13,12 +13,14 @@ from longllava.data.packing import Batch
 from longllava.encoders.vit import VisionBlock, VisionTransformer
 from longllava.model import Model
 from longllava.nn import Block, Context
+from longllava.quant import quantize_
 from longllava.settings import load
 from longllava.train.config import TrainConfig
 from longllava.train.forward import Forward
 from longllava.train.lora import add_adapters_
 from longllava.train.memory import encoder_bytes, estimate, layer_bytes
 from longllava.train.optimizer import build_optimizer, select_parts
+from longllava.train.parts import FROZEN_INT8
 from tests.kernels import needs_kernels
 from tests.live_bytes import LiveBytes
 
@@ -103,6 +105,40 @@ def test_a_packed_step(checkpointing: bool) -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert estimate(stage, config, 1, 4).total() == pytest.approx(live.peak, rel=0.1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("frozen_dtype", ["float32", "int8"])
+def test_a_frozen_language_model(frozen_dtype: str) -> None:
+    wide = dataclasses.replace(SMALL, n_layers=8, width=512, mlp_width=4096, n_heads=8, head_dim=64, dt_rank=16)
+    config = ModelConfig(encoder=ENCODER, bridge=BridgeConfig(tokens_per_image=36, hidden=64), backbone=wide)
+    stage = load(TrainConfig, {
+        "stage": "stage1", "model": "", "recipe": "", "phases": [{"steps": 1, "row_length": 512}],
+        "train_only": ["bridge"], "gradient_checkpointing": True, "frozen_dtype": frozen_dtype,
+    })  # fmt: skip
+    with LiveBytes() as live:
+        model = Model(config)
+        model.initialise_()
+        if frozen_dtype == "int8":
+            quantize_(model, FROZEN_INT8)
+        model.backbone.gradient_checkpointing = True
+        optimizer = build_optimizer(select_parts(model, stage.train_only), stage.optimizer)
+        batch, features = packed_row(512, 36)
+        forward, live.peak = Forward(model, stage.aids), live.now  # without what making int8 of floats took
+        for _ in range(2):
+            forward(batch, features, None)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    need = estimate(stage, config, 1, 4)
+    assert need.total() == pytest.approx(live.peak, rel=0.1)
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.backbone.buffers()))
+    assert need.weights == pytest.approx(held, rel=1e-3)
+    assert model.encoder is not None
+    shared = estimate(dataclasses.replace(stage, engine="zero3"), config, 4, 4)
+    int8 = sum(tensor.nbytes for tensor in model.backbone.buffers())  # whole on each process
+    learned = sum(tensor.nbytes for part in (model.bridge, model.backbone) for tensor in part.parameters())
+    encoder = sum(tensor.nbytes for tensor in model.encoder.parameters())
+    assert shared.weights == pytest.approx(learned // 4 + encoder + int8, rel=1e-3)
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
