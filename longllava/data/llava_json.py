@@ -236,7 +236,7 @@ def evidence_of(value: Any, turns: tuple[Turn, ...], n_images: int) -> tuple[Evi
             for turn, start, end in [(item.turn, item.start, item.end), *([item.key] if item.key else [])]:
                 if turn < 0 or not 0 <= start < end <= len(turns[turn].text):
                     raise IndexError
-            if (item.image is None) == (item.key is None) or not 0 <= (item.image or 0) < max(1, n_images):
+            if (item.image is None) == (item.key is None) or item.image is not None and not 0 <= item.image < n_images:
                 raise IndexError
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         raise Unusable("evidence does not fit the turns", str(value)[:80]) from None

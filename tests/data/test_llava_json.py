@@ -89,6 +89,8 @@ def conversation(*turns: tuple) -> dict:
         ({**GOOD, "evidence": [{"turn": 0, "start": 8, "end": 9, "image": 1}]}, "evidence does not fit"),
         ({**GOOD, "evidence": [{"turn": 0, "start": 8, "end": 9}]}, "evidence does not fit"),
         ({**GOOD, "evidence": {"turn": 0}}, "evidence does not fit"),
+        ({"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}],
+          "evidence": [{"turn": 0, "start": 0, "end": 4, "image": 0}]}, "evidence does not fit"),
     ],
 )  # fmt: skip
 def test_records_that_cannot_be_used(root: Path, record, message: str) -> None:
