@@ -25,6 +25,7 @@ from typing import Annotated, Any
 
 import typer
 from _models import is_random, open_model
+from _options import whole_numbers
 
 from longllava.cli import run
 from longllava.errors import InputError
@@ -234,10 +235,12 @@ def efficiency(
     if child:
         print(json.dumps(measure(json.loads(child))))
         return
+    lengths = whole_numbers(peer_tokens, "--peer-tokens") if peer_tokens else []
+    if not tokens and not lengths:
+        raise InputError("--tokens 0: nothing is left to measure without --peer-tokens")
     task = {"device": device, "dtype": dtype, "chunk_tokens": chunk_tokens, "int8": int8,
             "highest": highest_id(model)}  # fmt: skip
-    lengths = [int(part) for part in peer_tokens.split(",") if part.strip().isdigit()]
-    rows = [] if lengths and not tokens else [
+    rows = [] if not tokens else [
         shown({**task, "model": model, "way": "longllava", "tokens": tokens, "new_tokens": new_tokens})
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

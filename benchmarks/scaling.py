@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import typer
 from _limits import ceilings, prompt_limit
 from _models import is_random, key_value_bytes, open_model
+from _options import whole_numbers
 
 from longllava.cli import run
 from longllava.errors import InputError
@@ -148,16 +149,6 @@ def chart(points: list[dict[str, Any]], title: str, file: Any) -> None:
     figure.savefig(file, format="png")
 
 
-def numbers(text: str, option: str) -> list[int]:
-    try:
-        found = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        found = [0]
-    if found[0] < 1:
-        raise InputError(f"{option}: got {text!r}, expected whole numbers above 0, such as 1,10,100")
-    return found
-
-
 def scaling(
     images: Annotated[str, typer.Option(help="Pictures of the prompts.")] = "1,10,100,300,1000,3000,10000",
     tokens: Annotated[str, typer.Option(help="Image tokens per picture.")] = "36,144",
@@ -176,7 +167,7 @@ def scaling(
         return
     if pixels not in ("files", "device"):
         raise InputError(f"--pixels: got {pixels!r}, allowed: files, device")
-    sizes, poolings = numbers(images, "--images"), numbers(tokens, "--tokens")
+    sizes, poolings = whole_numbers(images, "--images"), whole_numbers(tokens, "--tokens")
     points: list[dict[str, Any]] = []
     slopes: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="longllava-pictures-") as folder:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks/prompt1000.py"
+from tests.evals.scripts import BENCHMARKS, load_script
+
+SCRIPT = BENCHMARKS / "prompt1000.py"
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        spec = importlib.util.spec_from_file_location("prompt1000", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-    return module
+def benchmark() -> ModuleType:
+    return load_script("prompt1000")
 
 
 def run_of(seconds: float, peak: int) -> dict:
