@@ -83,7 +83,8 @@ def report(
     kernel: Annotated[str, typer.Option(help="Only kernels whose name contains this.")] = "",
     source: Annotated[str, typer.Option(help="Only files whose name contains this.")] = "",
     output: Annotated[
-        Path | None, typer.Option(help="JSON file; default benchmarks/results/cuda-sm<arch>.json.")
+        Path | None,
+        typer.Option(help="JSON file; default benchmarks/results/cuda-sm<arch>.json, none with --kernel or --source."),
     ] = None,
 ) -> None:
     """Compile the CUDA kernels and count what they take."""
@@ -91,6 +92,10 @@ def report(
     for file in sorted(SOURCES.glob("*.cu")):
         if source in file.name and (arch == 90 or not file.stem.endswith("_sm90a")):
             rows += rows_of(file, arch, kernel)
+    if not rows:
+        raise LongLLaVAError(f"--kernel {kernel!r} --source {source!r}: no such kernel")
+    if output is None and (kernel or source):
+        return
     if output is None:
         output = Path(__file__).resolve().parent / "results" / f"cuda-sm{arch}.json"
     release = re.search(r"V([\d.]+)", tool("nvcc", "--version"))

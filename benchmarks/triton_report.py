@@ -262,7 +262,8 @@ def report(
     call: Annotated[str, typer.Option(help="Only calls whose name contains this.")] = "",
     kernel: Annotated[str, typer.Option(help="Only kernels whose name contains this.")] = "",
     output: Annotated[
-        Path | None, typer.Option(help="JSON file; default benchmarks/results/triton-sm<arch>.json.")
+        Path | None,
+        typer.Option(help="JSON file; default benchmarks/results/triton-sm<arch>.json, none with --call or --kernel."),
     ] = None,
 ) -> None:
     """Compile the Triton kernels ahead of time and count what they take."""
@@ -280,6 +281,10 @@ def report(
             if kernel in launched.__name__:
                 rows.append(row(name, launched, arguments, arch))
                 print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    if not rows:
+        raise LongLLaVAError(f"--call {call!r} --kernel {kernel!r}: no such kernel")
+    if output is None and (call or kernel):
+        return
     if output is None:
         output = Path(__file__).resolve().parent / "results" / f"triton-sm{arch}.json"
     print(write_json(output, {"triton": triton.__version__, "longllava": __version__, "arch": arch, "rows": rows}))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 
-from longllava.errors import InputError
+from longllava.errors import InputError, LongLLaVAError
 from tests.evals.scripts import load_script
 
 
@@ -25,3 +29,22 @@ def test_what_cannot_be_read_is_said_before_anything_is_measured(
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("a process was started"))
     with pytest.raises(InputError, match=told):
         getattr(module, script)(**options)
+
+
+@pytest.mark.parametrize("script", ["cuda_report", "triton_report"])
+def test_counts_of_some_kernels_do_not_take_the_place_of_all(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load_script(script)
+    monkeypatch.setattr(module, "write_json", lambda *_: pytest.fail("the results were written over"))
+    if script == "cuda_report":
+        monkeypatch.setattr(module, "rows_of", lambda source, arch, wanted: [{}] if wanted in "scan" else [])
+        monkeypatch.setattr(module, "tool", lambda *_: "V13.0")
+    else:
+        monkeypatch.setattr(module.triton_support, "missing", lambda: None)
+        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3"))
+        launch = SimpleNamespace(__name__="scan"), {}
+        monkeypatch.setattr(module, "CALLS", {"scan": lambda: None})
+        monkeypatch.setattr(module, "recorded", lambda launches: nullcontext(launches.append(launch)))
+        monkeypatch.setattr(module, "row", lambda *_: {})
+    module.report(kernel="sca")
+    with pytest.raises(LongLLaVAError, match="--kernel 'nosuch'"):
+        module.report(kernel="nosuch")
