@@ -33,7 +33,10 @@ SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 def tool(name: str, *options: str) -> str:
     if shutil.which(name) is None:
         raise LongLLaVAError(f"{name} is not on PATH; install CUDA's toolkit, or add triton's backends/nvidia/bin")
-    return subprocess.run([name, *options], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([name, *options], capture_output=True, text=True)
+    if done.returncode:
+        raise LongLLaVAError(f"{name}: {(done.stderr.strip() or f'exit code {done.returncode}').splitlines()[0]}")
+    return done.stdout
 
 
 def loops(sass: str) -> list[tuple[int, int, Counter[str]]]:

@@ -48,3 +48,9 @@ def test_counts_of_some_kernels_do_not_take_the_place_of_all(script: str, monkey
     module.report(kernel="sca")
     with pytest.raises(LongLLaVAError, match="--kernel 'nosuch'"):
         module.report(kernel="nosuch")
+
+
+def test_what_nvcc_says_is_passed_on() -> None:
+    module = load_script("cuda_report")
+    with pytest.raises(LongLLaVAError, match=r"^ls: .*--nosuch"):
+        module.tool("ls", "--nosuch")
