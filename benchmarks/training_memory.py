@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from longllava.cli import run
+from longllava.errors import InputError
 
 GLIBC = "MALLOC_MMAP_THRESHOLD_"  # read when a process starts
 SAMPLE, LEARNED = 4096, 64  # tokens of a sample, and of its end that are learned
@@ -33,6 +34,8 @@ def shrunken(name: str, factor: int) -> Any:
     from longllava.shipped import shipped
 
     config = load(ModelConfig, shipped("configs", f"models/{name}.yaml"))
+    if config.encoder is None or config.bridge is None:
+        raise InputError(f"--model {name}: it reads text only; give one that reads pictures, such as longllava-9b")
     backbone = config.backbone
     small = dataclasses.replace(
         backbone, width=backbone.width // factor, mlp_width=backbone.mlp_width // factor,
@@ -110,18 +113,18 @@ def training_memory(
     """Two packed steps of a shrunken model: peak memory, measured and as estimated."""
     if sys.platform == "linux" and GLIBC not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, GLIBC: "65536"})
-    import torch
-
+    from longllava.api import checked_dtype
     from longllava.settings import load
     from longllava.train.config import TrainConfig
     from longllava.train.memory import estimate
 
-    config = shrunken(model, factor)
+    if device not in ("cpu", "auto"):
+        raise InputError(f"--device: got {device!r}, allowed: cpu, auto")
+    kind, config = checked_dtype(dtype, None), shrunken(model, factor)
     stage = load(TrainConfig, {
         "stage": "stage3", "model": model, "recipe": "", "train_only": ["bridge", "backbone"], "device": device,
         "gradient_checkpointing": checkpointing, "phases": [{"steps": 2, "row_length": tokens}],
     })  # fmt: skip
-    kind = getattr(torch, dtype)
     expected = estimate(stage, config, 1, kind.itemsize)
     measured, before = peak_of_steps(stage, config, tokens, kind)
     print(f"estimate: {expected}")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from longllava.errors import InputError, LongLLaVAError
+from longllava.errors import LongLLaVAError
 from tests.evals.scripts import load_script
 
 
@@ -19,15 +19,20 @@ from tests.evals.scripts import load_script
         ("efficiency", {"peer_tokens": "0"}, "--peer-tokens: got '0'"),
         ("efficiency", {"tokens": 0}, "--tokens 0: nothing is left to measure without --peer-tokens"),
         ("gpu_first_token", {"batches": "2,x", "device": "cpu", "model": "nano"}, "--batches: got '2,x'"),
+        ("training_memory", {"dtype": "int4"}, "dtype: got 'int4', allowed: float32, bfloat16"),
+        ("training_memory", {"device": "tpu"}, "--device: got 'tpu', allowed: cpu, auto"),
+        ("training_memory", {"model": "jamba-v0.1"}, "--model jamba-v0.1: it reads text only"),
     ],
 )
 def test_what_cannot_be_read_is_said_before_anything_is_measured(
     script: str, options: dict[str, object], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = load_script(script)
-    monkeypatch.setattr(module, "open_model", lambda *_, **__: pytest.fail("a model was opened"))
+    for name in ("open_model", "peak_of_steps", "tune", "row_of"):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it went to work"), raising=False)
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("a process was started"))
-    with pytest.raises(InputError, match=told):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # training_memory starts itself again without
+    with pytest.raises(LongLLaVAError, match=told):
         getattr(module, script)(**options)
 
 
