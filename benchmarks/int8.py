@@ -255,15 +255,17 @@ def int8(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     shape: Annotated[str, typer.Option(help="Only shapes whose name contains this.")] = "",
     tuning: Annotated[bool, typer.Option("--tune", help="Try launches of the GPU kernel; writes no results.")] = False,
-    threads: Annotated[int, typer.Option(help="Threads on the CPU; 0 takes torch's number.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads on the CPU; 0 takes torch's number.")] = 0,
     output: Annotated[
         Path | None,
         typer.Option(help="JSON file; default benchmarks/results/int8-<device>.json, none with --shape."),
     ] = None,
 ) -> None:
     """Time int8 linear layers beside fp32, bf16 and torch's own int8 and fp8 products."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise LongLLaVAError("--device cuda: torch finds no GPU here; --device cpu measures the processor")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise LongLLaVAError(f"--device {device}: expected cpu, or cuda where torch sees a GPU")
+    if tuning and device == "cpu":
+        raise LongLLaVAError("--tune: it tries launches of the GPU kernel; give --device cuda")
     if threads:
         torch.set_num_threads(threads)
     cases = [case for case in BENCHMARKS if shape in case.name]

@@ -126,7 +126,7 @@ def kernels(
     device: Annotated[str, typer.Option(help="Where to measure: cpu or cuda.")] = "cpu",
     op: Annotated[str, typer.Option(help="Only ops whose name contains this.")] = "",
     case: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
-    threads: Annotated[int, typer.Option(help="Threads; 0 takes torch's number.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads; 0 takes torch's number.")] = 0,
     output: Annotated[
         Path | None,
         typer.Option(help="JSON file; default benchmarks/results/kernels-<device>.json, none with --op or --case."),

@@ -22,6 +22,8 @@ from tests.evals.scripts import load_script
         ("training_memory", {"dtype": "int4"}, "dtype: got 'int4', allowed: float32, bfloat16"),
         ("training_memory", {"device": "tpu"}, "--device: got 'tpu', allowed: cpu, auto"),
         ("training_memory", {"model": "jamba-v0.1"}, "--model jamba-v0.1: it reads text only"),
+        ("int8", {"device": "tpu"}, "--device tpu: expected cpu, or cuda where torch sees a GPU"),
+        ("int8", {"tuning": True}, "--tune: it tries launches of the GPU kernel; give --device cuda"),
     ],
 )
 def test_what_cannot_be_read_is_said_before_anything_is_measured(
