@@ -26,6 +26,7 @@ from longllava.checkpoints.convert import on_meta
 from longllava.checkpoints.load import stored_dtype
 from longllava.checkpoints.save import config_fields, renamed
 from longllava.checkpoints.write import Output, write_folder
+from longllava.cli import run
 from longllava.config import BackboneConfig, BridgeConfig, EncoderConfig, ModelConfig
 from longllava.files import write_json
 from longllava.train.record import environment
@@ -122,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "checkpoints")

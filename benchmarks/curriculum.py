@@ -14,7 +14,9 @@ from pathlib import Path
 
 import _environment  # noqa: F401
 
-from longllava.errors import LongLLaVAError
+from longllava.cli import run
+from longllava.errors import InputError, LongLLaVAError
+from longllava.settings import check_count
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -38,6 +40,9 @@ def options() -> argparse.Namespace:
 
 def main() -> bool:
     chosen = options()
+    check_count("--questions", chosen.questions)
+    if chosen.generated < 0:
+        raise InputError(f"--generated: got {chosen.generated}, expected 0 or more")
     from longllava.evals.curriculum_report import Column, as_json, draw_plot, print_report
     from longllava.evals.curriculum_task import TASKS, tasks_named
     from longllava.files import writable_folder, write_atomic, write_json
@@ -128,7 +133,4 @@ def show(outcome) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(0 if main() else 1)
-    except (LongLLaVAError, OSError) as error:
-        sys.exit(f"curriculum: {error}")
+    run(lambda: sys.exit(0 if main() else 1), "curriculum")

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from longllava.cli import run
 from longllava.config import EncoderConfig
+from longllava.errors import InputError
 from longllava.inputs.image import open_image, square, square_pixels
 
 CONFIG = EncoderConfig()  # CLIP ViT-L/14-336
@@ -87,6 +89,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5, help="times that all are read (default: %(default)s)")
     parser.add_argument("--save", type=Path, help="write the figures into this JSON file")
     options = parser.parse_args()
+    if options.pictures < 1 or options.repeat * -(-options.pictures // GROUP) < 2:
+        raise InputError(f"--pictures and --repeat must be at least 1, and make two turns of {GROUP} pictures or more")
     try:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     except ImportError:
@@ -131,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "image_pipeline")

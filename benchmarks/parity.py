@@ -25,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from longllava import cli
 from longllava.checkpoints import load_model, load_weights_
 from longllava.checkpoints.towers import tower_config
 from longllava.config import BackboneConfig, BridgeConfig, ModelConfig
@@ -165,4 +166,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "parity")

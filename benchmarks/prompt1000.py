@@ -158,5 +158,7 @@ def report(result: dict) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (LongLLaVAError, OSError) as error:
         sys.exit(f"prompt1000: {error}")

@@ -19,6 +19,10 @@ from pathlib import Path
 import _environment  # noqa: F401
 import numpy as np
 
+from longllava.cli import run
+from longllava.errors import InputError
+from longllava.settings import check_count
+
 SIDE, RATE = 336, 25
 FPS = 1.0
 CLIP = 30  # seconds that are encoded
@@ -26,7 +30,10 @@ CLIP = 30  # seconds that are encoded
 
 def write_video(path: Path, seconds: int) -> str:
     """1280 x 720 pixels; the camera glides over a picture of 1/f noise, as photographs have."""
-    import av
+    try:
+        import av
+    except ImportError:
+        raise InputError("making the videos needs PyAV: pip install 'longllava[video]'") from None
 
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     rng = np.random.default_rng(0)
@@ -87,13 +94,16 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure)))
         return
+    check_count("--seconds", options.seconds)
     rows = []
     for seconds in (max(1, options.seconds // 10), options.seconds):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "video.mp4"
             codec = write_video(path, seconds)
             command = [sys.executable, __file__, "--measure", str(path)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise InputError(f"{seconds} s of {codec}: the measured process ended with code {done.returncode}")
             rows.append({"video_seconds": seconds, "codec": codec, "file_bytes": path.stat().st_size,
                          **json.loads(done.stdout)})  # fmt: skip
         row = rows[-1]
@@ -109,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "video")

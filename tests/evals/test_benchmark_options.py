@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from longllava.errors import LongLLaVAError
-from tests.evals.scripts import load_script
+from tests.evals.scripts import BENCHMARKS, load_script
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,26 @@ def test_what_cannot_be_read_is_said_before_anything_is_measured(
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # training_memory starts itself again without
     with pytest.raises(LongLLaVAError, match=told):
         getattr(module, script)(**options)
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "told"),
+    [
+        ("image_pipeline", "--pictures 0", "image_pipeline: --pictures and --repeat must be at least 1, and make two"),
+        ("image_pipeline", "--pictures 8 --repeat 1", "image_pipeline: --pictures and --repeat must be at least 1"),
+        ("video", "--seconds 0", "video: --seconds: got 0, expected a whole number above 0"),
+        ("video", "--measure nowhere.mp4", "video: nowhere.mp4: no such video file or folder of frames"),
+        ("checkpoints", "--measure nowhere", "checkpoints: nowhere: no such model"),
+        ("curriculum", "--questions 0", "curriculum: --questions: got 0, expected a whole number above 0"),
+        ("curriculum", "--generated -1", "curriculum: --generated: got -1, expected 0 or more"),
+    ],
+)
+def test_scripts_end_with_one_sentence(script: str, options: str, told: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{script}.py"), *options.split()], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert done.stderr.startswith(told)
 
 
 @pytest.mark.parametrize("script", ["cuda_report", "triton_report"])
