@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from longllava.errors import InputError
+from longllava.files import writable_folder
 
 
 def whole_numbers(text: str, option: str) -> list[int]:
@@ -14,3 +17,12 @@ def whole_numbers(text: str, option: str) -> list[int]:
     if found[0] < 1:
         raise InputError(f"{option}: got {text!r}, expected whole numbers above 0, such as 1,10,100")
     return found
+
+
+def check_target(file: str | Path | None) -> None:
+    """What takes minutes to be measured should not find its file closed then. Raises: InputError naming it."""
+    if file is None:
+        return
+    if Path(file).is_dir():
+        raise InputError(f"{file}: it is a folder; name a file to write")
+    writable_folder(Path(file).parent)

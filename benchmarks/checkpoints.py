@@ -20,6 +20,7 @@ from pathlib import Path
 
 import _environment  # noqa: F401
 import torch
+from _options import check_target
 
 from longllava.checkpoints import load_model, save_model
 from longllava.checkpoints.convert import on_meta
@@ -107,6 +108,7 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure)))
         return
+    check_target(options.save)
     with tempfile.TemporaryDirectory() as folder:
         n_parameters = write_random(Path(folder))
         command = [sys.executable, __file__, "--measure", folder]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from _options import check_target
 from triton_report import FAMILIES, instructions
 
 from longllava.cli import run
@@ -91,6 +92,7 @@ def report(
     ] = None,
 ) -> None:
     """Compile the CUDA kernels and count what they take."""
+    check_target(output)
     rows = []
     for file in sorted(SOURCES.glob("*.cu")):
         if source in file.name and (arch == 90 or not file.stem.endswith("_sm90a")):

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 import typer
 from _models import is_random, open_model
-from _options import whole_numbers
+from _options import check_target, whole_numbers
 
 from longllava.cli import run
 from longllava.errors import InputError
@@ -235,6 +235,7 @@ def efficiency(
     if child:
         print(json.dumps(measure(json.loads(child))))
         return
+    check_target(save)
     lengths = whole_numbers(peer_tokens, "--peer-tokens") if peer_tokens else []
     if not tokens and not lengths:
         raise InputError("--tokens 0: nothing is left to measure without --peer-tokens")

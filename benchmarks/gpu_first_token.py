@@ -24,7 +24,7 @@ from _gpu_epilogue import measure_epilogue
 from _gpu_measures import Run
 from _limits import ceilings
 from _models import is_random, open_model
-from _options import whole_numbers
+from _options import check_target, whole_numbers
 
 from longllava.cli import run
 from longllava.errors import InputError
@@ -75,6 +75,7 @@ def gpu_first_token(
         raise InputError(f"--weights: got {weights!r}, allowed: one of {', '.join(WEIGHTS)}, or bf16 and one of int8's")
     twice, last = prompts_of(prompts, "--prompts"), prompts_of(once, "--once")
     rows = whole_numbers(batches, "--batches") if batches else []
+    check_target(save)
     whole_in_int8 = order == ["int8"]  # made in int8: the floats may not fit
     opened = open_model(model, device, "bfloat16", int8=whole_in_int8)
     measured = Run(opened, model, is_random(model), save, started + seconds)

@@ -19,6 +19,7 @@ import _environment  # noqa: F401
 import numpy as np
 import torch
 from PIL import Image
+from _options import check_target
 
 from longllava.cli import run
 from longllava.config import EncoderConfig
@@ -95,6 +96,7 @@ def main() -> None:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     except ImportError:
         raise SystemExit("this comparison needs transformers 5: pip install transformers") from None
+    check_target(options.save)
     torch.set_num_threads(1)
     side = {"height": CONFIG.image_size, "width": CONFIG.image_size}
     processor = CLIPImageProcessorPil(size={"shortest_edge": CONFIG.image_size}, crop_size=side)

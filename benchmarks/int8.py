@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from _options import check_target
 from torch import Tensor
 
 from longllava.cli import run
@@ -266,6 +267,7 @@ def int8(
         raise LongLLaVAError(f"--device {device}: expected cpu, or cuda where torch sees a GPU")
     if tuning and device == "cpu":
         raise LongLLaVAError("--tune: it tries launches of the GPU kernel; give --device cuda")
+    check_target(output)
     if threads:
         torch.set_num_threads(threads)
     cases = [case for case in BENCHMARKS if shape in case.name]

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from _models import is_random, open_model
+from _options import check_target
 
 from longllava.cli import run
 from longllava.errors import InputError
@@ -60,6 +61,7 @@ def int8_prefill(
     wanted = [form.strip() for form in forms.split(",")]
     if unknown := [form for form in wanted if form not in FORMS]:
         raise InputError(f"--forms: got {unknown[0]!r}, allowed: {', '.join(FORMS)}")
+    check_target(save)
     models = {form: open_model(model, device, FORMS[form][0], int8=FORMS[form][1]) for form in wanted}
     highest = min(one.tokenizer.vocab_size for one in models.values())
     ids = torch.randint(3, highest, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()

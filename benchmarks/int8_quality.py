@@ -24,6 +24,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from _options import check_target
 from torch import Tensor, nn
 
 from longllava import LongLLaVA
@@ -265,6 +266,7 @@ def int8_quality(
     save: Annotated[Path | None, typer.Option(help="JSON file; the chart lies beside it.")] = None,
 ) -> None:
     """Accuracy of int8 layers and models against fp32, beside bf16."""
+    check_target(save)
     report: list[dict[str, Any]] = []
     for name, (model, feed) in cases(pictures).items():
         layers, truth_TV = layers_of(model, feed), logits_of(model, feed)

@@ -30,6 +30,7 @@ from unittest.mock import patch
 import torch
 import typer
 from _kernel_timing import grad_of, judge_of_some_channels, prepare, worst_error
+from _options import check_target
 
 from longllava.cli import run
 from longllava.errors import LongLLaVAError
@@ -246,6 +247,7 @@ def checks(
     """Compare every kernel with fp64 on this GPU."""
     if not torch.cuda.is_available():
         raise LongLLaVAError("torch sees no GPU here; tests/ops checks the kernels without one")
+    check_target(output)
     rows = []
     for row in all_rows(quick, op):
         rows.append(row)

@@ -24,6 +24,7 @@ import torch
 import typer
 from _kernel_ops import OPS, STEP, Op
 from _kernel_timing import LAYERS, ceilings, interleaved, judge_of_some_channels, prepare, worst_error
+from _options import check_target
 
 from longllava.cli import run
 from longllava.errors import LongLLaVAError
@@ -135,6 +136,7 @@ def kernels(
     """Time every backend of every op on the shapes that matter."""
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise LongLLaVAError(f"--device {device}: expected cpu, or cuda where torch sees a GPU")
+    check_target(output)
     if threads:
         torch.set_num_threads(threads)
     report: dict[str, Any] = {

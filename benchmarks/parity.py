@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _options import check_target
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -157,6 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--save", type=Path, help="write the table into this JSON file")
     options = parser.parse_args(arguments)
+    check_target(options.save)
     lines = [run(case) for case in CASES]
     print(table(lines))
     if options.save:

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import _environment  # noqa: F401
+from _options import check_target
 
 from longllava.errors import InputError, LongLLaVAError
 
@@ -48,6 +49,7 @@ def main() -> None:
     more = 2 * chosen.images if chosen.more is None else chosen.more
     if chosen.images < 1 or chosen.repeat < 1 or (more and more <= chosen.images):
         raise InputError("--images and --repeat must be at least 1, and --more above --images, or 0")
+    check_target(chosen.save)
     sizes = [chosen.images, more] if more else [chosen.images]
     with tempfile.TemporaryDirectory(prefix="longllava-pictures-") as folder:
         question, answer = write_pictures(Path(folder), sizes, chosen.seed)

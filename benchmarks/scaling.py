@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 from _limits import ceilings, prompt_limit
 from _models import is_random, key_value_bytes, open_model
-from _options import whole_numbers
+from _options import check_target, whole_numbers
 
 from longllava.cli import run
 from longllava.errors import InputError
@@ -167,6 +167,7 @@ def scaling(
         return
     if pixels not in ("files", "device"):
         raise InputError(f"--pixels: got {pixels!r}, allowed: files, device")
+    check_target(save)
     sizes, poolings = whole_numbers(images, "--images"), whole_numbers(tokens, "--tokens")
     points: list[dict[str, Any]] = []
     slopes: dict[str, Any] = {}

@@ -28,6 +28,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from _options import check_target
 from torch import Tensor, nn
 
 from longllava.cli import run
@@ -164,6 +165,7 @@ def training(
     save: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
 ) -> None:
     """Tokens a second of stage 3, by this library and by transformers' Trainer."""
+    check_target(save)
     from transformers import JambaForCausalLM
     from transformers.utils import logging
 

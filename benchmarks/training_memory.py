@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from _options import check_target
 
 from longllava.cli import run
 from longllava.errors import InputError
@@ -111,6 +112,7 @@ def training_memory(
     save: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
 ) -> None:
     """Two packed steps of a shrunken model: peak memory, measured and as estimated."""
+    check_target(save)
     if sys.platform == "linux" and GLIBC not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, GLIBC: "65536"})
     from longllava.api import checked_dtype

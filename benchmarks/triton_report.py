@@ -24,6 +24,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from _options import check_target
 
 from longllava.cli import run
 from longllava.errors import LongLLaVAError
@@ -271,6 +272,7 @@ def report(
         raise LongLLaVAError(str(triton_support.missing()))
     import triton
 
+    check_target(output)
     rows = []
     for name, make in CALLS.items():
         launches: list[tuple[Any, dict[str, Any]]] = []

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import _environment  # noqa: F401
 import numpy as np
+from _options import check_target
 
 from longllava.cli import run
 from longllava.errors import InputError
@@ -95,6 +96,7 @@ def main() -> None:
         print(json.dumps(measure(options.measure)))
         return
     check_count("--seconds", options.seconds)
+    check_target(options.save)
     rows = []
     for seconds in (max(1, options.seconds // 10), options.seconds):
         with tempfile.TemporaryDirectory() as folder:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from longllava.errors import LongLLaVAError
+from longllava.errors import InputError, LongLLaVAError
 from tests.evals.scripts import BENCHMARKS, load_script
 
 
@@ -57,6 +58,29 @@ def test_scripts_end_with_one_sentence(script: str, options: str, told: str) -> 
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
     assert done.stderr.startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [("checkpoints", "--save"), ("cuda_report", "output"), ("efficiency", "save"), ("image_pipeline", "--save"),
+     ("int8", "output"), ("int8_prefill", "save"), ("int8_quality", "save"), ("kernels", "output"),
+     ("parity", "--save"), ("prompt1000", "--save"), ("scaling", "save"), ("training", "save"),
+     ("training_memory", "save"), ("video", "--save")],
+)  # fmt: skip
+def test_a_file_that_cannot_be_written_is_said_before_the_measuring(
+    script: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("tempfile.mkdtemp", lambda *_, **__: pytest.fail("it went to work"))
+    monkeypatch.setattr(sys, "argv", [script, "--save", f"{tmp_path}/file/x.json"])  # of those without typer
+    module = load_script(script)
+    with pytest.raises(InputError, match="file: it is a file; name a folder to write into"):
+        if option == "--save":
+            module.main()
+        else:
+            getattr(module, "report" if script == "cuda_report" else script)(**{option: tmp_path / "file/x.json"})
+    with pytest.raises(InputError, match="it is a folder; name a file to write"):
+        module.check_target(tmp_path)
 
 
 @pytest.mark.parametrize("script", ["cuda_report", "triton_report"])
