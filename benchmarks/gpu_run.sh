@@ -12,9 +12,13 @@
 #   PYTHON=python3  LIMIT=480   seconds in all: what is under way at its end is cut off, what had not begun is named
 set -uo pipefail
 cd "$(dirname "$0")/.."
-results=$(mkdir -p "${1:?where the results go}" && cd "$1" && pwd)
+results=$(mkdir -p "${1:?where the results go}" && cd "$1" && pwd) || exit 1
 shift
-steps=${*:-build check sanitize kernels cpu first}
+all="build check sanitize kernels cpu first"
+steps=${*:-$all}
+for step in $steps; do
+  [[ " $all " == *" $step "* ]] || { echo "gpu_run.sh: no step '$step'; there are: $all" >&2; exit 2; }
+done
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 start=$SECONDS

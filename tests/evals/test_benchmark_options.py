@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -106,3 +107,23 @@ def test_what_nvcc_says_is_passed_on() -> None:
     module = load_script("cuda_report")
     with pytest.raises(LongLLaVAError, match=r"^ls: .*--nosuch"):
         module.tool("ls", "--nosuch")
+
+
+def test_the_run_on_a_gpu_begins_only_where_its_results_and_steps_are_known(tmp_path: Path) -> None:
+    for name, says in (("nvidia-smi", "9.0"), ("python", "it went to work")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {says}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python", "LC_ALL": "C"}
+    (tmp_path / "file").touch()
+    for arguments, code, told in (
+        ((), 1, "where the results go"),
+        ((tmp_path / "file" / "results", "check"), 1, "cannot create directory"),
+        ((tmp_path, "chekc"), 2, "no step 'chekc'; there are: build check sanitize kernels cpu first"),
+    ):
+        done = subprocess.run(["bash", BENCHMARKS / "gpu_run.sh", *arguments], capture_output=True, text=True,
+                              env=environment)  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1), done
+        assert told in done.stderr
+    done = subprocess.run(["bash", BENCHMARKS / "gpu_run.sh", tmp_path, "check"], capture_output=True, text=True,
+                          env=environment)  # fmt: skip
+    assert done.returncode == 0 and "it went to work" in done.stdout and "checked" in done.stdout
