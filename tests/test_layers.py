@@ -28,7 +28,7 @@ ops.triton_support ops.triton_int8 ops.native_cuda
 ops.triton_rotate
 ops.few_rows
 ops.int8_linear
-ops.selective_scan ops.causal_conv1d ops.attention ops.fused ops.experts ops.vision ops.conv3x3 ops.pixel_conv
+ops.selective_scan ops.causal_conv1d ops.attention ops.fused ops.vision ops.conv3x3 ops.pixel_conv
 ops.__init__
 nn
 inputs
@@ -116,6 +116,11 @@ def module_name_of(target: str, package: Path) -> str:
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_room_that_is_named_is_there() -> None:
+    places = {name: PACKAGE.joinpath(*name.split(".")) for name in RANK}
+    assert [name for name, path in places.items() if not path.is_dir() and not path.with_suffix(".py").is_file()] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
