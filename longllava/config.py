@@ -101,7 +101,7 @@ class BridgeConfig:
 
     pool "2d": mean over squares (24 -> 12 -> 6); "1d": linear interpolation over the flat sequence, as the
     original's stage 1; "none". tokens_per_image: after pooling. hidden: width between the two layers.
-    norm: RMS-norm the output to the scale of word embeddings (0 = off, as published).
+    output_rms: the scale, of word embeddings, to which the output is RMS-normed (0 = off, as published).
     """
 
     kind: str = "mlp"
