@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_first_token.py --save benchmarks/results/gpu_first_token-h100.json
     python benchmarks/gpu_first_token.py --weights int8-all --prompts 1000x36,100000 --no-peer
-    python benchmarks/gpu_first_token.py --model nano --device cpu --prompts 20x36,500 --batches 2 --answer 20 --no-fit
+    python benchmarks/gpu_first_token.py --model nano --device cpu --weights bf16 --prompts 20x36,500 --once "" \
+        --batches "" --files 20 --answer 20 --no-peer --no-fit
 
 Prompts: 1000x36 is 1,000 pictures of 36 tokens each, whose pixels lie on the device; 100000 is text. Weights: bf16,
 int8 (the language model's layers), int8-all (bridge and encoder too). A model of configs/models has random weights in
