@@ -3,7 +3,7 @@
 #   make setup PYTHON=python3.12                                     another Python (3.11 or newer)
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu      the small CPU build of torch
 #   make setup PIP_ARGS="--proxy http://localhost:3128"              anything else that pip takes
-#   make stage1 MODEL=longllava-9b NPROC=8                           another model, on 8 GPUs
+#   make stage1 MODEL=longllava-9b NPROC=8 SET="init_from.backbone=FOLDER"      another model, on 8 GPUs
 #   make stage1 PRESET=smoke                                         seconds instead of minutes
 #   make stage1 SET="phases.0.steps=50 seed=7"                        any key of the stage's YAML
 
