@@ -9,3 +9,5 @@ for needed in ("torch", "longllava"):
             f"{needed} is not installed for {sys.executable or 'this Python'}: run `make setup` once and "
             f"start the script with .venv/bin/python, or run `pip install -e .` in the repository."
         )
+
+import longllava  # noqa: F401  before torch: what it sets for torch's waiting threads is what users have

@@ -127,3 +127,12 @@ def test_the_run_on_a_gpu_begins_only_where_its_results_and_steps_are_known(tmp_
     done = subprocess.run(["bash", BENCHMARKS / "gpu_run.sh", tmp_path, "check"], capture_output=True, text=True,
                           env=environment)  # fmt: skip
     assert done.returncode == 0 and "it went to work" in done.stdout and "checked" in done.stdout
+
+
+def test_threads_wait_as_they_do_for_users() -> None:
+    """Scripts that import torch before the library took up to ten times as long where neighbours were busy."""
+    code = "import _environment, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment["PYTHONPATH"] = f"{BENCHMARKS}:{BENCHMARKS.parent}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "passive False\n", done.stderr
