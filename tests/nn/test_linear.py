@@ -76,28 +76,27 @@ def test_torch_meets_few_numbers_of_rows(rows_met) -> None:
     """For each it keeps code of its own: a process that read prompts of 600 lengths held a gigabyte of it."""
     weight = torch.randn(3, 2, dtype=torch.bfloat16)
     for rows in range(2050):
-        before, rows_now = set(rows_met), max(1, rows)
-        y = product(torch.ones(rows, 2, dtype=torch.bfloat16), weight)
+        before = set(rows_met)
+        with torch.no_grad():
+            y = product(torch.ones(rows, 2, dtype=torch.bfloat16), weight)
         assert y.shape == (rows, 3)
         for met in rows_met - before:
-            assert rows <= met <= min(rows_now * 9 / 8, rows + 63)
+            assert rows <= met <= min(rows * 9 / 8, rows + 63)
     assert len(rows_met) == 82
 
 
 @pytest.mark.parametrize("under_autocast", [False, True])
-def test_rows_of_zeros_change_neither_the_product_nor_its_gradients(under_autocast, rows_met) -> None:
+def test_rows_of_zeros_change_nothing_else(under_autocast, rows_met) -> None:
     dtype = torch.float32 if under_autocast else torch.bfloat16
     x, weight, bias = torch.randn(3, 7, 48, dtype=dtype), torch.randn(5, 48, dtype=dtype), torch.randn(5, dtype=dtype)
-    given = [tensor.requires_grad_() for tensor in (x, weight, bias)]
-    with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
-        y, wanted = product(*given), F.linear(*given)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+        y, wanted = product(x, weight, bias), F.linear(x, weight, bias)
     assert rows_met == {21, 22} and y.dtype == torch.bfloat16
     torch.testing.assert_close(y, wanted)
-    g = torch.randn_like(y)
-    for own, other in zip(torch.autograd.grad(y, given, g), torch.autograd.grad(wanted, given, g), strict=True):
-        torch.testing.assert_close(own, other, rtol=2e-2, atol=2e-2)
 
 
-def test_fp32_has_the_rows_it_comes_with(rows_met) -> None:
-    product(torch.randn(21, 4), torch.randn(5, 4))
+def test_fp32_and_gradients_have_the_rows_they_come_with(rows_met) -> None:
+    product(torch.randn(21, 4, dtype=torch.bfloat16, requires_grad=True), torch.randn(5, 4, dtype=torch.bfloat16))
+    with torch.no_grad():
+        product(torch.randn(21, 4), torch.randn(5, 4))
     assert rows_met == {21}
