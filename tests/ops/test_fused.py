@@ -241,3 +241,13 @@ def test_compiled_code_goes_through() -> None:
     values, scale = both(x)
     expected = swiglu(x + x, weight * F.rms_norm(x + x, (16,), eps=1e-6), quantized=True)
     assert int((values - expected.values).abs().max()) <= 1 and torch.allclose(scale, expected.scale)
+
+
+@pytest.mark.parametrize("function, op", [(call._rms_norm, call.rms_norm), (call._swiglu, call.swiglu)])
+def test_schemas_are_what_the_annotations_say(function, op) -> None:
+    """torch 2.6 cannot read list[Tensor]: there this file is imported thanks to the written schemas."""
+    try:
+        read = torch.library.infer_schema(function, mutates_args=())
+    except ValueError:
+        pytest.skip("this torch cannot read list[Tensor]")
+    assert str(op._opoverload._schema) == op._qualname + read

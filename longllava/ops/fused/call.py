@@ -86,8 +86,15 @@ def _swiglu(
     return [x for x in found if x is not None]
 
 
-rms_norm = torch.library.custom_op("longllava::rms_norm", _rms_norm, mutates_args=())
-swiglu = torch.library.custom_op("longllava::swiglu", _swiglu, mutates_args=())
+# Schemas are written out since torch 2.6 cannot read list[Tensor] in annotations.
+rms_norm = torch.library.custom_op(
+    "longllava::rms_norm", _rms_norm, mutates_args=(), schema="(Tensor x, Tensor weight, float eps, Tensor? residual, "
+    "bool quantized, ScalarType dtype, str backend) -> Tensor[]"
+)  # fmt: skip
+swiglu = torch.library.custom_op(
+    "longllava::swiglu", _swiglu, mutates_args=(), schema="(Tensor gate, Tensor up, Tensor? absmax, bool quantized, "
+    "bool rotated, str backend) -> Tensor[]"
+)  # fmt: skip
 rms_norm_gradients = torch.library.custom_op(
     "longllava::rms_norm_backward", cpu.rms_norm_gradients, mutates_args=(), device_types="cpu"
 )
