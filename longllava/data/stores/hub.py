@@ -63,7 +63,8 @@ class Stream:
         present = found.column_names
         if present is not None:
             found = found.select_columns([column for column in dict.fromkeys(columns.needed()) if column in present])
-        self.dataset = found.decode(False)  # pictures stay bytes; Audio and Video would want torchcodec
+        # Pictures stay bytes; Audio and Video would want torchcodec. Without known features nothing is decoded.
+        self.dataset = found if found.features is None else found.decode(False)
         self.order = order or list(range(self.n_shards))
 
     def read(self, cursor: dict[str, Any] | None = None) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
