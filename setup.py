@@ -21,27 +21,27 @@ SHIPPED = ("configs", "data_recipes")
 
 CORE = [
     "torch>=2.6",
-    "transformers>=5",
+    "transformers>=5.6",
     "numpy>=1.26",
-    "pillow>=10",
+    "pillow>=11",
     "safetensors>=0.4.3",
-    "tokenizers>=0.20",
-    "huggingface-hub>=0.34",
+    "tokenizers>=0.22.1",
+    "huggingface-hub>=1.5",
     "einops>=0.8",
     "pyyaml>=6",
     "jinja2>=3.1",
-    "typer>=0.15",
-    "rich>=13",
-    "tqdm>=4.66",
+    "typer>=0.26",
+    "rich>=13.8",
+    "tqdm>=4.66.3",
     "matplotlib>=3.8",
 ]
-TRAIN = ["accelerate>=1.1", "datasets>=3.4", "peft>=0.14", "tensorboard>=2.16"]
+TRAIN = ["accelerate>=1.3", "datasets>=3.6", "peft>=0.19.1", "tensorboard>=2.16"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "psutil>=5.9"]
 DEV = [*TEST, "ruff>=0.9", "mypy>=1.13", "build>=1.2"]
 EXTRAS = {
     "train": TRAIN,
     "deepspeed": [*TRAIN, "deepspeed>=0.19"],
-    "video": ["av>=12"],
+    "video": ["av>=14.2"],
     "cuda": ["triton>=3.6", "mamba-ssm>=2.2", "causal-conv1d>=1.4"],
     "openclip": ["open_clip_torch>=2.30"],
     "dev": DEV,

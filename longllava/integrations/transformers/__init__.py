@@ -9,8 +9,7 @@
     processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_special_tokens=True)
 
 A folder is one that save_pretrained wrote, ours or transformers', or LongLLaVA's published layout (model_type
-llava_jamba). Plain Jamba and stock Llava folders stay transformers' own. No code of a folder is run (transformers 5.0,
-if it is told trust_remote_code=True, runs it before it asks this library).
+llava_jamba). Plain Jamba and stock Llava folders stay transformers' own. No code of a folder is run.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ __all__ = [
 for config in (LongLLaVAConfig, PublishedConfig):
     transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
 for name in ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"):
-    if hasattr(transformers, name):  # the last one is of 5.1 and later
-        getattr(transformers, name).register(LongLLaVAConfig, LongLLaVAForConditionalGeneration, exist_ok=True)
+    getattr(transformers, name).register(LongLLaVAConfig, LongLLaVAForConditionalGeneration, exist_ok=True)
 transformers.AutoTokenizer.register(LongLLaVAConfig, fast_tokenizer_class=LongLLaVATokenizer, exist_ok=True)
 transformers.AutoProcessor.register(LongLLaVAConfig, LongLLaVAProcessor, exist_ok=True)

@@ -277,8 +277,8 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
-        # the mask and the cache know places (cache_position is of 5.0); the others are of generate itself
-        for name in ("position_ids", "cache_position", "tokenizer", "assistant_tokenizer"):
+        # the mask and the cache know places; the others are of generate itself
+        for name in ("position_ids", "tokenizer", "assistant_tokenizer"):
             inputs.pop(name, None)
         return inputs
 
