@@ -55,7 +55,7 @@ def open_video(source: Any) -> Any:
     try:
         options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
         # Without it PyAV raises where metadata are no UTF-8; PyAV 19 has no such argument any more.
-        spared = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+        spared: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
         return av.open(source, options=options, **spared)
     except av.FFmpegError as error:
         raise InputError(f"broken video, or of no known format: {error.strerror or error}") from None

@@ -8,6 +8,7 @@ import longllava.integrations.transformers as ours
 from longllava.api import LongLLaVA
 from longllava.errors import InputError
 from longllava.integrations.transformers import modeling
+from longllava.integrations.transformers.cache import CACHE
 from tests.integrations.talks import N_NEW, PICTURES, TALKS, answers, prepared, user
 from tests.tiny import tiny_model
 
@@ -68,7 +69,7 @@ def test_a_prompt_is_read_in_chunks(monkeypatch, library, model, processor):
     real = inputs["attention_mask"] == 1
     torch.testing.assert_close(parts.logits[real], whole[real], rtol=0, atol=1e-5)
     assert max(lengths) == 5 and sum(lengths) == inputs["input_ids"].shape[1]
-    assert parts.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+    assert parts[CACHE].get_seq_length() == inputs["input_ids"].shape[1]
     assert answers(model, processor, inputs) == expected
 
 
@@ -122,14 +123,14 @@ def test_a_cache_goes_on_where_it_was(library, model, processor):
     cut = begun["input_ids"].shape[1]
     assert torch.equal(whole["input_ids"][:, :cut], begun["input_ids"])
     with torch.no_grad():
-        cache = model(**begun).past_key_values
-        onward = {**whole, "pixel_values": whole["pixel_values"][1:], "past_key_values": cache}
+        cache = model(**begun)[CACHE]
+        onward = {**whole, "pixel_values": whole["pixel_values"][1:], CACHE: cache}
         ids = model.generate(**onward, max_new_tokens=N_NEW, do_sample=False)
     found = processor.decode(ids[0, whole["input_ids"].shape[1] :], skip_special_tokens=True)
     assert found == library.generate(talk, max_new_tokens=N_NEW)
     with pytest.raises(InputError, match="2 pictures are 2 x 4 tokens, but the rows of input_ids have room for .4."):
-        model.generate(**{**onward, "pixel_values": whole["pixel_values"], "past_key_values": model(
-            **begun, use_cache=True).past_key_values}, max_new_tokens=1)  # fmt: skip
+        model.generate(**{**onward, "pixel_values": whole["pixel_values"], CACHE: model(
+            **begun, use_cache=True)[CACHE]}, max_new_tokens=1)  # fmt: skip
 
 
 def test_a_cache_has_a_row_for_each_beam(model, processor):
@@ -138,11 +139,11 @@ def test_a_cache_has_a_row_for_each_beam(model, processor):
     begun = {**inputs, "input_ids": ids[:, :cut], "attention_mask": inputs["attention_mask"][:, :cut]}
     asked = {"input_ids": ids, "attention_mask": inputs["attention_mask"], "num_beams": 3, "do_sample": False}
     with torch.no_grad():
-        cache = model(**begun, use_cache=True).past_key_values
-        with pytest.raises(InputError, match="past_key_values: its rows are 1, those of this call 3; for beams"):
-            model.generate(**asked, past_key_values=cache, max_new_tokens=N_NEW)
+        cache = model(**begun, use_cache=True)[CACHE]
+        with pytest.raises(InputError, match=f"{CACHE}: its rows are 1, those of this call 3; for beams"):
+            model.generate(**asked, **{CACHE: cache}, max_new_tokens=N_NEW)
         cache.batch_repeat_interleave(3)
-        found = model.generate(**asked, past_key_values=cache, max_new_tokens=N_NEW)
+        found = model.generate(**asked, **{CACHE: cache}, max_new_tokens=N_NEW)
     assert processor.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True) == answers(
         model, processor, inputs, num_beams=3
     )
@@ -152,7 +153,7 @@ def test_room_is_made_once(model, processor):
     inputs = prepared(processor, TALKS[1])
     with torch.no_grad():
         found = model.generate(**inputs, max_new_tokens=N_NEW, do_sample=False, return_dict_in_generate=True)
-    keys = found.past_key_values.state[1].buffer.keys_BSGK
+    keys = found[CACHE].state[1].buffer.keys_BSGK
     assert keys.shape[1] == inputs["input_ids"].shape[1] + N_NEW
 
 
@@ -213,7 +214,7 @@ def test_pictures_and_places_must_agree(model, processor):
 def test_what_has_no_meaning_here_is_refused(model, processor):
     inputs = prepared(processor, TALKS[0])
     for change, words in (
-        ({"past_key_values": DynamicCache()}, "got a DynamicCache; this model's layers keep a LongLLaVACache"),
+        ({CACHE: DynamicCache()}, "got a DynamicCache; this model's layers keep a LongLLaVACache"),
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask: got \(1, 3\), expected \(1, \d+\)"),
         ({"labels": inputs["input_ids"][:, 1:]}, r"labels: got \(1, (\d+)\), expected \(1, \d+\), one for each token"),
         ({"labels": inputs["input_ids"][0]}, r"labels: got \(\d+,\), expected \(1, \d+\)"),
@@ -224,7 +225,7 @@ def test_what_has_no_meaning_here_is_refused(model, processor):
     ):
         with pytest.raises(InputError, match=words):
             model(**{**inputs, **change})
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE]
     for call in (cache.crop, cache.activate_past_recording):
         with pytest.raises(InputError, match="cannot be taken back out"):
             call()

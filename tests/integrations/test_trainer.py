@@ -7,6 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 import longllava.integrations.transformers  # noqa: F401
 from longllava.api import LongLLaVA
 from longllava.config import BridgeConfig, EncoderConfig
+from longllava.integrations.transformers.cache import CACHE
 from longllava.nn import Context
 from longllava.train.loss import answer_loss
 from tests.tiny import tiny_model, tiny_pictures
@@ -66,7 +67,7 @@ def test_the_loss_is_the_librarys(folder, model, processor):
         total, n_labels, seen = total + answers.total, n_labels + answers.n_labels, seen + 1
     output = model(**batch)
     torch.testing.assert_close(output.loss, total / n_labels, rtol=0, atol=1e-6)
-    assert output.logits.shape[:2] == batch["input_ids"].shape and output.past_key_values is None
+    assert output.logits.shape[:2] == batch["input_ids"].shape and output.get(CACHE) is None
     torch.testing.assert_close(model(**batch, num_items_in_batch=7).loss, total / 7, rtol=0, atol=1e-5)
     logits = torch.log_softmax(output.logits[:, :-1], -1)
     labels = batch["labels"][:, 1:]

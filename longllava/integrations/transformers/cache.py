@@ -5,13 +5,19 @@ B rows. A Mamba layer's state is replaced at every call, so nothing can be taken
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longllava.errors import InputError
 from longllava.nn import AttentionState, Context, MambaState, State
 from longllava.nn.cache import LayerState
+
+# Its name in what models take and give: transformers 5.24 calls it cache, which was past_key_values.
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class LongLLaVACache(Cache):
@@ -25,6 +31,11 @@ class LongLLaVACache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.n_tokens
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of layers. Were all so, as of none, transformers 5.24 would not cut a prompt to what the cache lacks."""
+        return [False]
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
@@ -59,7 +70,7 @@ class LongLLaVACache(Cache):
     def state_of(self, rows: int) -> State | None:
         """The state, to go on from. Raises: InputError where the call has another number of rows."""
         if self.state is not None and self.batch_size != rows:
-            raise InputError(f"past_key_values: its rows are {self.batch_size}, those of this call {rows}; for beams"
+            raise InputError(f"{CACHE}: its rows are {self.batch_size}, those of this call {rows}; for beams"
                              " and several answers repeat them with batch_repeat_interleave")  # fmt: skip
         return self.state
 

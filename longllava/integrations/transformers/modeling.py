@@ -20,7 +20,7 @@ from longllava.checkpoints import load_model
 from longllava.checkpoints.adapters import is_adapter
 from longllava.checkpoints.int8 import write_manifest
 from longllava.errors import InputError
-from longllava.integrations.transformers.cache import LongLLaVACache, context
+from longllava.integrations.transformers.cache import CACHE, LongLLaVACache, context
 from longllava.integrations.transformers.configuration import LongLLaVAConfig, token_ids
 from longllava.integrations.transformers.loading import (
     as_one_dtype_,
@@ -123,42 +123,44 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: LongLLaVACache | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """attention_mask (B, S): 0 is padding, on either side. pixel_values (N, 3, P, P): of all rows in
         order, uint8 as the processor gives them. labels (B, L): the ids themselves where they are learned, -100
         elsewhere; the loss is the mean over them, or their sum over num_items_in_batch. While training, labels are
-        answered without logits: all of 40,960 tokens would be 10.7 GB.
+        answered without logits: all of 40,960 tokens would be 10.7 GB. cache: newer transformers' past_key_values.
         Raises: InputError when pictures and their places disagree, or labels and tokens.
         """
         if output_attentions or output_hidden_states:
             raise InputError("output_attentions, output_hidden_states: this model gives logits and its cache only")
         if (input_ids is None) == (inputs_embeds is None) or input_ids is None and pixel_values is not None:
             raise InputError("forward: give input_ids, with pixel_values or without, or inputs_embeds alone")
+        given = past_key_values if cache is None else cache
         if input_ids is not None:
-            past = past_key_values.n_tokens if isinstance(past_key_values, LongLLaVACache) else 0
+            past = given.n_tokens if isinstance(given, LongLLaVACache) else 0
             inputs_embeds = self.embedded(input_ids, attention_mask, past, pixel_values, tokens_per_image)
         assert inputs_embeds is not None
         if labels is not None and labels.shape != (expected := inputs_embeds.shape[:2]):
             raise InputError(f"labels: got {tuple(labels.shape)}, expected {tuple(expected)}, one for each token")
-        cache = self.cache(past_key_values, use_cache, labels)
+        filled = self.cache_of(given, use_cache, labels)
         keep = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
-        hidden_BLD = self.hidden(inputs_embeds, attention_mask, cache, keep)
+        hidden_BLD = self.hidden(inputs_embeds, attention_mask, filled, keep)
         kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
         loss = None
         if labels is not None:
             answers = answer_loss(self.backbone.logits, hidden_BLD[:, :-1], labels[:, 1:])
             loss = answers.total / (max(1, answers.n_labels) if num_items_in_batch is None else num_items_in_batch)
         logits = None if labels is not None and self.training else self.backbone.logits(hidden_BLD[:, kept])
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: filled})  # type: ignore[arg-type]
         return output if return_dict or return_dict is None else output.to_tuple()
 
-    def cache(self, given: Any, use_cache: bool | None, labels: Tensor | None) -> LongLLaVACache | None:
+    def cache_of(self, given: Any, use_cache: bool | None, labels: Tensor | None) -> LongLLaVACache | None:
         """The cache to read from and to fill; none where gradients flow, unless it is asked for."""
         if given is None:
             wanted = labels is None and not torch.is_grad_enabled() if use_cache is None else use_cache
             return LongLLaVACache() if wanted else None
         if not isinstance(given, LongLLaVACache):
-            raise InputError(f"past_key_values: got a {type(given).__name__}; this model's layers keep a LongLLaVACache"
+            raise InputError(f"{CACHE}: got a {type(given).__name__}; this model's layers keep a LongLLaVACache"
                              " (leave it out, or take the one that an earlier call returned)")  # fmt: skip
         return given
 
@@ -252,8 +254,8 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if mask_BS is not None and mask_BS.ndim == 2 and not bool((mask_BS[:, -1] != 0).all()):
             raise InputError("attention_mask: rows end in padding, and an answer would follow that; pad on the left"
                              " (padding_side='left')")  # fmt: skip
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = LongLLaVACache(generation_config.max_length)
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = LongLLaVACache(generation_config.max_length)
 
     def _expand_inputs_for_generation(  # type: ignore[override]
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
