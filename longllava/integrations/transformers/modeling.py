@@ -90,7 +90,10 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")  # of the Auto classes
         folder = folder_of(pretrained_model_name_or_path, kwargs)
         device = checked_device_map(device_map)
-        model = load_model(folder, device=device, dtype=checked_dtype(dtype if torch_dtype is None else torch_dtype))
+        dtype = dtype if torch_dtype is None else torch_dtype
+        if dtype is None and config is not None:  # where the Auto classes of transformers 5.6 to 5.8 leave what was asked
+            dtype = config.dtype
+        model = load_model(folder, device=device, dtype=checked_dtype(dtype))
         as_one_dtype_(model)
         config = config or LongLLaVAConfig(**asdict(model.config))
         for name, number in token_ids(folder, model.config).items():  # a name of the hub had none of its files yet
