@@ -91,7 +91,7 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         folder = folder_of(pretrained_model_name_or_path, kwargs)
         device = checked_device_map(device_map)
         dtype = dtype if torch_dtype is None else torch_dtype
-        if dtype is None and config is not None:  # where the Auto classes of transformers 5.6 to 5.8 leave what was asked
+        if dtype is None and config is not None:  # where Auto classes of transformers 5.6 leave it
             dtype = config.dtype
         model = load_model(folder, device=device, dtype=checked_dtype(dtype))
         as_one_dtype_(model)
