@@ -35,7 +35,7 @@ CORE = [
     "tqdm>=4.66.3",
     "matplotlib>=3.8",
 ]
-TRAIN = ["accelerate>=1.3", "datasets>=3.6", "peft>=0.19.1", "tensorboard>=2.16"]
+TRAIN = ["accelerate>=1.3", "datasets>=3.6", "peft>=0.19.1", "tensorboard>=2.16.2"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "psutil>=5.9"]
 DEV = [*TEST, "ruff>=0.9", "mypy>=1.13", "build>=1.2"]
 EXTRAS = {
