@@ -9,7 +9,7 @@ from itertools import cycle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
@@ -189,15 +189,21 @@ def test_any_size_fits(width, height):
     assert tuple(tensor.shape) == (3, 16, 16)
 
 
+@example(11, 10, 18)  # one value of 972
+@example(3, 3, 39)  # two of 4,563
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(8, 40))
 def test_fitting_is_padding_then_resizing(width, height, side):
-    """LLaVA's expand2square and a bicubic resize: to one level if wide, on average if tall (noise overshoots most)."""
+    """LLaVA's expand2square and a bicubic resize: to one level if wide, but for a value or two where both passes round
+    the other way (16 of some 7,000 sizes), on average if tall (noise overshoots most)."""
     image, long = picture(width, height), max(width, height)
     padded = Image.new("RGB", (long, long), (127, 63, 191))
     padded.paste(image, ((long - width) // 2, (long - height) // 2))
     expected = np.asarray(padded.resize((side, side), Image.Resampling.BICUBIC)).astype(int)
     difference = np.abs(fitted(image, side).astype(int) - expected)
-    assert difference.max() <= 1 if width >= height else difference.mean() < 1
+    if width < height:
+        assert difference.mean() < 1
+    else:
+        assert difference.max() <= 2 and np.count_nonzero(difference > 1) <= 2
 
 
 def test_a_long_strip_needs_no_square_of_its_length():
