@@ -242,7 +242,8 @@ def square(image: Image.Image, side: int, mean: Sequence[float]) -> Tensor:
     As LLaVA, which pads first and resizes then (mm_utils.expand2square), but without the square of the long side (of a
     133,000 x 668 strip it would take 53 GB): the long side is resized first, a slab of the picture at a time. Wide
     pictures come out the same to one level of rounding, hardly a value to two; tall ones, in which the two passes
-    change places, to more where the filter overshoots. torch resizes bytes with AVX2, in a third of Pillow's time (1280 x 720 at one half: 0.7 ms).
+    change places, to more where the filter overshoots. torch resizes bytes with AVX2, in a third of Pillow's time
+    (1280 x 720 at one half: 0.7 ms).
     """
     import numpy as np
     import torch
