@@ -64,3 +64,16 @@ def test_a_run_does_not_go_on_with_another_form_of_a_data_set(
     compare({name: fact for name, fact in facts[0].items() if name != key}, facts[0], 1)  # an older checkpoint
     with pytest.raises(TrainingError, match=rf"begun with other settings \({told}\)"):
         compare(facts[0], facts[1], 1)
+
+
+def test_what_later_versions_say_of_a_model_refuses_no_older_checkpoint() -> None:
+    """Of other settings a name too many is a change: a part that starts from somewhere now."""
+    older = {"architecture": {"backbone": {"width": 8}, "encoder": None}, "start_from": {"bridge": "stage1"}}
+    now = {"architecture": {"backbone": {"width": 8, "new": 0}, "encoder": None}, "start_from": {"bridge": "stage1"}}
+    compare(older, now, 1)
+    with pytest.raises(TrainingError, match="architecture.backbone: "):
+        compare(now, older, 1)
+    with pytest.raises(TrainingError, match=r"architecture.backbone.width: 8 then, 9 now"):
+        compare(older, {**now, "architecture": {"backbone": {"width": 9, "new": 0}, "encoder": None}}, 1)
+    with pytest.raises(TrainingError, match="start_from"):
+        compare(older, {**now, "start_from": {"bridge": "stage1", "backbone": "stage2"}}, 1)
