@@ -144,12 +144,12 @@ print(json.dumps({"before": before, "peak": memory.bytes(), "need": need.total()
 
 @pytest.mark.parametrize("n_images", [100, pytest.param(1000, marks=pytest.mark.long)])
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(n_images):
-    """Of three runs' highest: what the allocator keeps of small blocks differs by a tenth of it from run to run."""
+    """Of three runs' middle one: what the allocator keeps of small blocks differs by a tenth of all from run to run."""
     if not sys.platform.startswith("linux"):
         pytest.skip("resident pages are read from /proc")
     command = [sys.executable, "-c", MEASURED, str(n_images)]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
-    found = max((json.loads(run.stdout) for run in runs), key=lambda run: run["peak"])
+    found = sorted((json.loads(run.stdout) for run in runs), key=lambda run: run["peak"])[1]
     print(found)
     assert found["before"] + found["need"] == pytest.approx(found["peak"], rel=0.1)
     assert found["peak"] > found["before"] + 20e6
