@@ -51,7 +51,7 @@ def save_state(folder: Path, state: TrainingState) -> Path:
         for old in checkpoint_folders(folder)[:-KEPT]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
-        remove_unfinished(folder)
+        undo_unfinished(folder)
         raise TrainingError(
             f"{target}: the checkpoint cannot be written: {' '.join(str(error).split())}; {what_is_left(folder)}"
         ) from None
@@ -122,7 +122,7 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name))
 
 
-def remove_unfinished(folder: Path) -> None:
+def undo_unfinished(folder: Path) -> None:
     """What a killed run was writing goes; what it had put aside for that comes back, where the new one is not there."""
     for path in folder.glob(".step-*.old"):
         if (target := folder / path.stem.removeprefix(".")).exists():
@@ -139,7 +139,7 @@ def latest_state(folder: Path, say: Callable[[str], Any] = print) -> TrainingSta
 
     One that is not is passed over, and said. Raises: TrainingError when none of several can be read.
     """
-    remove_unfinished(folder)
+    undo_unfinished(folder)
     problems = []
     for path in reversed(checkpoint_folders(folder)):
         try:
