@@ -40,7 +40,8 @@ LONGLLAVA_INLINE void store_sums_of_lanes(float* target, const vec (&values)[4])
 
 // 2^x for x <= ~120, relative error 2e-7; exactly 0 below -127 and for -infinity; NaN stays NaN.
 #if defined(__AVX512F__)
-// As exp2_together (vector_math.h); what would be denormal, which costs hundreds of cycles, is left out.
+// As exp2_together (vector_math.h) but for the shift, as no error adds up here. What would be denormal, which costs
+// hundreds of cycles, is left out.
 LONGLLAVA_INLINE vec exp2_of(vec x) {
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-126.0f), _CMP_NLT_UQ);
   const vec f = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);

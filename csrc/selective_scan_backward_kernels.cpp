@@ -49,8 +49,8 @@ void walk_back(const vec* __restrict A, const float* __restrict saved, const flo
       for (int i = 0; i < G; i += K) {
         vec a[K];
 #pragma GCC unroll 8
-        for (int k = 0; k < K; ++k) a[k] = chunk.d[block][t] * A[i + k];
-        exp2_together<CLAMP>(a);
+        for (int k = 0; k < K; ++k) a[k] = A[i + k];
+        exp2_together<CLAMP>(a, chunk.d[block][t]);
 #pragma GCC unroll 8
         for (int k = 0; k < K; ++k) {
           const vec old = a[k] * h[i + k];

@@ -35,20 +35,20 @@ void walk(const vec* __restrict A, vec* __restrict state, const vec* __restrict 
       for (int i = 0; i < G; ++i) h[i] = vec{};
     }
     const vec step = d[t], input = du[t];
-    vec even = y[t], odd = {};
+    vec sum = y[t];
     constexpr int K = G < TOGETHER ? G : TOGETHER;
 #pragma GCC unroll 16
     for (int i = 0; i < G; i += K) {
       vec decay[K];
 #pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) decay[k] = step * A[i + k];
-      exp2_together<CLAMP>(decay);
+      for (int k = 0; k < K; ++k) decay[k] = A[i + k];
+      exp2_together<CLAMP>(decay, step);
 #pragma GCC unroll 8
       for (int k = 0; k < K; ++k) h[i + k] = decay[k] * h[i + k] + input * B[i + k];
 #pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) (k % 2 == 0 ? even : odd) += h[i + k] * C[i + k];
+      for (int k = 0; k < K; ++k) sum += h[i + k] * C[i + k];
     }
-    y[t] = even + odd;
+    y[t] = sum;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < G; ++i) state[i] = h[i];

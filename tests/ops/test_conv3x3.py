@@ -22,7 +22,7 @@ def in_fp64(x, weight, bias, residual):
 
 
 def compare(seed=0, **sizes):
-    """Also run in a process of its own for each form of the kernels (test_native.py)."""
+    """Also run in a process of its own for each form of the kernels (test_forms.py)."""
     args = call(**sizes, seed=seed)
     truth = in_fp64(*args)
     direct, found = conv3x3(*args, backend="reference"), conv3x3(*args, backend="cpu")

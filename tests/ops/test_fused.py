@@ -66,7 +66,7 @@ def test_the_compiled_kernels_are_the_reference(dtype) -> None:
 
 def compare(dtype: torch.dtype) -> None:
     """Widths below, at and beside a vector's, more rows than a task has, views, rows of many magnitudes. Every form of
-    the kernels comes here from test_native.py."""
+    the kernels comes here from test_forms.py."""
     torch.manual_seed(0)
     # bf16: two roundings, each of which may fall to the other side
     close = {"rtol": 2e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 1e-6}

@@ -19,7 +19,7 @@ def call(seed=0, **sizes):
 
 
 def compare(seed=0, **sizes):
-    """Also run in a process of its own for each form of the kernels (test_native.py)."""
+    """Also run in a process of its own for each form of the kernels (test_forms.py)."""
     tensors, shape = call(seed, **sizes)
     pixels, *floats = tensors
     truth = pixel_conv(pixels, *(t.double() for t in floats), **shape, backend="reference")

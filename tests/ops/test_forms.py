@@ -1,0 +1,137 @@
+"""Every form of the compiled library, one for each instruction set, computes right; one that cannot be had is said so.
+
+Each test runs in a process of its own: the form is chosen when the library loads."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longllava.ops import native
+
+ROOT = Path(__file__).resolve().parents[2]
+every_form = pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+
+# these ops on a few ugly cases, against fp64
+CHECK = """
+import sys
+import torch
+from longllava.ops import causal_conv1d, native, selective_scan
+from longllava.ops.causal_conv1d import cases as conv_cases, cpu as conv_cpu, reference as conv_reference
+from longllava.ops.selective_scan import cases as scan_cases, cpu as scan_cpu, reference as scan_reference
+from tests.ops.parity import assert_matches
+from tests.ops.test_conv3x3 import compare as compare_convolutions
+from tests.ops.test_fused import compare, compare_gradients
+from tests.ops.test_pixel_conv import compare as compare_pixel_convolutions
+assert native.isa() == sys.argv[1], native.isa()
+chosen = ("plain", "two-tiles", "many-states", "bf16-wild", "wild", "two-taps-two-tiles")
+for cases, cpu, reference in ((scan_cases, scan_cpu, scan_reference), (conv_cases, conv_cpu, conv_reference)):
+    for case in cases.CASES:
+        if case.name in chosen:
+            assert_matches(cpu.run, reference.run, cases.NAMES, case.inputs(), slack=2e-6)
+for dtype in (torch.float32, torch.bfloat16):
+    compare(dtype)
+    compare_gradients(dtype)
+compare_convolutions(height=9, width=6, inputs=48, outputs=80)
+compare_pixel_convolutions(height=25, width=31, outputs=48)
+"""
+
+# one token that lets nothing in leaves exp(A) of a state of 1
+DECAYS = """
+import torch
+from longllava.ops.selective_scan import selective_scan
+random = torch.Generator().manual_seed(0)
+A = -(10 ** (torch.rand(4096, 16, generator=random) * 7.5 - 6))  # from 1e-6 to 32
+A[:16, 0] = 0
+zeros, ones = torch.zeros(1, 1, 4096), torch.ones(1, 1, 16)
+_, state = selective_scan(zeros, zeros + 1, A, ones, ones, None, state=torch.ones(1, 4096, 16), backend="cpu")
+left, exact = state[0].double(), A.double().exp()
+assert (left[:16, 0] == 1).all() and (left <= 1).all()
+error = left - exact
+relative = (error / exact).abs() - 2.0**-23 * A.abs()  # A itself, times log2(e), is rounded
+assert relative.max() < 4e-7, relative.max()
+slow = (A < 0) & (A > -0.1)
+lost = error[slow].abs() / (1 - exact[slow])
+rounding = 2.0**-23 / (1 - exact[slow])
+assert (lost - rounding).max() < 1e-6, (lost - rounding).max()
+slowest = A > -1e-4
+assert error[slowest].mean().abs() < 5e-9, error[slowest].mean()
+"""
+
+DENORMALS = """
+import torch
+from longllava.ops.selective_scan import selective_scan
+torch.set_num_threads(1)
+ones = torch.ones(1, 89, 16, requires_grad=True)
+u = torch.zeros(1, 89, 16, requires_grad=True)
+args = (ones, -torch.ones(16, 1), ones[..., :1], ones[..., :1])  # each token leaves 1/e: 2e-38 after 87
+y, state = selective_scan(u, *args, None, state=torch.ones(1, 16, 1), backend="cpu")
+assert 0 < float(y[0, 85, 0]) < 1e-36, y[0, 85, 0]
+assert not y[0, 88].any() and not state.any(), state
+y[:, -1].sum().backward()
+assert float(u.grad[0, 2, 0]) > 0 and not u.grad[0, 0].any(), u.grad[0, :4, 0]
+assert float(torch.tensor(1e-38) * 0.5) > 0
+"""
+
+
+def needs_library() -> None:
+    if reason := native.why_not():
+        pytest.skip(reason)
+
+
+def python(code: str, isa: str, *args: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "LONGLLAVA_ISA": isa, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+
+
+def in_form(isa: str, code: str, *args: str) -> None:
+    """Runs `code` in this form of the library; skips where there is none."""
+    needs_library()
+    done = python(code, isa, *args)
+    if f"LONGLLAVA_ISA={isa}: this processor runs" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr
+
+
+@every_form
+def test_every_form_matches_the_reference(isa) -> None:
+    in_form(isa, CHECK, isa)
+
+
+@every_form
+def test_decays_are_right_where_states_live_long(isa) -> None:
+    """What a state loses a token adds up over its life, and so does an error that always has one sign."""
+    in_form(isa, DECAYS)
+
+
+@every_form
+def test_a_state_that_decays_away_becomes_0_and_other_arithmetic_keeps_its_small_numbers(isa) -> None:
+    """Operations on denormal numbers take the processor a hundred times as long."""
+    if platform.machine() not in ("x86_64", "aarch64"):
+        pytest.skip("denormals are flushed on x86-64 and ARM")
+    in_form(isa, DENORMALS)
+
+
+def test_amx_is_not_used_where_it_is_forbidden_or_absent() -> None:
+    """What a processor has its flags say, on Linux."""
+    needs_library()
+    code = "from longllava.ops import native; print(native.isa(), native.uses_amx())"
+    assert python(code, "portable").stdout.split() == ["portable", "False"]
+    assert python(f"import os; os.environ['LONGLLAVA_AMX'] = '0'; {code}", "").stdout.split()[1] == "False"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "amx_int8" not in flags.split():
+        assert python(code, "").stdout.split()[1] == "False"
+
+
+def test_a_form_that_does_not_exist_is_an_error() -> None:
+    needs_library()
+    done = python("from longllava.ops import native; native.why_not()", "abacus")
+    assert done.returncode == 1
+    assert "BackendError: LONGLLAVA_ISA=abacus: this processor runs portable" in done.stderr
