@@ -29,6 +29,7 @@ class Case:
     skip: bool = True
     state: bool = True
     packing: str | None = None
+    steps: float = -1.0  # mean of delta: softplus(-1) forgets within a few tokens, softplus(-6) hardly in a hundred
     layout: str = "split"  # u and z two halves of one tensor; or "whole", or "transposed" (last stride not 1)
     source: str = ""  # the model this call comes from
 
@@ -47,7 +48,7 @@ class Case:
             u, z = normal(*shape[:2], 2 * self.channels, dtype=self.dtype).chunk(2, -1)
         else:
             u, z = normal(*shape, dtype=self.dtype), normal(*shape, dtype=self.dtype)
-        delta = normal(*shape, dtype=self.dtype) - 1
+        delta = normal(*shape, dtype=self.dtype) + self.steps
         if not self.softplus:
             delta = delta.abs()
         # as a trained model has them: from slow to fast states, some 1 to N
@@ -90,6 +91,7 @@ CASES = (
     replace(PLAIN, name="chunk-and-one", length=65, channels=8, n_states=17),
     replace(PLAIN, name="two-tiles", batch=1, length=33, channels=150, n_states=3),
     replace(PLAIN, name="many-states", batch=1, length=9, channels=5, n_states=200),
+    replace(PLAIN, name="small-steps", length=300, channels=24, steps=-6.0),
     replace(PLAIN, name="bare", gate=False, delta_bias=False, softplus=False, skip=False, state=False),
     replace(PLAIN, name="ungated-softplus", gate=False, delta_bias=False),
     replace(PLAIN, name="transposed", layout="transposed"),
