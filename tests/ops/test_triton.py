@@ -94,7 +94,9 @@ def test_what_the_kernels_do_not_take_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(triton_support, "missing", lambda: None)
     u = torch.ones(1, 2, 4)
     wide = torch.ones(4, 257)
-    assert triton_scan.why_not(u, u, wide, u, u) == "takes at most 256 states per channel, got 257"
+    assert triton_scan.why_not(u, u, wide, u, u) == "takes 1 to 256 states per channel, got 257"
+    few = wide[:, :0], u[..., :0], u[..., :0]  # y is D u, then, which no kernel is needed for
+    assert triton_scan.why_not(u, u, *few) == "takes 1 to 256 states per channel, got 0"
     assert triton_scan.why_not(u, u.double(), u[0], u, u) == "takes float32, bfloat16 or float16, got delta in float64"
     assert triton_conv.why_not(u, torch.ones(4, 9)) == "takes at most 8 taps, got 9"
     q = torch.ones(1, 2, 1, 8)

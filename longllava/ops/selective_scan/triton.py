@@ -24,8 +24,8 @@ def why_not(
     z: Tensor | None = None,
     *rest: Any,
 ) -> str | None:
-    if A.shape[1] > MAX_STATES:
-        return f"takes at most {MAX_STATES} states per channel, got {A.shape[1]}"
+    if not 1 <= A.shape[1] <= MAX_STATES:
+        return f"takes 1 to {MAX_STATES} states per channel, got {A.shape[1]}"
     return triton_support.why_not(u=u, delta=delta, B=B, C=C, z=z)
 
 
