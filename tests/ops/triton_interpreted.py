@@ -166,6 +166,16 @@ def test_conv_of_sums_far_out(small_blocks) -> None:
         assert error(got, truth[name]) < 1e-5, name
 
 
+@pytest.mark.parametrize("packing", [None, "middle"])
+def test_conv_hides_no_nan_in_gradients(packing, small_blocks) -> None:
+    args = list(replace(conv_cases.PLAIN, length=40, batch=1, packing=packing).inputs())
+    args[0][0, -2 if packing is None else 30, 3] = torch.nan
+    found = [outputs_and_gradients(run, conv_cases.NAMES, args) for run in (conv.run, conv_reference.run)]
+    for name, truth in found[1].items():
+        assert torch.equal(found[0][name].isnan(), truth.isnan()), name
+    assert found[1]["grad x"].isnan().any() and found[1]["grad bias"].isnan().sum() == 1
+
+
 def test_conv_custom_op_keeps_torchs_rules() -> None:
     x, weight, bias, state, seq_idx, _ = replace(conv_cases.PLAIN, length=9, channels=5, packing="wild").inputs()
     args = [t.requires_grad_() for t in (x, weight, bias, state)]

@@ -139,7 +139,8 @@ def backward_sums(
             s_TE = sigmoid(y_TE)
             # far out y times (1 - s) is infinity times 0
             slope_TE = s_TE * (1 + tl.where(s_TE < 1, y_TE * (1 - s_TE), 0.0))
-            grad_TE *= tl.where(s_TE > 0, slope_TE, 0.0)
+            # a real token's NaN stays; what stands at the others is of no token
+            grad_TE = tl.where(real_TE, grad_TE * tl.where(s_TE == 0, 0.0, slope_TE), 0.0)
         tl.store(grad_sums + (b * length + t_T)[:, None] * CHANNELS + e_E[None], grad_TE, mask=mask_TE)
         sum_bias_E += tl.sum(grad_TE, 0)
         for k in tl.static_range(TAPS):
