@@ -252,9 +252,11 @@ def test_attention_merges_what_was_not_seen() -> None:
     for n, (y, lse) in enumerate(parts):
         for gone in (5, 6 + n):  # query 5 saw nothing anywhere
             y[0, gone], lse[0, gone] = 0, -torch.inf
+    parts[1][1][0, 9, 1] = torch.nan  # which is no -inf, then
     y, lse = attention.merged(parts)
     truth, truth_lse = attention_op.merge(parts)
-    assert torch.allclose(y, truth, atol=1e-6) and torch.allclose(lse, truth_lse, atol=1e-6)
+    for got, expected in ((y, truth), (lse, truth_lse)):
+        assert torch.allclose(got, expected, atol=1e-6, equal_nan=True) and got[0, 9, 1].isnan().all()
     assert (y[0, 5] == 0).all() and (lse[0, 5] == -torch.inf).all()
 
 

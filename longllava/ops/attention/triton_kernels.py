@@ -172,8 +172,8 @@ def merge_several(
         part_MD = tl.load(parts[i] + row_M[:, None] * DIM + d_D[None], mask=mask_MD, other=0)
         acc_MD += part_MD.to(tl.float32) * weight_M[:, None]
         sum_M += weight_M
-    seen_M = sum_M > 0
-    sum_M = tl.where(seen_M, sum_M, 1.0)
+    unseen_M = sum_M == 0  # not where it is NaN
+    sum_M = tl.where(unseen_M, 1.0, sum_M)
     y_MD = acc_MD / sum_M[:, None]
     tl.store(y + row_M[:, None] * DIM + d_D[None], y_MD.to(y.dtype.element_ty), mask=mask_MD)
-    tl.store(lse + row_M, tl.where(seen_M, top_M + tl.log2(sum_M) * LN2, float("-inf")), mask=mask_M)
+    tl.store(lse + row_M, tl.where(unseen_M, float("-inf"), top_M + tl.log2(sum_M) * LN2), mask=mask_M)
