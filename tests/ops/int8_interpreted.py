@@ -61,6 +61,15 @@ def test_sums_over_spans_are_added_in_order(monkeypatch) -> None:
         assert torch.equal(got, triton.run(*args))
 
 
+def test_sums_that_fp16_does_not_hold_before_they_are_scaled() -> None:
+    """Of more rows than the kernel for few takes, which adds in fp32."""
+    x, scale = torch.full((triton.FEW_ROWS + 1, 64), 100.0).half(), torch.tensor([1e-3, 2e-3])
+    several = torch.full((1, 2, 64), 127, dtype=torch.int8), scale[None], torch.tensor([0, len(x)], dtype=torch.int32)
+    for weight, scales, offsets in ((several[0][0], scale, None), several):
+        args = (x, weight, scales, None, None, offsets, "weight_only", x.dtype)
+        assert torch.equal(triton.run(*args), reference.run(*args))
+
+
 @pytest.mark.parametrize("width", [1, 37, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_rows_are_quantised_to_the_same_bits(width, dtype, monkeypatch) -> None:

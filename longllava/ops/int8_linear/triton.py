@@ -234,14 +234,16 @@ def _few_rows(
 def _widened(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, offsets: Tensor | None, y: Tensor
 ) -> Tensor:
-    """Weights as x's dtype holds int8 exactly; scales after the product, in fp32."""
+    """Weights in floats, which hold int8 exactly; scales after the product, in fp32."""
     if offsets is not None:
         ends = offsets.tolist()
         for expert, (start, end) in enumerate(zip(ends, ends[1:])):
             bias_N = None if bias is None else bias[expert]
             _widened(x[start:end], weight[expert], scale[expert], bias_N, None, y[start:end])
         return y
-    product = (x @ weight.to(x.dtype).T).float() * scale
+    # fp16 has no room for sums of products that are not yet scaled
+    wide = torch.float32 if x.dtype == torch.float16 else x.dtype
+    product = (x.to(wide) @ weight.to(wide).T).float() * scale
     return y.copy_(product if bias is None else product + bias.float())
 
 
