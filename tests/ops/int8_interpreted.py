@@ -34,7 +34,7 @@ TILES = (
 def test_product_matches_the_reference(case, monkeypatch) -> None:
     poison_empty(monkeypatch)
     if case.mode == "weight_only" and case.dtype == torch.bfloat16:
-        case = replace(case, dtype=torch.float16)
+        case = replace(case, dtype=torch.float16 if case.outliers == 1 else torch.float32)  # fp16 ends at 65,504
     args = case.inputs_of()
     got, truth = triton.run(*args), reference.run(*args)
     assert got.dtype == truth.dtype and got.shape == truth.shape
