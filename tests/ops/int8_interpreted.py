@@ -61,6 +61,13 @@ def test_sums_over_spans_are_added_in_order(monkeypatch) -> None:
         assert torch.equal(got, triton.run(*args))
 
 
+def test_autocast_changes_no_product() -> None:
+    x, (weight, scale) = torch.randn(triton.FEW_ROWS + 1, 64), reference.quantize_rows(torch.randn(8, 64))
+    args = (x, weight, scale, None, None, None, "weight_only", x.dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert error(triton.run(*args), reference.run(*args)) <= CUT[torch.float32]
+
+
 def test_sums_that_fp16_does_not_hold_before_they_are_scaled() -> None:
     """Of more rows than the kernel for few takes, which adds in fp32."""
     x, scale = torch.full((triton.FEW_ROWS + 1, 64), 100.0).half(), torch.tensor([1e-3, 2e-3])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longllava.ops import triton_support
+from longllava.ops.dispatch import without_autocast
 from longllava.ops.few_rows import triton as few_rows_triton
 from longllava.ops.int8_linear import reference
 from longllava.ops.triton_support import DTYPES, OPTIONS, rowed
@@ -231,6 +232,7 @@ def _few_rows(
     return y
 
 
+@without_autocast
 def _widened(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, offsets: Tensor | None, y: Tensor
 ) -> Tensor:
