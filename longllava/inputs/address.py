@@ -84,7 +84,7 @@ def ask(
                 return b"", location
             if response.status != 200:
                 raise InputError(f"the server answers {response.status}")
-            return read_all(response, max_bytes), None
+            return read_all(response, max_bytes, deadline), None
     except (OSError, http.client.HTTPException) as error:
         if time.monotonic() >= deadline:
             raise InputError(f"it took more than {seconds:g} seconds") from None
@@ -94,11 +94,14 @@ def ask(
         connection.close()
 
 
-def read_all(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    """All of an answer; one that says, or turns out, to be too long is not read further."""
+def read_all(response: http.client.HTTPResponse, max_bytes: int, deadline: float) -> bytes:
+    """All of an answer; one that says, or turns out, to be too long is not read further. Raises: InputError; OSError
+    when it was hung up on, which looks like its end where no length was stated."""
     content = bytearray()
     while (response.length or 0) <= max_bytes:  # what is still to come, where that was stated
         if not (block := response.read1(BLOCK)):
+            if time.monotonic() >= deadline:
+                raise TimeoutError
             if response.length:  # less came than was stated
                 raise InputError(f"broken answer: {response.length} bytes are missing")
             return bytes(content)

@@ -72,6 +72,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     time.sleep(0.1)
             except OSError:
                 pass
+        elif name == "drip":  # a picture, and then bytes now and then; rest: the length that is stated
+            self.reply(200, gif(), **({"Content_Length": rest} if rest else {}))
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
         elif name == "to":
             self.reply(302, Location=rest)
         elif name == "hops":
@@ -159,6 +165,8 @@ def test_an_address_may_hold_its_picture():
         ("endless", "more than 100,000 bytes"),
         ("hops/9", "more than 3 redirects"),
         ("slow", "it took more than 0.5 seconds"),
+        ("drip", "it took more than 0.5 seconds"),
+        ("drip/90000", "it took more than 0.5 seconds"),
         ("to/file:///etc/passwd", "scheme 'file'; allowed: http, https"),
         ("to/http://example.org/a.png", "host example.org may not be asked; allowed: 127.0.0.1"),
         ("to/http://[::1/", "not a well-formed address"),
