@@ -7,6 +7,7 @@ and the connection goes to the number that was checked, so that a name cannot ch
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import ipaddress
 import socket
@@ -81,6 +82,8 @@ def ask(
         connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "longllava"})
         with connection.getresponse() as response:  # which keeps the socket open beside the connection
             if response.status in MOVED and (location := response.getheader("Location")):
+                with contextlib.suppress(UnicodeError):  # headers are read as Latin-1; addresses in them are UTF-8
+                    location = location.encode("latin-1").decode("utf-8")
                 return b"", location
             if response.status != 200:
                 raise InputError(f"the server answers {response.status}")

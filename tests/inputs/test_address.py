@@ -80,6 +80,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     time.sleep(0.1)
         elif name == "to":
             self.reply(302, Location=rest)
+        elif name == "letters":  # in a header, where servers write UTF-8
+            self.reply(302, Location="/b\xfccher".encode().decode("latin-1"))
+        elif name == "b%C3%BCcher":
+            self.reply(200, png(), Content_Length=len(png()))
         elif name == "hops":
             self.reply(302, Location=f"/hops/{int(rest) - 1}" if rest != "0" else "/png")
         else:
@@ -103,7 +107,7 @@ def at(server, path):
     return f"http://127.0.0.1:{server.server_port}/{path}"
 
 
-@pytest.mark.parametrize("path", ["png", "unstated", "to//png", "hops/2", "png?a=b c".replace(" ", "%20")])
+@pytest.mark.parametrize("path", ["png", "unstated", "to//png", "hops/2", "letters", "png?a=b c".replace(" ", "%20")])
 def test_a_picture_comes_whole(server, path):
     assert download(at(server, path), HERE) == png()
 
