@@ -159,6 +159,7 @@ def test_options_count_and_unknown_ones_are_told(processor, tmp_path):
         ({"return_tensors": "np"}, "return_tensors: got 'np', allowed: pt, auto"),
         ({"tokens_per_image": 5}, "tokens_per_image: got 5, allowed"),
         ({"max_length": "99"}, "max_length: got '99', expected a whole number above 0"),
+        ({"padding": "max_length"}, "padding: 'max_length' pads to max_length, which was not given"),
         ({"audio": [0]}, "audio: this model hears nothing"),
         ({"images": "https://example.org/a.png"}, "image 1 of 1: https://example.org/a.png"),
     ):

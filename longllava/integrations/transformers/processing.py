@@ -194,7 +194,7 @@ class LongLLaVAProcessor(ProcessorMixin):
         length = max(len(encoded.ids) for encoded, _ in rows)
         side = options.get("padding_side", self.tokenizer.padding_side)
         if options.get("padding") == "max_length":
-            length = options.get("max_length") or length
+            length = options["max_length"]
         ids_BL = torch.full((len(rows), length), self.inner.tokenizer.pad_id)
         mask_BL, learned_BL = torch.zeros_like(ids_BL), torch.zeros_like(ids_BL)
         for number, (encoded, _) in enumerate(rows):
@@ -233,6 +233,8 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"{name}: no such option; allowed: {', '.join((*OWN, *CHECKED))}")
         if name in CHECKED and value not in CHECKED[name]:
             raise InputError(f"{name}: got {value!r}, allowed: {', '.join(map(str, CHECKED[name]))}")
+    if given.get("padding") == "max_length" and "max_length" not in given:
+        raise InputError("padding: 'max_length' pads to max_length, which was not given")
     check_count("max_length", given.get("max_length", 1))
     return given
 
