@@ -79,7 +79,7 @@ def tasks_named(names: Sequence[str]) -> list[Task]:
     known = {task.name: task for task in TASKS}
     for name in names:
         if name not in known:
-            raise ConfigError(f"curriculum: no task {name!r}; have {', '.join(known)}")
+            raise ConfigError(f"no task {name!r}; have {', '.join(known)}")
     return [known[name] for name in names]
 
 

@@ -77,7 +77,7 @@ def test_every_question_has_a_kind_where_kinds_are_told_apart() -> None:
 
 
 def test_an_unknown_task_is_named() -> None:
-    with pytest.raises(ConfigError, match="no task 'needles'; have recall, .*needle@64"):
+    with pytest.raises(ConfigError, match="^no task 'needles'; have recall, .*needle@64"):
         tasks_named(["caption", "needles"])
 
 
