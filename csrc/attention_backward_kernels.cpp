@@ -22,7 +22,7 @@ LONGLLAVA_INLINE void differentiate_scores(float* p, float* ds, const float* sco
   }
 }
 
-// sums[key][channel] += weights[key][row] * rows[row][channel]
+// sums[key][channel] += weights[key][row] * rows[row][channel]; the sum over these rows by itself, as in add_values
 LONGLLAVA_INLINE void add_rows(float* sums, int64_t stride, const float* weights, const float* rows, int64_t n_keys,
                                int64_t n_rows, const Panels& channels) {
   for (int64_t panel = 0; panel < channels.n_panels; ++panel) {
@@ -31,14 +31,14 @@ LONGLLAVA_INLINE void add_rows(float* sums, int64_t stride, const float* weights
       constexpr int N = decltype(vectors)::value;
       for (int64_t key = 0; key < n_keys; key += TILE_HEIGHT) {
         float* place = sums + key * stride + start;
-        vec held[TILE_HEIGHT][N];
-#pragma GCC unroll 8
-        for (int i = 0; i < TILE_HEIGHT; ++i)
-          for (int j = 0; j < N; ++j) held[i][j] = load(place + i * stride + j * WIDTH);
+        vec held[TILE_HEIGHT][N] = {};
         add_products<Single>(held, weights + key * TILE, TILE, 1, rows + start, stride, n_rows);
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_HEIGHT; ++i)
-          for (int j = 0; j < N; ++j) store(place + i * stride + j * WIDTH, held[i][j]);
+          for (int j = 0; j < N; ++j) {
+            float* sum = place + i * stride + j * WIDTH;
+            store(sum, load(sum) + held[i][j]);
+          }
       }
     });
   }

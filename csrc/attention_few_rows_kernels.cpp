@@ -46,10 +46,7 @@ LONGLLAVA_INLINE void score_rows(float* scores, const float* q, int64_t q_stride
 template <int ROWS, int N, class Input>
 LONGLLAVA_INLINE void add_channels(float* sums, int64_t stride, const float* p, const Input* v, int64_t v_stride,
                                    int64_t n_keys) {
-  vec held[ROWS][N];
-#pragma GCC unroll 8
-  for (int row = 0; row < ROWS; ++row)
-    for (int j = 0; j < N; ++j) held[row][j] = load(sums + row * stride + j * WIDTH);
+  vec held[ROWS][N] = {};  // of these keys alone, as in attention_products.h
   for (int64_t key = 0; key < n_keys; ++key, v += v_stride) {
     vec channels[N];
 #pragma GCC unroll 8
@@ -62,7 +59,10 @@ LONGLLAVA_INLINE void add_channels(float* sums, int64_t stride, const float* p, 
   }
 #pragma GCC unroll 8
   for (int row = 0; row < ROWS; ++row)
-    for (int j = 0; j < N; ++j) store(sums + row * stride + j * WIDTH, held[row][j]);
+    for (int j = 0; j < N; ++j) {
+      float* place = sums + row * stride + j * WIDTH;
+      store(place, load(place) + held[row][j]);
+    }
 }
 
 // The same for all channels from d on: N vectors at a time, then half as many, then one by one.
@@ -75,9 +75,11 @@ LONGLLAVA_INLINE void add_rows(float* sums, int64_t stride, const float* p, cons
     add_rows<ROWS, N / 2>(sums, stride, p, v, v_stride, n_keys, width, d);
   } else {
     for (; d < width; ++d)
-      for (int row = 0; row < ROWS; ++row)
-        for (int64_t key = 0; key < n_keys; ++key)
-          sums[row * stride + d] += p[row * KEY_BLOCK + key] * load_one(v + key * v_stride + d);
+      for (int row = 0; row < ROWS; ++row) {
+        float sum = 0;
+        for (int64_t key = 0; key < n_keys; ++key) sum += p[row * KEY_BLOCK + key] * load_one(v + key * v_stride + d);
+        sums[row * stride + d] += sum;
+      }
   }
 }
 

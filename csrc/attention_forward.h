@@ -35,7 +35,7 @@ LONGLLAVA_INLINE void softmax_step(float* scores, float scale, int64_t n_keys, f
     store(tops + j * WIDTH, top);
     const vec base = top == NEGATIVE_INFINITY ? vec{} : top;  // nothing seen so far: p is 0, not NaN
     shrink[j] = exp2_of(old_top - base);
-    vec total = load(totals + j * WIDTH) * shrink[j];
+    vec total{};
     for (int64_t t = 0; t < n_keys / Dot::DEPTH; ++t) {
       vec p[Dot::DEPTH];
       for (int part = 0; part < Dot::DEPTH; ++part) {
@@ -44,7 +44,7 @@ LONGLLAVA_INLINE void softmax_step(float* scores, float scale, int64_t n_keys, f
       }
       store(reinterpret_cast<typename Dot::Element*>(scores) + (t * N + j) * WIDTH, Dot::join(p));
     }
-    store(totals + j * WIDTH, total);
+    store(totals + j * WIDTH, load(totals + j * WIDTH) * shrink[j] + total);
   }
 }
 

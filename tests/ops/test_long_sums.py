@@ -1,0 +1,50 @@
+"""Sums over 100,000 tokens by the compiled kernels: one chain of additions loses what is far smaller than its sum."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels import FORMS, needs_kernels, run_in_form
+
+PRELUDE = """
+import torch
+
+def error(got, truth):
+    return float((got.double() - truth).abs().max() / truth.abs().max())
+"""
+
+# sixteen sequences, so that the keys of each are taken by one task; few rows and many have kernels of their own, and so
+# have channels that fill no vector
+ATTENTION = """
+from longllava.ops.attention import attention
+random = torch.Generator().manual_seed(0)
+k, v = (torch.randn(1, 100_000, 1, 17, generator=random) for _ in range(2))
+for n_queries, size in ((2, 1), (2, 6), (16, 1), (16, 6)):
+    q = torch.randn(1, n_queries, 1, 17, generator=random) * size
+    wide = [x.double().transpose(1, 2) for x in (q, k, v + 1)]
+    scores = wide[0] @ wide[1].transpose(2, 3) / 17**0.5
+    truth, truth_lse = (scores.softmax(-1) @ wide[2]).transpose(1, 2), scores.logsumexp(-1).transpose(1, 2)
+    inputs = [x.expand(16, -1, -1, -1) for x in (q, k, v + 1)]
+    y, lse = attention(*inputs, causal=False, return_lse=True, backend="cpu")
+    assert error(y, truth) < 4e-6 and error(lse, truth_lse) < 4e-7
+"""
+
+ATTENTION_GRADIENTS = """
+from longllava.ops.attention import attention
+random = torch.Generator().manual_seed(0)
+q, k, v, grad = (torch.randn(1, n, 1, 16, generator=random) for n in (100_000, 24, 24, 100_000))
+wide = [x.double() for x in (q, k, v, grad + 1)]
+p = (torch.einsum("blhk,bshk->bhls", wide[0], wide[1]) / 4).softmax(-1)
+dp = torch.einsum("blhk,bshk->bhls", wide[3], wide[2])
+ds = p * (dp - (p * dp).sum(-1, keepdim=True)) / 4
+truth = torch.einsum("bhls,blhk->bshk", ds, wide[0]), torch.einsum("bhls,blhk->bshk", p, wide[3])
+inputs = [x.requires_grad_() for x in (q, k, v)]
+attention(*inputs, causal=False, backend="cpu").backward(grad + 1)
+assert error(k.grad, truth[0]) < 4e-6 and error(v.grad, truth[1]) < 4e-6
+"""
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", FORMS[:3])
+def test_long_sums_of_attention_are_right(form):
+    run_in_form(form, PRELUDE + ATTENTION + ATTENTION_GRADIENTS)
