@@ -181,11 +181,13 @@ def _product(
     tiles = tiles or choose_tiles(n_rows, n_outputs, n_inputs, aligned, x.device)
     n_tiles = (-(-n_rows // tiles.block_m) + n_experts - 1) * -(-n_outputs // tiles.block_n)
     n_programs = min(n_tiles, triton_support.n_processors(x.device)) if tiles.persistent else n_tiles
+    # fp32 on its way out takes 128 KB, which leaves the next tile's loads no room
+    flatten = tiles.flatten and offsets is None and y.element_size() == 2
     product[(n_programs,)](
         _tiled(x, tiles.block_m, tiles), _tiled(weight_2d, tiles.block_n, tiles), x_scale, scale, bias, offsets, y,
         n_rows, n_outputs, n_programs, y.stride(0), K=n_inputs, EXPERTS=n_experts, PADDED=_power_of_two(n_experts),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP=tiles.group,
-        DESCRIBED=tiles.described, FLATTEN=tiles.flatten and offsets is None,
+        DESCRIBED=tiles.described, FLATTEN=flatten,
         num_warps=tiles.warps, num_stages=tiles.stages, **OPTIONS,
     )  # fmt: skip
     return y
