@@ -78,6 +78,20 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(arch: int, call: str, 
     assert (len(products) > 0) == (call == "") and all(row["tensor core"] > 0 for row in products)
 
 
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="triton's compiler for NVIDIA GPUs is for Linux")
+@pytest.mark.parametrize(("arch", "kilobytes"), [(90, 227), pytest.param(80, 163, marks=pytest.mark.long)])
+def test_wide_heads_and_numbers_find_room_in_shared_memory(arch: int, kilobytes: int, tmp_path: Path) -> None:
+    """More than a block may have is an error at the first launch. fp32 at 128 numbers a head asked for 320 KB."""
+    out = tmp_path / "report.json"
+    command = [sys.executable, "benchmarks/triton_report.py", "--arch", str(arch), "--call", "wide", "--output", out]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    taken = [(row["shared_bytes"], row["kernel"]) for row in json.loads(out.read_text("utf-8"))["rows"]]
+    assert {"forward", "product"} <= {kernel for _, kernel in taken} and max(taken)[0] <= kilobytes * 1024
+
+
 def test_a_tensor_that_is_not_on_a_gpu_is_refused_by_name() -> None:
     args = Case("small", length=3).inputs()
     with pytest.raises(BackendError, match="triton: needs CUDA tensors, got u on cpu"):

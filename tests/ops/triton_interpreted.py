@@ -214,6 +214,14 @@ def test_attention_matches_the_reference(case, spans, monkeypatch) -> None:
         assert got <= 2 * floor + 1e-5
 
 
+@pytest.mark.parametrize(("head_dim", "dtype"), [(96, torch.float32), (200, torch.float32), (200, torch.float16)])
+def test_attention_of_wide_heads_goes_in_smaller_blocks(head_dim, dtype) -> None:
+    q, k, v = (torch.randn(1, n, heads, head_dim).to(dtype) for n, heads in ((50, 4), (90, 2), (90, 2)))
+    truth = attention_reference.run(q.double(), k.double(), v.double(), 0.1, True, None, None, True)
+    for got, expected in zip(attention.run(q, k, v, 0.1), truth):
+        assert error(got, expected) < (1e-6 if dtype == torch.float32 else 2e-3)
+
+
 def test_attention_custom_op_keeps_torchs_rules() -> None:
     q = torch.randn(1, 3, 2, 16)
     tests = ("test_schema", "test_faketensor")

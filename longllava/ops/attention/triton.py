@@ -17,6 +17,7 @@ from longllava.ops.triton_support import OPTIONS, rowed
 
 MAX_HEAD_DIM = 256
 BLOCK_S = 64  # keys
+ROW_BYTES = 256  # of a head's key, up to which blocks are whole: 128 numbers of 16 bits
 MIN_SPAN = 256  # keys: shorter spans would spend more on their merge
 PROGRAMS_WANTED = 2  # a processor
 Part = tuple[Tensor, Tensor]  # y (B, L, H, K), lse (B, L, H)
@@ -58,7 +59,11 @@ def _forward(
         return y, lse
     n_rows = n_queries * (n_heads // n_groups)
     padded = max(16, 1 << (dim - 1).bit_length())
-    block_m = min(128, max(16, 1 << (n_rows - 1).bit_length()))
+    # Wider heads get fewer rows and keys at a time: for whole blocks no GPU has room in shared memory. fp32, of whose
+    # numbers each is multiplied in three parts, gets fewer rows still, or registers spill.
+    wider = max(1, padded * q.element_size() // ROW_BYTES)
+    most = 128 // wider ** (q.element_size() // 2)
+    block_m = max(16, min(most, 1 << (n_rows - 1).bit_length()))
     programs = batch * n_groups * -(-n_rows // block_m)
     wanted = PROGRAMS_WANTED * triton_support.n_processors(q.device) // programs
     n_splits = max(1, min(wanted, n_keys // MIN_SPAN))
@@ -80,7 +85,7 @@ def _forward(
         forward[(programs * n_splits,)](
             **arguments, **shape, y=parts, lse=part_lse, scale=scale * math.log2(math.e), batch=batch,
             n_queries=n_queries, n_keys=n_keys, n_splits=n_splits, span=span, HEADS=n_heads, GROUPS=n_groups,
-            CAUSAL=causal, BLOCK_M=block_m, BLOCK_S=BLOCK_S, num_warps=8 if block_m == 128 else 4,
+            CAUSAL=causal, BLOCK_M=block_m, BLOCK_S=BLOCK_S // wider, num_warps=8 if block_m == 128 or wider > 1 else 4,
             num_stages=triton_support.stages(q.device),
         )  # fmt: skip
         if n_splits > 1:
