@@ -62,7 +62,7 @@ build_peers() {
   export PYTORCH_NVCC=$wrapper MAX_JOBS=${JOBS:-12} MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE
   for source in "$folder"/*.tar.gz; do
     local own=$results/wheels/$(basename "$source" .tar.gz)
-    ("$python" -m pip wheel -q --no-index --no-build-isolation --no-deps -w "$own" "$source" && install_peer "$own"/*.whl) &
+    (timeout "$(left)" "$python" -m pip wheel -q --no-index --no-build-isolation --no-deps -w "$own" "$source" && install_peer "$own"/*.whl) &
   done
   wait
 }
@@ -70,7 +70,7 @@ build_peers() {
 if wants build; then
   [ -z "${PEERS:-}" ] || build_peers > "$results/peers.log" 2>&1 &
   peers=$!
-  LONGLLAVA_CUDA=1 LONGLLAVA_CUDA_ARCHS=$sm "$python" csrc/build.py 2>&1 | tail -n 5
+  LONGLLAVA_CUDA=1 LONGLLAVA_CUDA_ARCHS=$sm within "$python" csrc/build.py 2>&1 | tail -n 5
   say "built csrc"
 fi
 wants check && { within "$python" benchmarks/kernel_checks.py --output "$results/kernel-checks.json"; say "checked"; }
@@ -79,8 +79,10 @@ if wants sanitize; then  # op by op: all of them in one process run into the lim
     # races are looked for in our CUDA kernels alone: in Triton's scan its reports are about code that Triton makes
     only=$([ "$tool" = memcheck ] || echo "--kernel-regex kns=longllava")
     for op in selective_scan causal_conv1d int8_linear; do
+      seconds=$(left)
+      ((seconds >= 20)) || { say "no time left for: compute-sanitizer $tool $op"; continue; }
       # shellcheck disable=SC2086
-      timeout 60 compute-sanitizer --tool "$tool" $only --error-exitcode 9 "$python" benchmarks/kernel_checks.py --quick \
+      timeout $((seconds < 60 ? seconds : 60)) compute-sanitizer --tool "$tool" $only --error-exitcode 9 "$python" benchmarks/kernel_checks.py --quick \
         --op "$op" --output "$results/sanitizer-checks.json" > "$results/sanitizer-$tool-$op.log" 2>&1
       say "compute-sanitizer $tool $op: exit code $?, $(tail -n 1 "$results/sanitizer-$tool-$op.log")"
     done
@@ -89,8 +91,9 @@ fi
 [ -z "${peers:-}" ] || { wait "$peers"; cat "$results/peers.log" 2> /dev/null | tail -n 3; }
 export PYTHONPATH="$PYTHONPATH:$results/site"
 if wants cpu; then  # two cores of the machine, beside the GPU's benchmark
-  (OMP_NUM_THREADS=2 taskset -c 0,2 "$python" benchmarks/kernels.py --device cpu --output "$results/kernels-cpu.json" \
-    > "$results/kernels-cpu.log" 2>&1; say "timed two cores") &
+  (OMP_NUM_THREADS=2 within taskset -c 0,2 "$python" benchmarks/kernels.py --device cpu \
+    --output "$results/kernels-cpu.json" > "$results/kernels-cpu.log" 2>&1; tail -n 1 "$results/kernels-cpu.log"
+    say "timed two cores") &
   cpu=$!
 fi
 wants kernels && { within "$python" benchmarks/kernels.py --device cuda --output "$results/kernels.json"; say "timed the GPU"; }
@@ -100,5 +103,5 @@ if wants first; then  # what it began before --seconds are over may take 40 more
     --save "$results/gpu_first_token.json"
   say "first tokens"
 fi
-[ -z "${cpu:-}" ] || { (($(left) > 0)) || kill "$cpu"; wait "$cpu"; } 2> /dev/null
+[ -z "${cpu:-}" ] || wait "$cpu"
 say "done"

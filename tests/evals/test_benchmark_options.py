@@ -129,6 +129,21 @@ def test_the_run_on_a_gpu_begins_only_where_its_results_and_steps_are_known(tmp_
     assert done.returncode == 0 and "it went to work" in done.stdout and "checked" in done.stdout
 
 
+def test_the_run_on_a_gpu_begins_nothing_when_its_time_is_over(tmp_path: Path) -> None:
+    for name in ("nvidia-smi", "python", "compute-sanitizer", "taskset"):
+        says = "9.0" if name == "nvidia-smi" else "it went to work"
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {says}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python", "LIMIT": "5"}
+    environment["PEERS"] = ""
+    done = subprocess.run(["bash", BENCHMARKS / "gpu_run.sh", tmp_path / "results"], capture_output=True, text=True,
+                          env=environment)  # fmt: skip
+    logs = [path.read_text("utf-8") for path in (tmp_path / "results").glob("*.log")]
+    assert done.returncode == 0 and "it went to work" not in "".join([done.stdout, *logs]), (done, logs)
+    for step in ("build.py", "memcheck causal_conv1d", "kernels.py --device cpu", "kernels.py --device cuda"):
+        assert any("no time left for: " in line and step in line for line in done.stdout.splitlines()), done.stdout
+
+
 def test_threads_wait_as_they_do_for_users() -> None:
     """Scripts that import torch before the library took up to ten times as long where neighbours were busy."""
     code = "import _environment, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
