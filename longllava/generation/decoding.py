@@ -149,8 +149,10 @@ def captured(step, device: torch.device) -> torch.cuda.CUDAGraph:  # type: ignor
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
-        step()
-        graph.capture_end()
+        try:
+            step()
+        finally:  # where the step ran out of memory, too: the stream is that of all later answers
+            graph.capture_end()
     current.wait_stream(stream)
     return graph
 

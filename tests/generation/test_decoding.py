@@ -1,5 +1,7 @@
 """Decoding in place gives what decoding with growing states gives: on a CPU step by step, on a GPU from a graph."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -84,6 +86,30 @@ def test_a_row_draws_as_it_would_token_by_token():
     generator = Sampling(seed=7).generator()
     one_by_one = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for _ in range(40)])
     assert torch.equal(at_once, one_by_one)
+
+
+def test_a_step_that_fails_leaves_no_capture_open(monkeypatch):
+    """All later answers of the process would be captured on the same stream, which goes on capturing until then."""
+    told = []
+
+    class Stream:
+        wait_stream = staticmethod(lambda other: None)
+
+    class Graph:
+        capture_begin = staticmethod(lambda **_: told.append("begin"))
+        capture_end = staticmethod(lambda: told.append("end"))
+
+    def step():
+        told.append("step")
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(decoding, "capture_stream", lambda device: Stream())
+    with pytest.raises(torch.OutOfMemoryError):
+        decoding.captured(step, torch.device("cuda"))
+    assert told == ["begin", "step", "end"]
 
 
 @pytest.mark.gpu
