@@ -241,25 +241,30 @@ def checks(
     quick: Annotated[bool, typer.Option(help="Only small shapes, of every kind.")] = False,
     op: Annotated[str, typer.Option(help="Only ops whose name contains this.")] = "",
     output: Annotated[
-        Path | None, typer.Option(help="JSON file; default benchmarks/results/kernel-checks[-OP]-cuda.json.")
+        Path | None,
+        typer.Option(help="JSON file; default benchmarks/results/kernel-checks[-OP]-cuda.json, none with --quick."),
     ] = None,
 ) -> None:
     """Compare every kernel with fp64 on this GPU."""
     if not torch.cuda.is_available():
         raise LongLLaVAError("torch sees no GPU here; tests/ops checks the kernels without one")
     check_target(output)
-    rows = []
+    if output is None and not quick:
+        name = f"kernel-checks-{op}-cuda.json" if op else "kernel-checks-cuda.json"
+        output = Path(__file__).resolve().parent / "results" / name
+    rows: list[Row] = []
+    report = {**environment(), "finished": False, "rows": rows}
     for row in all_rows(quick, op):
         rows.append(row)
         print(line(row), flush=True)
+        if output is not None:
+            write_json(output, report)  # a run that is cut off keeps what it has
     if not rows:
         raise LongLLaVAError(f"--op {op!r}: no such op; there are selective_scan, causal_conv1d and int8_linear")
     wrong = sum(not row.get("right", True) for row in rows)
     print(f"{len(rows)} lines, {wrong} wrong, {sum('skipped' in row for row in rows)} skipped")
-    if not quick:
-        name = f"kernel-checks-{op}-cuda.json" if op else "kernel-checks-cuda.json"
-        output = output or Path(__file__).resolve().parent / "results" / name
-        print(write_json(output, {**environment(), "rows": rows}))
+    if output is not None:
+        print(write_json(output, report | {"finished": True}))
     if wrong:
         sys.exit(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -142,6 +143,23 @@ def test_the_run_on_a_gpu_begins_nothing_when_its_time_is_over(tmp_path: Path) -
     assert done.returncode == 0 and "it went to work" not in "".join([done.stdout, *logs]), (done, logs)
     for step in ("build.py", "memcheck causal_conv1d", "kernels.py --device cpu", "kernels.py --device cuda"):
         assert any("no time left for: " in line and step in line for line in done.stdout.splitlines()), done.stdout
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_checks_of_kernels_that_are_cut_off_keep_what_they_have(quick: bool, tmp_path: Path, monkeypatch) -> None:
+    module = load_script("kernel_checks")
+
+    def rows(*_):
+        yield {"op": "scan", "what": "1", "backend": "cuda", "right": True}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "environment", dict)
+    monkeypatch.setattr(module, "all_rows", rows)
+    with pytest.raises(KeyboardInterrupt):
+        module.checks(quick=quick, output=tmp_path / "checks.json")
+    kept = json.loads((tmp_path / "checks.json").read_text("utf-8"))
+    assert not kept["finished"] and [row["what"] for row in kept["rows"]] == ["1"]
 
 
 def test_threads_wait_as_they_do_for_users() -> None:
