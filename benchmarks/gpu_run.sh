@@ -62,7 +62,8 @@ build_peers() {
   export PYTORCH_NVCC=$wrapper MAX_JOBS=${JOBS:-12} MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE
   for source in "$folder"/*.tar.gz; do
     local own=$results/wheels/$(basename "$source" .tar.gz)
-    (timeout "$(left)" "$python" -m pip wheel -q --no-index --no-build-isolation --no-deps -w "$own" "$source" && install_peer "$own"/*.whl) &
+    (timeout "$(left)" "$python" -m pip wheel -q --no-index --no-build-isolation --no-deps -w "$own" "$source" \
+      && install_peer "$own"/*.whl) &
   done
   wait
 }
