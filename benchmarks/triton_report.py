@@ -89,26 +89,15 @@ def conv_backward(x: torch.Tensor, *rest: Any) -> None:
     conv.gradients(torch.empty_like(x), None, x, *rest)
 
 
-def attend(
-    n_queries: int, n_keys: int, n_heads: int, n_groups: int, head_dim: int, packed: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-) -> None:  # fmt: skip
+def attend(n_queries: int, n_keys: int, n_heads: int, n_groups: int, head_dim: int, packed: bool = False,
+           dtype: torch.dtype = torch.bfloat16) -> None:  # fmt: skip
     k, v = (empty(1, n_keys, n_groups, head_dim, dtype=dtype) for _ in "kv")
     seq = (empty(1, n, dtype=torch.int32) if packed else None for n in (n_queries, n_keys))
     attention._forward(empty(1, n_queries, n_heads, head_dim, dtype=dtype), k, v, head_dim**-0.5, True, *seq)
 
 
-def attend_widely() -> None:
-    """Heads that take more memory than those of our models in bf16."""
-    for head_dim, dtype in ((128, torch.float32), (256, torch.bfloat16), (256, torch.float32)):
-        for n_queries in (1, 2048):
-            attend(n_queries, 36_000, 8, 2, head_dim, dtype=dtype)
-
-
-def int8_product(
-    rows: int, n_inputs: int, n_outputs: int, mode: str = "dynamic", experts: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
-) -> None:  # fmt: skip
+def int8_product(rows: int, n_inputs: int, n_outputs: int, mode: str = "dynamic", experts: int = 0,
+                 dtype: torch.dtype = torch.bfloat16) -> None:  # fmt: skip
     """Rows as a layer gets them: quantised first in mode "dynamic". The tiles are those of an H100."""
     several = (experts,) if experts else ()
     weight = empty(*several, n_outputs, n_inputs, dtype=torch.int8)
@@ -170,7 +159,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "encoder CLIP-L": lambda: encoder_passes(False),
     "encoder CLIP-L, int8 output": lambda: encoder_passes(True),
     "attention nano, one token": lambda: attend(1, 36_000, 4, 2, 64),
-    "attention of wide heads": attend_widely,
+    "attention 9B in wide numbers": lambda: attend(2048, 36_000, 32, 8, 128, dtype=torch.float32),
     "int8 9B, gate and up in wide numbers": lambda: int8_product(8192, 4096, 28672, dtype=torch.float32),
 }
 

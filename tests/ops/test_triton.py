@@ -81,8 +81,8 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(arch: int, call: str, 
 @needs_triton
 @pytest.mark.skipif(sys.platform != "linux", reason="triton's compiler for NVIDIA GPUs is for Linux")
 @pytest.mark.parametrize(("arch", "kilobytes"), [(90, 227), pytest.param(80, 163, marks=pytest.mark.long)])
-def test_wide_heads_and_numbers_find_room_in_shared_memory(arch: int, kilobytes: int, tmp_path: Path) -> None:
-    """More than a block may have is an error at the first launch. fp32 at 128 numbers a head asked for 320 KB."""
+def test_wide_numbers_find_room_in_shared_memory(arch: int, kilobytes: int, tmp_path: Path) -> None:
+    """More than a block may have is an error at the first launch. fp32 with 128 numbers a head asked for 320 KB."""
     out = tmp_path / "report.json"
     command = [sys.executable, "benchmarks/triton_report.py", "--arch", str(arch), "--call", "wide", "--output", out]
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
