@@ -37,6 +37,7 @@ SEEK_SECONDS = 20.0  # a gap worth a seek; nearer frames are reached by reading 
 TORN = 0.95  # of the stated duration; less is a torn file, not a rounding
 MAX_LOST = 0.05  # of the frames that were decoded
 MAX_TICKS = 2.0**62  # of a stream's clock
+FROM_ZERO = ("matroska,webm", "asf", "nut")  # whose durations end with the last second, whenever a file begins
 RATES = (1.0, 240.0)  # frames a second that are believed
 # containers of pictures and sound alone; playlists (hls, concat, dash) would make FFmpeg open other files
 FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpeg", "mpegts", "flv", "ogg", "asf", "mxf", "ivf",
@@ -89,10 +90,12 @@ class VideoFile:
         )  # the key frame at which decoding began anew; what is shown before may build on others
 
     def duration(self) -> float:
-        """Seconds, as the header says; 0 where it does not."""
+        """Seconds from the first frame, as the header says; 0 where it does not."""
         import av
 
-        return (self.container.duration or 0) / av.time_base
+        start, end = self.container.start_time or 0, self.container.duration or 0
+        later = self.container.format.name in FROM_ZERO and 0 < start < end  # a part of a recording, for example
+        return (end - start if later else end) / av.time_base
 
     def frames(self, wanted: Callable[[], float]) -> Iterator[tuple[float, Callable[[], Image.Image]]]:
         """(second until which it is shown, what makes its picture) of frames in order.

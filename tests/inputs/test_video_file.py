@@ -29,6 +29,19 @@ def test_torn_video_is_one_sentence(tmp_path):
         read_frames(tmp_path / "c.mkv")
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.nut", "a.wmv", "a.mp4"])
+def test_a_part_of_a_longer_recording(tmp_path, name):
+    """Its first frame is shown at a later second; some containers count their durations from 0 all the same."""
+    whole, part = (write_video(tmp_path / f"{start}{name}", range(0, 240, 4), start=start) for start in (0, 100))
+    for sampling in ({"fps": 1}, {"fps": 4, "max_frames": 10}):
+        frames = read_frames(part, **sampling)
+        assert levels(frames) == levels(read_frames(whole, **sampling)) and len(frames) >= 10
+    if name == "a.mkv":
+        part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+        with pytest.raises(InputError, match=r"100a\.mkv: torn: frames end at \d\.\d of 15\.0 seconds"):
+            read_frames(part)
+
+
 def test_without_pyav_the_sentence_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(b"x")
     original = builtins.__import__
