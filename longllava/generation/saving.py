@@ -53,7 +53,7 @@ def save(session: Session, path: str | Path) -> Path:
     from safetensors.torch import save_file
 
     path = expanded(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # not path.is_dir, which raises where a name is too long
         raise CheckpointError(f"{path}: it is a folder; name a file to save the session in")
     state, n_tokens, n_images, pieces = session.content
     tensors = tensors_of(state)
@@ -69,20 +69,22 @@ def save(session: Session, path: str | Path) -> Path:
         "waiting": [["markup" if isinstance(piece, Markup) else "plain", piece.text] for piece in waiting],
         "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
     staged = unfinished(path)
     try:
-        staged.touch(exist_ok=False)
-        mode = staged.stat().st_mode  # what the umask leaves; safetensors makes files that are closed to others
-        save_file(tensors, staged, metadata={"session": json.dumps({**about, "checksum": checksum_of(about)})})
-        os.chmod(staged, mode)
-        with staged.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    except SafetensorError as error:  # a full disk
-        raise CheckpointError(f"{path}: cannot be written: {' '.join(str(error).split())}") from None
-    finally:  # of an interrupt too
-        staged.unlink(missing_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staged.touch(exist_ok=False)
+            mode = staged.stat().st_mode  # what the umask leaves; safetensors makes files that are closed to others
+            save_file(tensors, staged, metadata={"session": json.dumps({**about, "checksum": checksum_of(about)})})
+            os.chmod(staged, mode)
+            with staged.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(staged, path)
+        finally:  # of an interrupt too
+            staged.unlink(missing_ok=True)
+    except (SafetensorError, OSError) as error:  # a full disk, a file where a folder is named, a name too long
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be written: {' '.join(str(reason).split())}") from None
     sync(path.parent)
     return path
 
@@ -125,7 +127,7 @@ def load_into_(session: Session, path: str | Path) -> Session:
     from safetensors import SafetensorError, safe_open
 
     path = expanded(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such session file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -280,5 +280,8 @@ class Session:
         return fork_state(self.state, n_tokens)
 
     def save(self, path: str | Path) -> Path:
-        """Write the session as one safetensors file, whole or not at all; LongLLaVA.load_session reads it."""
+        """Write the session as one safetensors file, whole or not at all; LongLLaVA.load_session reads it.
+
+        Raises: CheckpointError when the file cannot be written.
+        """
         return saving.save(self, path)

@@ -97,6 +97,16 @@ def test_a_save_that_cannot_be_made_names_the_file(saved, monkeypatch):
     assert path.read_bytes() == before and [one.name for one in path.parent.iterdir()] == ["album.session"]
 
 
+def test_names_that_no_file_can_have(saved):
+    album, path = saved
+    for name, reason in ((path / "a.session", "Not a directory"), (path.with_name("a" * 300), "File name too long")):
+        with pytest.raises(CheckpointError, match=f"{name.name}: cannot be written: {reason}"):
+            album.save(name)
+        with pytest.raises(CheckpointError, match=f"{name.name}: no such session file"):
+            MODEL.load_session(name)
+    assert [one.name for one in path.parent.iterdir()] == ["album.session"]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file was open just then
 def test_an_interrupted_save_leaves_nothing(saved, monkeypatch):
     """Ctrl-C at each line that runs while there is a temporary file."""
