@@ -159,7 +159,7 @@ class LongLLaVA:
         Raises: InputError naming the prompt, before any is answered where that can be known.
         """
         from longllava.generation import Sampling
-        from longllava.generation.batch import answer_prompts
+        from longllava.generation.batch import answer_prompts, numbered
         from longllava.generation.keywords import check_keywords
         from longllava.generation.session import Options, Reading
 
@@ -177,11 +177,9 @@ class LongLLaVA:
         session = self.fresh(**reading)
         rows = []
         for number, (prompt, own) in enumerate(zip(prompts, images or [None] * len(prompts)), 1):
-            try:
+            with numbered("prompt", number, len(prompts)):
                 pieces, sources = self.pieces(prompt, own, None, session)
                 rows.append((session.encode(pieces), sources))
-            except InputError as error:
-                raise InputError(f"prompt {number} of {len(prompts)}: {error}") from None
         return answer_prompts(session.reader, rows, Sampling(**settings), batch_size)
 
     def score(

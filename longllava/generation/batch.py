@@ -6,7 +6,8 @@ Shapes: B rows, L tokens of the longest question, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,15 @@ from longllava.nn import Context, State, fork_state, join_states
 PADDING = -1  # seq_idx of tokens that no layer may see
 
 
+@contextlib.contextmanager
+def numbered(kind: str, number: int, total: int) -> Iterator[None]:
+    """Errors inside name which of several it is: "prompt 3 of 8: image 1 of 2: no such file"."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{kind} {number} of {total}: {error}") from None
+
+
 def answer_prompts(
     reader: Reader, rows: Sequence[tuple[Encoded, Sequence[Any]]], sampling: Sampling, batch_size: int
 ) -> list[str]:
@@ -32,10 +42,8 @@ def answer_prompts(
         states: list[State] = []
         last_1D: list[Tensor] = []
         for number, (encoded, sources) in enumerate(rows[first : first + batch_size], first + 1):
-            try:
+            with numbered("prompt", number, len(rows)):
                 hidden_1D, state = reader.read(encoded, sources, reader.empty_state(len(encoded.ids)), 0)
-            except InputError as error:
-                raise InputError(f"prompt {number} of {len(rows)}: {error}") from None
             states.append(state)
             last_1D.append(hidden_1D)
         length_B = torch.tensor(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longllava.errors import InputError
 from longllava.generation import saving
-from longllava.generation.batch import answer_many
+from longllava.generation.batch import answer_many, numbered
 from longllava.generation.content import Content, compact
 from longllava.generation.decoding import is_static, static_tokens
 from longllava.generation.keywords import check_keywords
@@ -180,15 +180,22 @@ class Session:
             self.take([*pieces, *answered], sources)
 
     def ask_many(self, questions: Sequence[str], *, batch_size: int = 32, **settings: Unpack[Settings]) -> list[str]:
-        """Answer many questions on what was read, in batches; each as `ask` would (with the same seed)."""
+        """Answer many questions on what was read, in batches; each as `ask` would (with the same seed).
+
+        Raises: InputError naming the question, before any is answered.
+        """
         check_keywords(self.ask_many, settings, Settings)
         sampling = Sampling(**settings)
         if isinstance(questions, str) or not isinstance(questions, Iterable):
             raise InputError(f"questions: expected a list of strings, got {questions!r:.80}; use ask for one")
         check_count("batch_size", batch_size)
         close = self.reader.processor.assistant_open()
-        turn = self.fork()
-        rows = [turn.encode([*turn.waiting, *turn.question_pieces(q, None, None)[0], close]).ids for q in questions]
+        turn, questions = self.fork(), list(questions)
+        rows: list[list[int]] = []
+        for number, question in enumerate(questions, 1):
+            with numbered("question", number, len(questions)):
+                pieces, _ = turn.question_pieces(question, None, None)
+                rows.append(turn.encode([*turn.waiting, *pieces, close]).ids)
         answers: list[str] = []
         for first in range(0, len(rows), batch_size):
             batch = rows[first : first + batch_size]
@@ -280,8 +287,5 @@ class Session:
         return fork_state(self.state, n_tokens)
 
     def save(self, path: str | Path) -> Path:
-        """Write the session as one safetensors file, whole or not at all; LongLLaVA.load_session reads it.
-
-        Raises: CheckpointError when the file cannot be written.
-        """
+        """Write one safetensors file, whole or not at all; LongLLaVA.load_session reads it. Raises: CheckpointError."""
         return saving.save(self, path)

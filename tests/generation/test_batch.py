@@ -75,6 +75,9 @@ def test_errors_name_the_prompt():
         model.generate_batch(["a", "<image>"])
     with pytest.raises(InputError, match=r"prompt 2 of 2: image 1 of 1: no\.png: no such file"):
         model.generate_batch(["a", "a"], [None, "no.png"], batch_size=1)
+    for bad, sentence in (("", "prompt: it is empty"), ("<image>", "the text has 1 <image>"), (7, "prompt: expected")):
+        with pytest.raises(InputError, match=f"^question 2 of 3: {sentence}"):
+            model.session(text="a").ask_many(iter(["a", bad, "b"]))
     with pytest.raises(InputError, match="prompts: got 2, and images for 1; expected"):
         model.generate_batch(["a", "a"], [None])
     with pytest.raises(InputError, match="prompts: got one string"):
