@@ -233,6 +233,7 @@ class LongLLaVA:
         return self.fresh(**reading)
 
     def fresh(self, chunk_tokens: int | None = None, **media: Any) -> Session:
+        """A session that has read nothing. media: fields of MediaOptions. Raises: InputError for unusable values."""
         from longllava.data.images import open_reference
         from longllava.generation import Session
         from longllava.generation.prefill import Reader

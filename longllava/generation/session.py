@@ -85,18 +85,22 @@ class Session:
 
     @property
     def state(self) -> State:
+        """What each layer keeps of the tokens read, a batch of one; shared with forks, and never changed in place."""
         return self.content.state
 
     @property
     def n_tokens(self) -> int:
+        """Tokens read, those of images too; what waits is not among them."""
         return self.content.n_tokens
 
     @property
     def n_images(self) -> int:
+        """Images read; a video's frames and a picture's tiles count each."""
         return self.content.n_images
 
     @property
     def waiting(self) -> list[Piece]:
+        """Text that is read when it is known what follows it."""
         return self.content.waiting
 
     def append(self, images: Any = None, text: str | None = None, video: Any = None) -> None:
@@ -210,6 +214,7 @@ class Session:
         return turn.score_pieces([*turn.waiting, *pieces, processor.assistant_open()], answer, sources)
 
     def score_pieces(self, pieces: Sequence[Piece], answer: str, sources: Sequence[Any]) -> Score:
+        """`score` of an answer to `pieces`, as `respond` takes them. Raises: InputError."""
         check_text(answer, "answer")
         encoded = self.encode([*pieces, Answer(answer, last=True)])
         asked = self.encode(pieces)
@@ -227,6 +232,7 @@ class Session:
         return self.answer(self.encode(pieces), sources, sampling)
 
     def answer(self, encoded: Encoded, sources: Sequence[Any], sampling: Sampling) -> Iterator[str]:
+        """Pieces of text after `encoded`, which is read when the first is asked for. Raises: InputError."""
         # a static decoder has room of its own
         room = self.room(len(encoded.ids) + (0 if is_static(self.reader) else sampling.max_new_tokens))
         hidden_1D, state = self.reader.read(encoded, sources, room, self.n_tokens)
@@ -262,6 +268,7 @@ class Session:
             yield token
 
     def question_pieces(self, question: str, images: Any, video: Any) -> tuple[list[Piece], list[Any]]:
+        """A user's turn up to its end, without what waits, and its images in order. Raises: InputError."""
         sources, n_images, n_frames = self.reader.media(images, video)
         processor = self.reader.processor
         pieces = string_pieces(question, n_images, n_frames, processor.prompt)
@@ -277,6 +284,7 @@ class Session:
         return line_before(text, prompt) if not sources and self.waiting in (closed, tiled) else []
 
     def encode(self, pieces: Sequence[Piece]) -> Encoded:
+        """Their tokens, with room for those of images. Raises: InputError."""
         return self.reader.processor.encode_pieces(pieces, self.reader.tokens_per_image)
 
     def room(self, n_tokens: int) -> State:
