@@ -193,14 +193,15 @@ class LongLLaVA:
     def encode(self, images: Any) -> list[torch.Tensor]:
         """Pooled features (M, C) of each image, which stand for it wherever images are given to this model.
 
-        For pictures that many prompts read: the encoder sees each of them once.
+        For pictures that many prompts read: the encoder sees each of them once. They are on the model's device, in the
+        encoder's dtype, each in memory of its own. Raises: InputError naming the image.
         """
         import torch
 
         reader = self.fresh().reader
         sources, _, _ = reader.media(images, None)
         with torch.inference_mode():
-            return [features_MC for batch_NMC in reader.features(sources) for features_MC in batch_NMC]
+            return [features_MC.clone() for batch_NMC in reader.features(sources) for features_MC in batch_NMC]
 
     def session(
         self,

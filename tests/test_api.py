@@ -54,6 +54,11 @@ def test_devices_of_a_wrong_type(argument):
         LongLLaVA.from_pretrained("nano", **argument)
 
 
+def test_features_of_one_picture_keep_no_others(files):
+    for features in (MODEL.encode(files), MODEL.encode(MODEL.encode(files))):
+        assert [one.untyped_storage().nbytes() for one in features] == [features[0].nbytes] * 3
+
+
 def test_every_kind_of_image_source_is_the_same_picture(files):
     from pathlib import Path
 
