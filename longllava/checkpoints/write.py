@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHARD_BYTES = 5_000_000_000
+SHARDS = "model-*-of-*.safetensors"
 STAGED = ".saving-"
 CODES = {name: code for code, name in DTYPES.items()}
 
@@ -152,6 +153,6 @@ def remove_stale(folder: Path, names: list[str]) -> None:
     """Weights of an earlier save in another number of shards would be read instead of the new ones."""
     if len(names) == 1:
         (folder / INDEX).unlink(missing_ok=True)
-    for path in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS):
+    for path in (*folder.glob(SHARDS), folder / WEIGHTS):
         if path.name not in names:
             path.unlink(missing_ok=True)

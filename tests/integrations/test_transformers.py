@@ -63,6 +63,17 @@ def test_a_folder_is_the_same_whoever_wrote_it(folder, tmp_path, model, processo
         assert answers(again, its_processor, prepared(its_processor, TALKS[2])) == [expected]
 
 
+def test_one_file_saved_over_shards_and_shards_over_it_can_be_read(folder, tmp_path):
+    """transformers removes old shards, but neither their index nor the one file."""
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    for largest in ("50KB", "5GB", "50KB"):
+        with torch.no_grad():
+            model.backbone.final_norm.weight.add_(1)
+        model.save_pretrained(tmp_path, max_shard_size=largest)
+        assert torch.equal(load_model(tmp_path).backbone.final_norm.weight, model.backbone.final_norm.weight)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 and not (tmp_path / "model.safetensors").exists()
+
+
 def test_dtypes_and_devices(folder, tmp_path):
     exact = ("A_log_EN", "D_E", "dt_bias_E", "log_length_H")
     half = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": "cpu"})

@@ -18,7 +18,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from longllava.bridges import pool_features
 from longllava.checkpoints import load_model
 from longllava.checkpoints.adapters import is_adapter
+from longllava.checkpoints.folders import WEIGHTS
 from longllava.checkpoints.int8 import write_manifest
+from longllava.checkpoints.write import SHARDS, remove_stale
 from longllava.errors import InputError
 from longllava.integrations.transformers.cache import CACHE, LongLLaVACache, context
 from longllava.integrations.transformers.configuration import LongLLaVAConfig, token_ids
@@ -89,11 +91,10 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")  # of the Auto classes
         folder = folder_of(pretrained_model_name_or_path, kwargs)
-        device = checked_device_map(device_map)
         dtype = dtype if torch_dtype is None else torch_dtype
         if dtype is None and config is not None:  # where Auto classes of transformers 5.6 leave it
             dtype = config.dtype
-        model = load_model(folder, device=device, dtype=checked_dtype(dtype))
+        model = load_model(folder, device=checked_device_map(device_map), dtype=checked_dtype(dtype))
         as_one_dtype_(model)
         config = config or LongLLaVAConfig(**asdict(model.config))
         for name, number in token_ids(folder, model.config).items():  # a name of the hub had none of its files yet
@@ -106,10 +107,13 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return made.eval()
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *arguments: Any, **named: Any) -> None:
-        """As transformers saves, and of int8 weights the list of what they are, lest that of earlier ones stays."""
+        """As transformers saves, which of earlier weights leaves the index, or the one file, and int8's list."""
         super().save_pretrained(save_directory, is_main_process, *arguments, **named)
-        if self.config.int8 is not None and is_main_process and not is_adapter(save_directory):
-            write_manifest(Path(save_directory))
+        folder = Path(save_directory)
+        if is_main_process and not is_adapter(folder):
+            remove_stale(folder, [path.name for path in folder.glob(SHARDS)] or [WEIGHTS])
+            if self.config.int8 is not None:
+                write_manifest(folder)
 
     def forward(
         self,
@@ -229,13 +233,12 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def image_tokens(self, pixels_N3PP: Tensor, n_tokens: int | None) -> Tensor:
         """(N, M, D), a batch of pictures at a time."""
         assert self.encoder is not None and self.bridge is not None
-        described = self.config.bridge
-        n_each = n_tokens or described["tokens_per_image"]
+        n_each = n_tokens or self.config.bridge["tokens_per_image"]
         batch = max(1, min(MAX_BATCH, PIXELS_PER_BATCH // pixels_N3PP.shape[-1] ** 2))
         tokens = []
         for pixels in pixels_N3PP.split(batch):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_trains()):
-                features_NMC = pool_features(self.encoder(pixels), n_each, described["pool"])
+                features_NMC = pool_features(self.encoder(pixels), n_each, self.config.bridge["pool"])
             tokens.append(self.bridge(features_NMC.to(self.backbone.embed_tokens.weight.dtype), n_each))
         return torch.cat(tokens)
 
@@ -277,9 +280,8 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self, *arguments: Any, inputs_embeds: Any = None, pixel_values: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Pictures are read with the prompt, once. generate looks here for the name of inputs_embeds."""
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            *arguments, inputs_embeds=inputs_embeds, **kwargs
-        )
+        given = {**kwargs, "inputs_embeds": inputs_embeds}
+        inputs = super().prepare_inputs_for_generation(*arguments, **given)  # type: ignore[misc]
         if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
         # the mask and the cache know places; the others are of generate itself
