@@ -9,7 +9,7 @@ encoded as often as it stands in the prompt), answer with one token. Seconds are
 the process's peak (on a GPU, torch's). With --pixels device the pictures are pixels where the model is, and on a GPU
 each point has the least seconds that its arithmetic takes at rates measured there; gpu_first_token.py measures many
 prompts in one process. A point that would take more than --budget seconds, judged by the one before it, is not
-measured, and the table says so. Writes the points, log-log slopes and, beside the JSON, a chart.
+measured, and the table says so. Writes the points, log-log slopes and, beside the JSON, a chart, after each point.
 """
 
 import _environment  # noqa: F401
@@ -110,6 +110,14 @@ def slope(points: list[dict[str, Any]], value: str) -> float | None:
     return sum((x - mean_x) * (y - mean_y) for x, y in xy) / sum((x - mean_x) ** 2 for x, _ in xy)
 
 
+def slopes(points: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """By tokens a picture."""
+    of_each: dict[str, list[dict[str, Any]]] = {}
+    for point in points:
+        of_each.setdefault(str(point["tokens_per_image"]), []).append(point)
+    return {n: {value: slope(own, value) for value in ("seconds_to_read", "peak_bytes")} for n, own in of_each.items()}
+
+
 def line(point: dict[str, Any]) -> str:
     head = f"{point['images']:7,} pictures x {point['tokens_per_image']:3}"
     if "not_measured" in point:
@@ -149,6 +157,25 @@ def chart(points: list[dict[str, Any]], title: str, file: Any) -> None:
     figure.savefig(file, format="png")
 
 
+def write_report(save: Path, points: list[dict[str, Any]], model: str, pixels: str, int8: bool) -> tuple[Path, Path]:
+    from longllava.files import write_atomic, write_json
+    from longllava.train.record import environment
+
+    weights = "random, in the true shape" if is_random(model) else "trained"
+    weights += ", int8" if int8 else ""
+    report = {
+        **environment(),
+        "model": model,
+        "weights": weights,
+        "pixels": pixels,
+        "slopes": slopes(points),
+        "points": points,
+    }
+    where = f"{report['device'] if report['device'] != 'cpu' else report['processor']}, {report['threads']} threads"
+    title = f"{model} on {where}"
+    return write_json(save, report), write_atomic(save.with_suffix(".png"), lambda file: chart(points, title, file))
+
+
 def scaling(
     images: Annotated[str, typer.Option(help="Pictures of the prompts.")] = "1,10,100,300,1000,3000,10000",
     tokens: Annotated[str, typer.Option(help="Image tokens per picture.")] = "36,144",
@@ -170,42 +197,25 @@ def scaling(
     check_target(save)
     sizes, poolings = whole_numbers(images, "--images"), whole_numbers(tokens, "--tokens")
     points: list[dict[str, Any]] = []
-    slopes: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="longllava-pictures-") as folder:
         write_pictures(Path(folder))
         for per_image in poolings:
-            own: list[dict[str, Any]] = []
+            before: dict[str, Any] | None = None
             for n in sizes:
                 task = {"images": n, "tokens": per_image, "model": model, "device": device, "dtype": dtype,
                         "folder": folder, "int8": int8, "pixels": pixels}  # fmt: skip
-                if (expected := expected_seconds(own[-1] if own else None, n)) > budget:
+                if (expected := expected_seconds(before, n)) > budget:
                     reason = f"up to {expected:,.0f} s, budget {budget:,.0f}" if expected < math.inf else "as before"
-                    own.append({"images": n, "tokens_per_image": per_image, "not_measured": reason})
+                    before = {"images": n, "tokens_per_image": per_image, "not_measured": reason}
                 else:
-                    own.append(in_a_process_of_its_own(task))
-                print(line(own[-1]), flush=True)
-            slopes[str(per_image)] = {
-                "seconds_to_read": slope(own, "seconds_to_read"), "peak_bytes": slope(own, "peak_bytes")
-            }  # fmt: skip
-            points += own
-    print(f"log-log slopes from {SLOPE_FROM} pictures on: {slopes}")
+                    before = in_a_process_of_its_own(task)
+                print(line(before), flush=True)
+                points.append(before)
+                if save is not None:  # a point may take minutes, and the next may be stopped
+                    written = write_report(save, points, model, pixels, int8)
+    print(f"log-log slopes from {SLOPE_FROM} pictures on: {slopes(points)}")
     if save is not None:
-        from longllava.files import write_atomic, write_json
-        from longllava.train.record import environment
-
-        weights = "random, in the true shape" if is_random(model) else "trained"
-        weights += ", int8" if int8 else ""
-        report = {
-            **environment(),
-            "model": model,
-            "weights": weights,
-            "pixels": pixels,
-            "slopes": slopes,
-            "points": points,
-        }
-        print(write_json(save, report))
-        where = f"{report['device'] if report['device'] != 'cpu' else report['processor']}, {report['threads']} threads"
-        print(write_atomic(save.with_suffix(".png"), lambda file: chart(points, f"{model} on {where}", file)))
+        print(*written, sep="\n")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,25 @@ def test_scaling_from_the_command_line(tmp_path: Path) -> None:
     assert save.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_scaling_that_is_stopped_keeps_its_points(scaling: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    measured = {"prompt_tokens": 8, "seconds_to_answer": 0.1, "milliseconds_per_image": 1.0, "peak_bytes": 10**6,
+                "key_value_bytes": 10**5, "seconds_to_read": 0.1, "tokens_per_image": 4}  # fmt: skip
+
+    def stopped(task: dict) -> dict:
+        if task["images"] == 100:
+            raise KeyboardInterrupt
+        return {**measured, "images": task["images"]}
+
+    monkeypatch.setattr(scaling, "write_pictures", lambda folder: None)
+    monkeypatch.setattr(scaling, "in_a_process_of_its_own", stopped)
+    save = tmp_path / "scaling.json"
+    with pytest.raises(KeyboardInterrupt):
+        scaling.scaling(images="1,10,100", tokens="4", save=save)
+    report = json.loads(save.read_text())
+    assert [point["images"] for point in report["points"]] == [1, 10] and report["slopes"]["4"]["peak_bytes"] is None
+    assert save.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_efficiency_from_the_command_line(tmp_path: Path) -> None:
     save = tmp_path / "efficiency.json"
     done = run("efficiency.py", "--tokens", "40", "--new-tokens", "3", "--peer-tokens", "24", "--peer-new-tokens", "2",
