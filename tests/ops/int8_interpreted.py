@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 python -m pytest tests/ops/int8_interpreted.py
 
-test_int8_linear.py runs this file in a process of its own. The interpreter cuts bf16's bits off instead of rounding,
+test_triton.py runs this file in a process of its own. The interpreter cuts bf16's bits off instead of rounding,
 and multiplies matrices of bf16 as if they were integers: fp16 stands in for it where results are compared closely.
 """
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -29,9 +24,6 @@ from longllava.ops.int8_linear import (
 )
 from tests.kernels import FORMS, needs_kernels, run_in_form
 from tests.ops.parity import error, poison_empty
-from tests.ops.test_triton import needs_interpreter
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def available(backends: tuple[Backend, ...], *args) -> list[str]:
@@ -325,12 +317,3 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     if "cpu" in HERE:
         with pytest.raises(BackendError, match="takes at most 64 rows in mode weight_only, got 65"):
             int8_linear(x.repeat(22, 1)[:65], weight, scale, mode="weight_only", backend="cpu")
-
-
-@needs_interpreter
-@pytest.mark.parametrize("part", ["product or tiles", "not product and not tiles"])
-def test_kernels_in_the_interpreter(part: str) -> None:
-    command = [sys.executable, "-m", "pytest", "tests/ops/int8_interpreted.py", "-q", "-p", "no:cacheprovider"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([*command, "-k", part], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -44,14 +44,22 @@ def interpreted(*options: str, file: str = "triton_interpreted") -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("part", ["scan and not spans", "spans", "conv", "attention or choose or in_place or vision"])
+@pytest.mark.parametrize("part", ["scan and not spans", "scan and spans", "conv and not scan", "not scan and not conv"])
 def test_kernels_in_the_interpreter(part: str) -> None:
+    """Parts of some minutes for two workers; together they are all, each once."""
     interpreted("-k", part)
 
 
 @needs_interpreter
-def test_kernels_of_decoding_in_the_interpreter() -> None:
-    interpreted(file="decoding_interpreted")
+@pytest.mark.parametrize("part", ["product or tiles", "not product and not tiles"])
+def test_kernels_of_int8_in_the_interpreter(part: str) -> None:
+    interpreted("-k", part, file="int8_interpreted")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("kernels", ["decoding", "vision"])
+def test_kernels_of_one_file_in_the_interpreter(kernels: str) -> None:
+    interpreted(file=f"{kernels}_interpreted")
 
 
 @needs_interpreter
