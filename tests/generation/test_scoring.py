@@ -1,12 +1,44 @@
-"""Answers of any length are scored in parts, which changes nothing but the memory."""
+"""A score is what the whole prompt gives; answers of any length are scored in parts, which changes but the memory."""
 
 import pytest
+import torch
 
 from longllava.generation import scoring
-from tests.generation.test_session import MODEL
+from longllava.inputs.chat import Answer
+from longllava.nn import Context
+from tests.generation.test_session import MODEL, PICTURES
 from tests.live_bytes import LiveBytes
 
 ANSWER = "the red heart of what is this? " * 20
+
+
+@torch.inference_mode()
+def test_score_is_the_log_probability_of_each_token():
+    question, answer = "what is this?", "red heart"
+    pieces, sources = MODEL.pieces(question, PICTURES[:2], None, MODEL.fresh(64))
+    score = MODEL.score(question, answer, PICTURES[:2])
+    asked = MODEL.processor.encode_pieces(pieces)
+    ids = MODEL.processor.encode_pieces([*pieces, Answer(answer)]).ids[len(asked.ids) : -1]
+    images = MODEL.model.image_tokens(MODEL.model.encode(MODEL.processor.pixels(sources)))
+    spans = torch.tensor([(0, span.start, span.length, span.image) for span in asked.spans])
+    hidden, _ = MODEL.model(MODEL.model.embed(torch.tensor([asked.ids + ids]), spans, images), Context())
+    expected = torch.log_softmax(MODEL.model.logits(hidden[0, len(asked.ids) - 1 : -1]), -1)[range(len(ids)), ids]
+    assert score.log_probabilities == pytest.approx(expected.tolist(), abs=1e-4)
+    assert score.log_probability == pytest.approx(float(expected.sum()), abs=1e-4)
+    assert not score.exact
+    assert MODEL.session(images=PICTURES[:2]).score(question, answer).log_probabilities == pytest.approx(
+        score.log_probabilities, abs=1e-4
+    )
+
+
+def test_the_greedy_answer_scores_exact():
+    album = MODEL.session(images=PICTURES)
+    answers = {album.ask(question, max_new_tokens=1) for question in "abcdefgh"}
+    letters = [answer for answer in answers if answer.isalnum()]
+    assert letters
+    for answer in letters:
+        scores = [album.score(question, answer) for question in "abcdefgh"]
+        assert [s.exact for s in scores] == [album.ask(q, max_new_tokens=1) == answer for q in "abcdefgh"]
 
 
 def test_a_long_answer_in_parts_scores_as_it_does_at_once(monkeypatch):
