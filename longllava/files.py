@@ -32,7 +32,7 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
     A crash at any moment leaves the old file or the new one, never a part. The parent folder is made.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = unfinished(path)
     try:
         with naming(path), open(temporary, "xb") as file:  # not mkstemp's, which are closed to others
@@ -45,6 +45,15 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
         raise
     sync(path.parent)
     return path
+
+
+def make_folder(folder: Path) -> None:
+    """With its parents, unless it is there. Raises: InputError where it, or one of them, is a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(path for path in (folder, *folder.parents) if path.exists())
+        raise InputError(IS_A_FILE.format(file)) from None
 
 
 def unfinished(path: Path) -> Path:
@@ -130,7 +139,7 @@ def made_folder(folder: Path) -> Iterator[None]:
     """A folder, made with its parents where they are missing; if the block fails, what was made and is empty goes."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         yield
     except BaseException:
         for path in missing:
@@ -173,10 +182,8 @@ def writable_folder(path: str | Path) -> Path:
     """
     path = Path(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         tempfile.TemporaryFile(dir=path).close()
-    except FileExistsError:
-        raise InputError(IS_A_FILE.format(path)) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be written into: {error.strerror or error}") from None
     return path

@@ -34,7 +34,9 @@ def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as end:
         cli.run(lambda: write_text(tmp_path / "file/a.txt", "a"))
-    assert end.value.code.startswith(f"longllava: {tmp_path}/file: ") and "Errno" not in end.value.code
+    assert end.value.code == f"longllava: {tmp_path}/file: it is a file; name a folder to write into"
+    with pytest.raises(InputError, match="/file: it is a file"), whole_folder(tmp_path / "file/a/b"):
+        pass
 
 
 def test_a_folder_that_cannot_be_written_into_is_refused_before_it_is_needed(tmp_path: Path, monkeypatch) -> None:
@@ -42,8 +44,8 @@ def test_a_folder_that_cannot_be_written_into_is_refused_before_it_is_needed(tmp
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"/file: it is a file; name a folder to write into$"):
         writable_folder(tmp_path / "file")
-    with pytest.raises(InputError, match=r"/file/a: cannot be written into: Not a directory$"):
-        writable_folder(tmp_path / "file/a")
+    with pytest.raises(InputError, match=r"/file: it is a file; name a folder to write into$"):
+        writable_folder(tmp_path / "file/a/b")
 
     def closed(**_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

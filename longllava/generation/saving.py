@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longllava.errors import CheckpointError
-from longllava.files import expanded, sync, unfinished
+from longllava.files import expanded, make_folder, sync, unfinished
 from longllava.generation.content import Content, compact
 from longllava.generation.prefill import Reader
 from longllava.inputs.chat import Markup, Piece, Plain
@@ -71,8 +71,8 @@ def save(session: Session, path: str | Path) -> Path:
     }  # fmt: skip
     staged = unfinished(path)
     try:
+        make_folder(path.parent)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             staged.touch(exist_ok=False)
             mode = staged.stat().st_mode  # what the umask leaves; safetensors makes files that are closed to others
             save_file(tensors, staged, metadata={"session": json.dumps({**about, "checksum": checksum_of(about)})})
@@ -82,7 +82,7 @@ def save(session: Session, path: str | Path) -> Path:
             os.replace(staged, path)
         finally:  # of an interrupt too
             staged.unlink(missing_ok=True)
-    except (SafetensorError, OSError) as error:  # a full disk, a file where a folder is named, a name too long
+    except (SafetensorError, OSError) as error:  # a full disk, a name too long
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: cannot be written: {' '.join(str(reason).split())}") from None
     sync(path.parent)
