@@ -8,8 +8,10 @@ LONGLLAVA_AMX=0 forbids AMX, which int8 products and attention in bf16 use besid
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,6 +57,14 @@ def library() -> ctypes.CDLL:
     if loaded is None:
         raise BackendError(str(reason))
     return loaded
+
+
+@functools.lru_cache
+def function(name: str) -> Any:
+    """An entry that takes the address of its arguments' struct. Raises BackendError without a library."""
+    entry = getattr(library(), name)
+    entry.argtypes = [ctypes.c_char_p]
+    return entry
 
 
 @constant_when_traced

@@ -7,8 +7,6 @@ decoding calls this once per attention layer and token.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -53,14 +51,6 @@ def run(
     return call(q, k, v, scale, causal, seq_idx_q, seq_idx_k, return_lse or save)
 
 
-@functools.lru_cache(maxsize=1)
-def _kernels() -> tuple[Any, Any]:
-    library = native.library()
-    for function in (library.longllava_attention_forward, library.longllava_attention_backward):
-        function.argtypes = [ctypes.c_char_p]
-    return library.longllava_attention_forward, library.longllava_attention_backward
-
-
 def _readable(x_BLHK: Tensor) -> Tensor:
     """`x` itself if the kernels can read it in place, else a copy they can."""
     if x_BLHK.dtype is torch.float16:
@@ -90,14 +80,13 @@ def _forward(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """y in q's dtype, and lse (empty unless `return_lse`)."""
-    forward, _ = _kernels()
     dtype = q.dtype
     q, k, v = _readable(q), _readable(k), _readable(v)
     seq_idx_q, seq_idx_k = ids(seq_idx_q), ids(seq_idx_k)
     # new_empty: torch.empty would follow the caller's default dtype and device
     y = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3] if return_lse else 0, dtype=torch.float32)
-    status = forward(
+    status = native.function("longllava_attention_forward")(
         FIELDS.pack(
             *_sizes(q, k, causal), scale, *_rows(q), *_rows(k), *_rows(v), *_rows(y),
             lse.data_ptr() if return_lse else 0, address(seq_idx_q), address(seq_idx_k), *NO_GRADIENTS,
@@ -121,14 +110,13 @@ def _backward(
     seq_idx_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their dtype."""
-    _, backward = _kernels()
     dtype = q.dtype
     q, k, v, y, grad_y = (_readable(x) for x in (q, k, v, y, grad_y))
     seq_idx_q, seq_idx_k = ids(seq_idx_q), ids(seq_idx_k)
     lse = plain(lse)
     grad_lse = None if grad_lse is None else plain(grad_lse)
     grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
-    status = backward(
+    status = native.function("longllava_attention_backward")(
         FIELDS.pack(
             *_sizes(q, k, causal), scale, *_rows(q), *_rows(k), *_rows(v), *_rows(y),
             lse.data_ptr(), address(seq_idx_q), address(seq_idx_k),

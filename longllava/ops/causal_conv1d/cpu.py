@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import struct
 from typing import Any
 
@@ -30,14 +29,6 @@ def why_not(x: Tensor, weight: Tensor, *rest: Any) -> str | None:
     return native.why_not()
 
 
-@functools.lru_cache(maxsize=1)
-def _kernels() -> tuple[Any, Any]:
-    library = native.library()
-    for function in (library.longllava_conv_forward, library.longllava_conv_backward):
-        function.argtypes = [native.ctypes.c_char_p]
-    return library.longllava_conv_forward, library.longllava_conv_backward
-
-
 def _prepared(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -60,14 +51,13 @@ def compute(
     silu: bool,
     end: Tensor,
 ) -> Tensor:
-    forward, _ = _kernels()
     batch, length, channels = x.shape
     n_taps = weight.shape[1]
     dtype = x.dtype
     x, weight, bias, state, seq_idx = _prepared(x, weight, bias, state, seq_idx)
     y = x.new_empty((batch, length, channels))
     written = end if end.dtype is x.dtype else x.new_empty(end.shape)
-    status = forward(
+    status = native.function("longllava_conv_forward")(
         FIELDS.pack(
             FIELDS.size, batch, length, channels, n_taps, silu, torch.get_num_threads(),
             *rows(x), *rows(state), *rows(y), *rows(written),
@@ -90,7 +80,6 @@ def gradients(
     seq_idx: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, backward = _kernels()
     batch, length, channels = x.shape
     n_taps = weight.shape[1]
     dtypes = x.dtype, weight.dtype, torch.float32 if bias is None else bias.dtype
@@ -101,7 +90,7 @@ def gradients(
     grad_weight = x.new_empty((channels, n_taps), dtype=torch.float32)
     grad_bias = x.new_empty(0 if bias is None else channels, dtype=torch.float32)
     grad_initial = x.new_empty((batch, n_taps - 1, channels))
-    status = backward(
+    status = native.function("longllava_conv_backward")(
         FIELDS.pack(
             FIELDS.size, batch, length, channels, n_taps, silu, torch.get_num_threads(),
             *rows(x), *rows(state), *NO_ROWS, *NO_ROWS,

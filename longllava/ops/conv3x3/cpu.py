@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,13 +36,6 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, re
     return native.why_not()
 
 
-@functools.lru_cache(maxsize=1)
-def _kernel() -> Any:
-    function = native.library().longllava_conv3x3
-    function.argtypes = [native.ctypes.c_char_p]
-    return function
-
-
 def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     n, inputs, height, width = x.shape
     outputs = len(weight)
@@ -53,7 +44,7 @@ def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: 
     residual = None if residual is None else residual.contiguous(memory_format=layout)
     y = x.new_empty((n, height, width, outputs)).permute(0, 3, 1, 2)
     weight, bias = plain(weight), plain(bias)
-    status = _kernel()(
+    status = native.function("longllava_conv3x3")(
         FIELDS.pack(
             FIELDS.size, n, height, width, inputs, outputs, torch.get_num_threads(), x.data_ptr(), weight.data_ptr(),
             bias.data_ptr(), address(residual), y.data_ptr(), relu,

@@ -5,7 +5,6 @@ Each element is read from memory once and written once.
 
 from __future__ import annotations
 
-import functools
 import struct
 from typing import Any
 
@@ -40,32 +39,22 @@ def _why_not(x: Tensor, *dtypes: torch.dtype) -> str | None:
     return native.why_not()
 
 
-@functools.lru_cache(maxsize=1)
-def _kernels() -> tuple[Any, Any, Any, Any]:
-    library = native.library()
-    functions = (library.longllava_rms_norm, library.longllava_swiglu,
-                 library.longllava_rms_norm_backward, library.longllava_swiglu_backward)  # fmt: skip
-    for function in functions:
-        function.argtypes = [native.ctypes.c_char_p]
-    return functions
-
-
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, quantized: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     total = None if residual is None else x.new_empty(x.shape)
-    y, scale = _run(0, x, residual, weight.contiguous(), eps, None, total, quantized, dtype)
+    y, scale = _run("longllava_rms_norm", x, residual, weight.contiguous(), eps, None, total, quantized, dtype)
     return y, scale, total
 
 
 def swiglu(
     gate: Tensor, up: Tensor, absmax: Tensor | None, quantized: bool, rotated: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    return _run(1, gate, up, None, 0.0, absmax, None, quantized, gate.dtype, rotated)
+    return _run("longllava_swiglu", gate, up, None, 0.0, absmax, None, quantized, gate.dtype, rotated)
 
 
 def _run(
-    kernel: int,
+    kernel: str,
     x: Tensor,
     other: Tensor | None,
     weight: Tensor | None,
@@ -81,7 +70,7 @@ def _run(
     scale = x.new_empty(rows, dtype=torch.float32) if quantized else None
     x, other = _rowed(x), None if other is None else _rowed(other)
     absmax = None if absmax is None else native.plain(absmax)
-    status = _kernels()[kernel](
+    status = native.function(kernel)(
         FIELDS.pack(
             FIELDS.size, rows, width, torch.get_num_threads(), *_dtypes(x, weight, dtype),
             x.data_ptr(), address(other), x.stride(0), 0 if other is None else other.stride(0), address(weight), eps,
@@ -96,19 +85,19 @@ def _run(
 def rms_norm_gradients(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Of x and weight, for inputs that `rms_norm` takes, without a residual; grad: of y, in its dtype."""
     grad_x, grad_weight = x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)
-    _run_back(2, grad, x, None, weight.contiguous(), eps, grad_x, None, grad_weight)
+    _run_back("longllava_rms_norm_backward", grad, x, None, weight.contiguous(), eps, grad_x, None, grad_weight)
     return grad_x, grad_weight.to(weight.dtype)
 
 
 def swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Of gate and up, for inputs that `swiglu` takes; grad: of y, in their dtype."""
     grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    _run_back(3, grad, gate, up, None, 0.0, grad_gate, grad_up, None)
+    _run_back("longllava_swiglu_backward", grad, gate, up, None, 0.0, grad_gate, grad_up, None)
     return grad_gate, grad_up
 
 
 def _run_back(
-    kernel: int,
+    kernel: str,
     grad: Tensor,
     x: Tensor,
     other: Tensor | None,
@@ -120,7 +109,7 @@ def _run_back(
 ) -> None:
     rows, width = x.shape
     grad, x, other = _rowed(grad), _rowed(x), None if other is None else _rowed(other)
-    status = _kernels()[kernel](
+    status = native.function(kernel)(
         GRADIENTS.pack(
             GRADIENTS.size, rows, width, torch.get_num_threads(), *_dtypes(x, weight, grad.dtype),
             x.data_ptr(), address(other), grad.data_ptr(), x.stride(0), 0 if other is None else other.stride(0),

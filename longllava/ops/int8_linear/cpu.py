@@ -7,9 +7,7 @@ rows where the processor has some.
 
 from __future__ import annotations
 
-import functools
 import struct
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,15 +55,6 @@ def _elsewhere(x: Tensor, name: str) -> str | None:
     return None if x.device.type == "cpu" else f"needs CPU tensors, got {name} on {x.device.type}"
 
 
-@functools.lru_cache(maxsize=1)
-def _kernels() -> tuple[Any, Any, Any]:
-    library = native.library()
-    functions = library.longllava_int8_linear, library.longllava_int8_few_rows, library.longllava_quantize_rows
-    for function in functions:
-        function.argtypes = [native.ctypes.c_char_p]
-    return functions
-
-
 def run(
     x: Tensor,
     weight: Tensor,
@@ -83,8 +72,7 @@ def run(
         return y.to(dtype)
     if x.shape[1] == 0:
         return reference.run(x, weight, scale, bias, x_scale, offsets, mode, dtype)
-    dynamic, few_rows, _ = _kernels()
-    kernel = few_rows if mode == "weight_only" else dynamic
+    kernel = native.function("longllava_int8_few_rows" if mode == "weight_only" else "longllava_int8_linear")
     x = _rowed(x)
     weight, scale = weight.contiguous(), plain(scale)
     bias = None if bias is None else plain(bias)
@@ -119,7 +107,7 @@ def rotate_rows(x: Tensor) -> Tensor:
 def _rows(
     x: Tensor, absmax: Tensor | None, y: Tensor | None, values: Tensor | None, scale: Tensor | None, rotated: bool
 ) -> None:
-    status = _kernels()[2](
+    status = native.function("longllava_quantize_rows")(
         FIELDS.pack(
             FIELDS.size, x.shape[0], x.shape[1], 0, 1, torch.get_num_threads(), 0,
             x.data_ptr(), DTYPES[x.dtype], x.stride(0), 0, address(absmax), 0, 0, 0, 0, address(y), 0,

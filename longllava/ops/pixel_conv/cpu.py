@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,13 +32,6 @@ def why_not(
     return native.why_not()
 
 
-@functools.lru_cache(maxsize=1)
-def _kernel() -> Any:
-    function = native.library().longllava_pixel_conv
-    function.argtypes = [native.ctypes.c_char_p]
-    return function
-
-
 def run(
     pixels: Tensor, mean: Tensor, std: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, relu: bool
 ) -> Tensor:
@@ -50,7 +41,7 @@ def run(
     pixels = pixels.contiguous()
     mean, std, weight, bias = (plain(t) for t in (mean, std, weight, bias))
     y = weight.new_empty((n, rows, columns, outputs)).permute(0, 3, 1, 2)
-    status = _kernel()(
+    status = native.function("longllava_pixel_conv")(
         FIELDS.pack(
             FIELDS.size, n, channels, height, width, outputs, side, stride, padding, torch.get_num_threads(),
             pixels.data_ptr(), mean.data_ptr(), std.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), relu,

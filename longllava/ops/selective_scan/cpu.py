@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import struct
 from typing import Any
@@ -41,13 +42,11 @@ def why_not(
 
 
 @functools.lru_cache(maxsize=1)
-def _kernels() -> tuple[Any, Any, Any]:
-    library = native.library()
-    library.longllava_scan_checkpoints.restype = native.ctypes.c_int64
-    library.longllava_scan_checkpoints.argtypes = [native.ctypes.c_int64] * 4
-    for function in (library.longllava_scan_forward, library.longllava_scan_backward):
-        function.argtypes = [native.ctypes.c_char_p]
-    return library.longllava_scan_forward, library.longllava_scan_backward, library.longllava_scan_checkpoints
+def _count() -> Any:
+    function = native.library().longllava_scan_checkpoints
+    function.restype = ctypes.c_int64
+    function.argtypes = [ctypes.c_int64] * 4
+    return function
 
 
 def compute(
@@ -65,14 +64,13 @@ def compute(
     end: Tensor,
     saved: Tensor | None,
 ) -> Tensor:
-    forward, _, count = _kernels()
     batch, length, channels = u.shape
     n_states = A.shape[1]
     dtype = u.dtype
-    assert saved is None or saved.numel() == count(batch, length, channels, n_states)
+    assert saved is None or saved.numel() == _count()(batch, length, channels, n_states)
     u, delta, B, C, z, *parameters = _prepared(u, delta, B, C, z, A, D, delta_bias, state, seq_idx)
     y = u.new_empty((batch, length, channels))
-    status = forward(
+    status = native.function("longllava_scan_forward")(
         FIELDS.pack(
             FIELDS.size, batch, length, channels, n_states, delta_softplus, torch.get_num_threads(),
             *rows(u), *rows(delta), *rows(z), *rows(B), *rows(C), *rows(y),
@@ -117,7 +115,6 @@ def gradients(
     seq_idx: Tensor | None,
     saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, backward, _ = _kernels()
     batch, length, channels = u.shape
     n_states = A.shape[1]
     wanted = (u, delta, A, B, C, D, z, delta_bias)
@@ -131,7 +128,7 @@ def gradients(
     ]
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias = grads
     grad_initial = u.new_empty((batch, channels, n_states), dtype=torch.float32)
-    status = backward(
+    status = native.function("longllava_scan_backward")(
         FIELDS.pack(
             FIELDS.size, batch, length, channels, n_states, delta_softplus, torch.get_num_threads(),
             *rows(u), *rows(delta), *rows(z), *rows(B), *rows(C), *NO_ROWS,
