@@ -194,7 +194,7 @@ class Places:
                                       "untie them there (tie_embeddings, or tie_word_embeddings, false)")  # fmt: skip
 
 
-def find_places(path: Path, model: Model, shapes: Shapes, parts: tuple[str, ...] = ()) -> Places:
+def find_places(path: Path, model: Model, shapes: Shapes, parts: tuple[str, ...]) -> Places:
     """Match the wanted parameters with what is stored under `path`, part by part."""
     stored: dict[str, Stored] = dict(read_entries(path))
     sources: dict[str, Source] = {}

@@ -35,14 +35,11 @@ class Feed:
     begin, first_step: where the newest window began; a run that goes on starts there.
     """
 
-    def __init__(
-        self, config: TrainConfig, recipe: Recipe, processor: Processor, rank: int = 0, world: int = 1,
-        first_step: int = 0, begin: Cursor | None = None,
-    ):  # fmt: skip
+    def __init__(self, config: TrainConfig, recipe: Recipe, processor: Processor, rank: int = 0, world: int = 1):
         self.config, self.processor = config, processor
         self.recipes = [self.of_phase(number, recipe) for number in range(len(config.phases))]
         self.rank, self.world = rank, world
-        self.first_step, self.begin = first_step, begin or Cursor()
+        self.first_step, self.begin = 0, Cursor()
         self.misfits: list[Misfit] = []
 
     def of_phase(self, number: int, recipe: Recipe) -> Recipe:

@@ -20,12 +20,11 @@ from longllava.data.worlds.pictures import (
     grid_reference,
     parse_grid,
     parse_reference,
-    plain_pictures,
     reference,
 )
 from longllava.data.worlds.render import COLOUR_NAMES, MAX_COUNT, PLACES, SIDE, PictureSpec, render
 from longllava.data.worlds.sheets import COLUMNS, sprites, things
-from longllava.errors import ConfigError, DataError, InputError
+from longllava.errors import ConfigError, InputError
 
 N_THINGS = len(things())
 specs = st.builds(
@@ -120,19 +119,6 @@ def test_the_index_of_a_things_picture() -> None:
     pool = PicturePool("test", 0, PoolSettings(per_thing=5))
     assert [pool.spec(pool.index(400, number)).thing for number in range(7)] == [400] * 7
     assert pool.index(400, 6) == pool.index(400, 1) != pool.index(400, 0)
-
-
-def test_haystacks_are_plain_and_leave_out_the_needles_things() -> None:
-    needles = plain_pictures(20, 5, distinct=True)
-    assert len({spec.thing for spec in needles}) == 20
-    hay = plain_pictures(2000, 5, without={spec.thing for spec in needles})
-    assert len(hay) == 2000 and not {spec.thing for spec in hay} & {spec.thing for spec in needles}
-    for spec in hay + needles:
-        assert spec.count == 1 and not spec.restyle and spec.seed % 2 == 1
-        assert (spec.digit, spec.colour) in combinations(spec.thing, "test", True)
-    assert hay == plain_pictures(2000, 5, without={spec.thing for spec in needles})
-    with pytest.raises(DataError, match="things are left"):
-        plain_pictures(798, 5, distinct=True)
 
 
 def test_a_style_that_lacks_a_drawing_lacks_the_thing(tmp_path) -> None:

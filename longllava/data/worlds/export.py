@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from longllava.data.images import open_reference
 from longllava.data.samples import Sample
-from longllava.data.worlds.pictures import GRID, PREFIX, PicturePool, PoolSettings, parse_reference
+from longllava.data.worlds.pictures import GRID, PREFIX, PicturePool, parse_reference
 from longllava.data.worlds.render import SIDE
 from longllava.data.worlds.tasks import WorldTask
 from longllava.data.worlds.words import caption
@@ -28,9 +28,8 @@ LETTERS_A_LINE = 34
 
 
 def export_world(
-    out: str | Path, n: int = 24, seed: int = 0, task: str | None = None, *, split: str = "train",
-    settings: PoolSettings | None = None,
-) -> list[Path]:  # fmt: skip
+    out: str | Path, n: int = 24, seed: int = 0, task: str | None = None, *, split: str = "train"
+) -> list[Path]:
     """Write n samples below `out`: images/*.png, world.json, contact-sheet.png; or nothing. Returns what was written.
 
     task: one of worlds.tasks.TASKS; without it, captions and single-picture questions in turn (one picture a
@@ -39,7 +38,7 @@ def export_world(
     if n < 1:
         raise DataError(f"n: got {n} samples, must be above 0")
     out = Path(out)
-    pool = PicturePool(split, seed, settings)
+    pool = PicturePool(split, seed)
     names = (task,) if task else DEFAULT_TASKS
     tasks = [WorldTask(name, split=split, seed=seed, pool=pool) for name in names]
     samples = [tasks[index % len(tasks)].sample(index) for index in range(n)]

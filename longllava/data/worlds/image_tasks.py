@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from longllava.data.worlds.conversation import Conversation
 from longllava.data.worlds.pictures import PicturePool
-from longllava.data.worlds.questions import ALONE, DESCRIBE, Question, alone, describe, yes_or_no
+from longllava.data.worlds.questions import Question, alone, describe, yes_or_no
 from longllava.data.worlds.render import PictureSpec
 from longllava.data.worlds.settings import between, draw_range
 from longllava.data.worlds.words import group_of
@@ -34,7 +34,7 @@ class Caption:
     def make(self, rng: random.Random, pool: PicturePool) -> Conversation:
         index = pool.draw(rng)
         conversation = Conversation([pool.reference(index)])
-        conversation.ask(describe(pool.spec(index), rng.randrange(len(DESCRIBE))))
+        conversation.ask(describe(pool.spec(index), rng))
         return conversation
 
 
@@ -64,9 +64,9 @@ class Single:
 
 def ask_one(spec: PictureSpec, kind: str, rng: random.Random, pool: PicturePool) -> Question | None:
     if kind == "describe":
-        return describe(spec, rng.randrange(len(DESCRIBE)))
+        return describe(spec, rng)
     if kind != "yes or no":
-        return alone(spec, kind, rng.randrange(len(ALONE[kind])))
+        return alone(spec, kind, rng)
     asked, truth = rng.choice(YES_OR_NO), rng.random() < 0.5
     for _ in range(24):  # until the two differ; a sibling of the same kind may take a few draws
         other = pool.spec(pool.draw(rng))

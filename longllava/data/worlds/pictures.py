@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from longllava.data.worlds.render import COLOUR_NAMES, MAX_COUNT, PLACES, PictureSpec
 from longllava.data.worlds.sheets import STYLES, sprites, things
-from longllava.errors import ConfigError, DataError, InputError
+from longllava.errors import ConfigError, InputError
 
 SPLITS = ("train", "test")
 N_DIGITS = 10
@@ -131,27 +131,6 @@ def drawn_things(styles: tuple[str, ...]) -> tuple[int, ...]:
         if sprite is None
     }
     return tuple(thing for thing in range(len(things())) if thing not in missing)
-
-
-def plain_pictures(
-    n: int,
-    seed: int,
-    *,
-    split: str = "test",
-    styles: tuple[str, ...] = STYLES,
-    without: frozenset[int] | set[int] = frozenset(),
-    distinct: bool = False,
-) -> list[PictureSpec]:
-    """n pictures that each hold one thing, a digit and a frame: a haystack, or (distinct) the needles.
-
-    without: things that must not occur. distinct: no thing twice. Raises: DataError when things run out.
-    """
-    allowed = [thing for thing in drawn_things(styles) if thing not in without]
-    if not allowed or (distinct and n > len(allowed)):
-        raise DataError(f"{n} distinct pictures asked for, {len(allowed)} things are left; ask for fewer")
-    rng = random.Random(f"plain/{split}/{seed}/{n}/{distinct}")
-    chosen = rng.sample(allowed, n) if distinct else rng.choices(allowed, k=n)
-    return [draw_spec(rng, thing, split, rng.choice(styles), plain=True, restyle=0.0) for thing in chosen]
 
 
 # --- references: a picture as text, self-contained

@@ -101,19 +101,19 @@ def value(spec: PictureSpec, kind: str) -> str | None:
     return group_of(spec.thing)
 
 
-def by_thing(spec: PictureSpec, kind: str, wording: int = 0) -> Question | None:
+def by_thing(spec: PictureSpec, kind: str) -> Question | None:
     """A question about the picture that alone shows its thing; None where it has no answer."""
     answer = value(spec, kind)
-    return None if answer is None else put(BY_THING[kind][wording], name_of(spec.thing), answer)
+    return None if answer is None else put(BY_THING[kind][0], name_of(spec.thing), answer)
 
 
-def alone(spec: PictureSpec, kind: str, wording: int = 0) -> Question | None:
-    answer = value(spec, kind)
-    return None if answer is None else Question(ALONE[kind][wording], answer)
+def alone(spec: PictureSpec, kind: str, rng: random.Random) -> Question | None:
+    wording, answer = rng.choice(ALONE[kind]), value(spec, kind)
+    return None if answer is None else Question(wording, answer)
 
 
-def describe(spec: PictureSpec, wording: int = 0) -> Question:
-    return Question(DESCRIBE[wording], caption(spec))
+def describe(spec: PictureSpec, rng: random.Random) -> Question:
+    return Question(rng.choice(DESCRIBE), caption(spec))
 
 
 def yes_or_no(
