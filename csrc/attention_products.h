@@ -160,11 +160,11 @@ LONGLLAVA_INLINE void add_values(Dot, float* sums_panel, int64_t width, const ty
     vec sums[TILE_HEIGHT][N] = {};
     add_products<Dot>(sums, v + d, 1, v_stride, p, p_step, depth);
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_HEIGHT; ++i)
-      for (int j = 0; j < N; ++j) {
-        float* place = sums_panel + ((d + i) * N + j) * WIDTH;
-        store(place, load(place) * shrink[j] + sums[i][j]);
-      }
+    for (int i = 0; i < TILE_HEIGHT; ++i) {
+      float* place = sums_panel + (d + i) * N * WIDTH;
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) store(place + j * WIDTH, load(place + j * WIDTH) * shrink[j] + sums[i][j]);
+    }
   }
 }
 
