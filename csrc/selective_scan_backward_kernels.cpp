@@ -3,6 +3,7 @@
 // Reads the state saved before each chunk, walks the chunk forward once more, keeping decay and decayed state of one
 // group of states (4 KiB with AVX2), and then back. dB and dC are sums over channels: lanes are added once per tile,
 // tiles in fixed order within a slice, slices in fixed order at the end, so threads never change a bit.
+// The gradients of A, D and bias are sums over tokens: of a chunk, of SUM_RUN chunks (vector.h), of all.
 #include "selective_scan_tile.h"
 
 namespace longllava {
@@ -22,6 +23,11 @@ struct Chunk {
   Plane sum_gB;    // sum over states of (gradient of h) B
   Plane sum_step;  // sum over states of the gradient of (d A) times A
   bool clamp[BLOCKS_MAX];
+};
+
+// Sums over all tokens: [block][state] and [block].
+struct Totals {
+  vec A[BLOCKS_MAX * SCAN_MAX_STATES], D[BLOCKS_MAX], bias[BLOCKS_MAX];
 };
 
 // Forward again over a chunk for G states, keeping decay and decayed state; then back. Adds to y, sum_gB, sum_step,
@@ -187,8 +193,10 @@ void tile_back(const ScanPlan& plan, const BackTile& tile, float* partial_B, flo
   const ScanArguments& a = plan.args;
   const int n = tile.n_states;
   BackTile grad = tile;
-  for (int i = 0; i < tile.n_blocks * n; ++i) grad.A[i] = grad.state[i] = vec{};
-  for (int block = 0; block < tile.n_blocks; ++block) grad.D[block] = grad.bias[block] = vec{};
+  Totals totals;
+  for (int i = 0; i < tile.n_blocks * n; ++i) totals.A[i] = grad.A[i] = grad.state[i] = vec{};
+  for (int block = 0; block < tile.n_blocks; ++block)
+    totals.D[block] = totals.bias[block] = grad.D[block] = grad.bias[block] = vec{};
   if (a.grad_state_out != nullptr) transpose_in(tile, a.grad_state_out + state_offset(a, tile), grad.state);
 
   float B[SCAN_CHUNK * SCAN_MAX_STATES], C[SCAN_CHUNK * SCAN_MAX_STATES];
@@ -200,13 +208,18 @@ void tile_back(const ScanPlan& plan, const BackTile& tile, float* partial_B, flo
     open_chunk(a, tile, piece, chunk);
     groups_back<GROUP>(a, tile, piece, grad, B, C, chunk, partial_B, partial_C);
     close_chunk(a, tile, piece, grad, chunk);
+    if (first / SCAN_CHUNK % SUM_RUN == 0) {  // so the first chunk, walked last, ends the last run
+      end_run(grad.A, totals.A, tile.n_blocks * n);
+      end_run(grad.D, totals.D, tile.n_blocks);
+      end_run(grad.bias, totals.bias, tile.n_blocks);
+    }
   }
   const int64_t channels = tile.batch * a.channels + tile.first_channel;
-  transpose_out(tile, grad.A, plan.partial_A + channels * n);
+  transpose_out(tile, totals.A, plan.partial_A + channels * n);
   if (a.grad_state != nullptr) transpose_out(tile, grad.state, a.grad_state + channels * n);
   for (int block = 0; block < tile.n_blocks; ++block) {
-    store_some(plan.partial_D + channels + block * WIDTH, grad.D[block], lanes_of(tile, block));
-    store_some(plan.partial_bias + channels + block * WIDTH, grad.bias[block], lanes_of(tile, block));
+    store_some(plan.partial_D + channels + block * WIDTH, totals.D[block], lanes_of(tile, block));
+    store_some(plan.partial_bias + channels + block * WIDTH, totals.bias[block], lanes_of(tile, block));
   }
 }
 

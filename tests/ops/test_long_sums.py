@@ -43,8 +43,33 @@ attention(*inputs, causal=False, backend="cpu").backward(grad + 1)
 assert error(k.grad, truth[0]) < 4e-6 and error(v.grad, truth[1]) < 4e-6
 """
 
+# The truth of D and bias from the gradients of the tokens, which are no sums over them; that of A since steps twice as
+# long, with u and A half as large, change nothing but D u: A grad_A = sum (delta grad_delta - u (grad_u - grad D)).
+SCAN = """
+from longllava.ops.selective_scan import selective_scan
+random = torch.Generator().manual_seed(0)
+u, delta, grad = (torch.randn(1, 100_000, 37, generator=random) + 1 for _ in range(3))
+B, C = (torch.randn(1, 100_000, 1, generator=random) + 1 for _ in range(2))
+A, D, bias = -torch.rand(37, 1, generator=random) - 0.5, torch.ones(37), torch.ones(37) / 2
+inputs = [x.requires_grad_() for x in (u, delta.abs(), A, B, C, D)]
+selective_scan(*inputs, delta_bias=bias.requires_grad_(), backend="cpu")[0].backward(grad)
+with torch.no_grad():
+    u, delta, A, B, C, D = inputs
+    grad_u, grad_delta = u.grad.double(), delta.grad.double()
+    steps = (delta.double() + bias) * grad_delta - u * (grad_u - grad.double())
+    assert error(A.grad[:, 0], steps.sum((0, 1)) / A[:, 0].double()) < 6e-7
+    assert error(D.grad, (u.double() * grad).sum((0, 1))) < 6e-7
+    assert error(bias.grad, grad_delta.sum((0, 1))) < 6e-7
+"""
+
 
 @needs_kernels
 @pytest.mark.parametrize("form", FORMS[:3])
 def test_long_sums_of_attention_are_right(form):
     run_in_form(form, PRELUDE + ATTENTION + ATTENTION_GRADIENTS)
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", FORMS[:3])
+def test_long_sums_of_scan_are_right(form):
+    run_in_form(form, PRELUDE + SCAN)
