@@ -5,6 +5,7 @@
 // 32 tokens at a time. Backward needs the inputs before a chunk; it looks them up among the tokens (and the
 // initial state) instead of saving them, lays the chunk's windows end to end, and walks back with the gradients of
 // the K - 1 inputs in registers. Sums are over time and batch only, in fixed order: threads change no bit.
+// Over time they are sums of a chunk, of SUM_RUN chunks (vector.h), of all.
 // Bytes per token and channel: forward reads x and writes y; backward reads x and grad_y and writes grad_x.
 #include "causal_conv1d.h"
 #include "vector_math.h"
@@ -145,14 +146,11 @@ template <int K>
 void backward(const ConvPlan& plan, Tile& tile) {
   const ConvArguments& a = plan.args;
   vec x[BLOCKS_MAX][CONV_CHUNK], grad[BLOCKS_MAX][CONV_CHUNK], before[BLOCKS_MAX][CONV_MAX_KERNEL];
-  vec grad_weight[BLOCKS_MAX][K], grad_bias[BLOCKS_MAX];
-  for (int block = 0; block < tile.n_blocks; ++block) {
-    grad_bias[block] = vec{};
-    for (int k = 0; k < K; ++k) grad_weight[block][k] = vec{};
-  }
+  vec run[BLOCKS_MAX][K + 1] = {}, total[BLOCKS_MAX][K + 1] = {};  // gradients of the K weights and, last, of the bias
   if (K > 1) read_window(a, tile, a.grad_state_out);
   for (int64_t first = (a.length - 1) / CONV_CHUNK * CONV_CHUNK; first >= 0 && a.length > 0; first -= CONV_CHUNK) {
     const Piece piece = chunk_piece(plan, tile, first, -CONV_CHUNK);
+    if (first / CONV_CHUNK % SUM_RUN == SUM_RUN - 1) end_run(run[0], total[0], tile.n_blocks * (K + 1));
     if (only_padding(piece)) {  // each would look for its window through all the padding before it
       write_piece(a.grad_x, piece, x[0]);
       continue;
@@ -203,19 +201,19 @@ void backward(const ConvPlan& plan, Tile& tile) {
           for (int k = 0; k < K; ++k) flow[k] = vec{};
       }
       for (int k = 0; k + 1 < K; ++k) tile.window[block][k] = flow[k + 1];
-      for (int k = 0; k < K; ++k) grad_weight[block][k] += gw[k];
-      grad_bias[block] += gb;
+      for (int k = 0; k < K; ++k) run[block][k] += gw[k];
+      run[block][K] += gb;
     }
     write_piece(a.grad_x, piece, x[0]);
   }
+  end_run(run[0], total[0], tile.n_blocks * (K + 1));
   if (K > 1 && a.grad_state.data != nullptr) write_piece(a.grad_state, state_piece(a, tile), tile.window[0]);
   for (int block = 0; block < tile.n_blocks; ++block) {
     const int64_t channel = tile.batch * a.channels + tile.first_channel + block * WIDTH;
     const int lanes = lanes_of(tile, block);
-    store_some(plan.partial_bias + channel, grad_bias[block], lanes);
+    store_some(plan.partial_bias + channel, total[block][K], lanes);
     for (int k = 0; k < K; ++k)
-      for (int lane = 0; lane < lanes; ++lane)
-        plan.partial_weight[(channel + lane) * K + k] = grad_weight[block][k][lane];
+      for (int lane = 0; lane < lanes; ++lane) plan.partial_weight[(channel + lane) * K + k] = total[block][k][lane];
   }
 }
 

@@ -62,6 +62,19 @@ with torch.no_grad():
     assert error(bias.grad, grad_delta.sum((0, 1))) < 6e-7
 """
 
+CONVOLUTION = """
+from longllava.ops.causal_conv1d import causal_conv1d
+random = torch.Generator().manual_seed(0)
+x, grad = (torch.randn(1, 100_000, 37, generator=random) + 1 for _ in range(2))
+weight, bias = torch.randn(37, 4, generator=random), torch.randn(37, generator=random)
+def gradients(dtype, backend):
+    inputs = [x.to(dtype), *(p.detach().to(dtype).requires_grad_() for p in (weight, bias))]
+    causal_conv1d(*inputs, activation="silu", backend=backend)[0].backward(grad.to(dtype))
+    return inputs[1].grad, inputs[2].grad
+found, truth = gradients(torch.float32, "cpu"), gradients(torch.float64, "reference")
+assert error(found[0], truth[0]) < 6e-7 and error(found[1], truth[1]) < 6e-7
+"""
+
 
 @needs_kernels
 @pytest.mark.parametrize("form", FORMS[:3])
@@ -73,3 +86,9 @@ def test_long_sums_of_attention_are_right(form):
 @pytest.mark.parametrize("form", FORMS[:3])
 def test_long_sums_of_scan_are_right(form):
     run_in_form(form, PRELUDE + SCAN)
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", FORMS[:3])
+def test_long_sums_of_convolution_are_right(form):
+    run_in_form(form, PRELUDE + CONVOLUTION)
