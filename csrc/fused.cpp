@@ -31,12 +31,12 @@ LONGLLAVA_EXPORT int longllava_swiglu(const FusedArguments* args) {
 LONGLLAVA_EXPORT int longllava_rms_norm_backward(const FusedGradients* args) {
   return guarded(args, [](const FusedGradients& a) {
     const int64_t pitch = ceil_div(a.width, 16) * 16;
-    std::vector<float> sums(FUSED_SLICES * pitch);
+    std::vector<float> sums(FUSED_SLICES * 2 * pitch);
     FusedGradientsPlan plan{a, pitch, sums.data()};
     parallel_for(FUSED_SLICES, threads_for(a, 1.0), LONGLLAVA_PICK(fused_norm_back_task), &plan);
     for (int64_t k = 0; k < a.width; ++k) {
       float sum = 0;
-      for (int64_t slice = 0; slice < FUSED_SLICES; ++slice) sum += sums[slice * pitch + k];
+      for (int64_t slice = 0; slice < FUSED_SLICES; ++slice) sum += sums[(slice * 2 + 1) * pitch + k];
       a.grad_weight[k] = sum;
     }
   });

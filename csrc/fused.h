@@ -45,8 +45,8 @@ struct FusedGradients {
 
 struct FusedGradientsPlan {
   FusedGradients args;
-  int64_t pitch;                    // floats from one slice's sums to the next's: width, rounded up to whole vectors
-  float* sums;                      // (FUSED_SLICES, pitch)
+  int64_t pitch;                    // floats from one row of sums to the next: width, rounded up to whole vectors
+  float* sums;                      // (FUSED_SLICES, 2, pitch), 0 at first: of the present run (vector.h), of all
 };
 
 }  // namespace longllava

@@ -7,7 +7,7 @@ namespace LONGLLAVA_FORM {
 namespace {
 
 // With n = x * factor and g = weight * grad: grad_x = factor * (g - n * mean(g * n)), and grad * n of each row, n as
-// the forward pass rounded it, is added to the weight's gradient.
+// the forward pass rounded it, is added to `sums`, for the weight's gradient.
 template <class T, class W, class Y>
 void norm_row_back(const FusedGradients& a, int64_t index, float* row, float* sums) {
   const T* x = row_of<const T>(a.x, index, a.x_row);
@@ -51,12 +51,18 @@ void fused_norm_back_task(void* context, int64_t slice) {
   const FusedGradientsPlan& plan = *static_cast<const FusedGradientsPlan*>(context);
   const FusedGradients& a = plan.args;
   alignas(64) float row[FUSED_MAX_WIDTH + WIDTH];
-  float* sums = plan.sums + slice * plan.pitch;
+  float *run = plan.sums + slice * 2 * plan.pitch, *total = run + plan.pitch;
+  int64_t in_run = 0;
   for (int64_t index = slice * a.rows / FUSED_SLICES; index < (slice + 1) * a.rows / FUSED_SLICES; ++index) {
     with_types(a, [&](auto x, auto weight, auto y) {
-      norm_row_back<decltype(x), decltype(weight), decltype(y)>(a, index, row, sums);
+      norm_row_back<decltype(x), decltype(weight), decltype(y)>(a, index, row, run);
     });
+    if (++in_run == SUM_RUN) {
+      end_run(run, total, a.width);
+      in_run = 0;
+    }
   }
+  end_run(run, total, a.width);
 }
 
 void fused_swiglu_back_task(void* context, int64_t task) {

@@ -75,6 +75,17 @@ found, truth = gradients(torch.float32, "cpu"), gradients(torch.float64, "refere
 assert error(found[0], truth[0]) < 6e-7 and error(found[1], truth[1]) < 6e-7
 """
 
+NORM = """
+from longllava.ops.fused import rms_norm
+random = torch.Generator().manual_seed(0)
+x, grad = (torch.randn(100_000, 37, generator=random) + 1 for _ in range(2))
+weight = torch.ones(37, requires_grad=True)
+rms_norm(x, weight, 1e-6, backend="cpu")[0].backward(grad)
+wide = x.double()
+truth = (grad * wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()).sum(0)
+assert error(weight.grad, truth) < 3e-7
+"""
+
 
 @needs_kernels
 @pytest.mark.parametrize("form", FORMS[:3])
@@ -92,3 +103,9 @@ def test_long_sums_of_scan_are_right(form):
 @pytest.mark.parametrize("form", FORMS[:3])
 def test_long_sums_of_convolution_are_right(form):
     run_in_form(form, PRELUDE + CONVOLUTION)
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", FORMS[:3])
+def test_long_sums_of_norm_are_right(form):
+    run_in_form(form, PRELUDE + NORM)
