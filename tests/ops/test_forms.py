@@ -12,23 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from longllava.ops import native
+from tests.kernels import FORMS, ROOT, needs_kernels, run_in_form
 
-ROOT = Path(__file__).resolve().parents[2]
-every_form = pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+every_form = pytest.mark.parametrize("form", FORMS[:3])
 
 # these ops on a few ugly cases, against fp64
 CHECK = """
-import sys
 import torch
-from longllava.ops import causal_conv1d, native, selective_scan
+from longllava.ops import causal_conv1d, selective_scan
 from longllava.ops.causal_conv1d import cases as conv_cases, cpu as conv_cpu, reference as conv_reference
 from longllava.ops.selective_scan import cases as scan_cases, cpu as scan_cpu, reference as scan_reference
 from tests.ops.parity import assert_matches
 from tests.ops.test_conv3x3 import compare as compare_convolutions
 from tests.ops.test_fused import compare, compare_gradients
 from tests.ops.test_pixel_conv import compare as compare_pixel_convolutions
-assert native.isa() == sys.argv[1], native.isa()
 chosen = ("plain", "two-tiles", "many-states", "bf16-wild", "wild", "two-taps-two-tiles")
 for cases, cpu, reference in ((scan_cases, scan_cpu, scan_reference), (conv_cases, conv_cpu, conv_reference)):
     for case in cases.CASES:
@@ -79,49 +76,36 @@ assert float(torch.tensor(1e-38) * 0.5) > 0
 """
 
 
-def needs_library() -> None:
-    if reason := native.why_not():
-        pytest.skip(reason)
-
-
-def python(code: str, isa: str, *args: str) -> subprocess.CompletedProcess[str]:
+def python(code: str, isa: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "LONGLLAVA_ISA": isa, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
-def in_form(isa: str, code: str, *args: str) -> None:
-    """Runs `code` in this form of the library; skips where there is none."""
-    needs_library()
-    done = python(code, isa, *args)
-    if f"LONGLLAVA_ISA={isa}: this processor runs" in done.stderr:
-        pytest.skip(f"this processor has no {isa}")
-    assert done.returncode == 0, done.stderr
-
-
+@needs_kernels
 @every_form
-def test_every_form_matches_the_reference(isa) -> None:
-    in_form(isa, CHECK, isa)
+def test_every_form_matches_the_reference(form) -> None:
+    run_in_form(form, CHECK)
 
 
+@needs_kernels
 @every_form
-def test_decays_are_right_where_states_live_long(isa) -> None:
+def test_decays_are_right_where_states_live_long(form) -> None:
     """What a state loses a token adds up over its life, and so does an error that always has one sign."""
-    in_form(isa, DECAYS)
+    run_in_form(form, DECAYS)
 
 
+@needs_kernels
 @every_form
-def test_a_state_that_decays_away_becomes_0_and_other_arithmetic_keeps_its_small_numbers(isa) -> None:
+def test_a_state_that_decays_away_becomes_0_and_other_arithmetic_keeps_its_small_numbers(form) -> None:
     """Operations on denormal numbers take the processor a hundred times as long."""
     if platform.machine() not in ("x86_64", "aarch64"):
         pytest.skip("denormals are flushed on x86-64 and ARM")
-    in_form(isa, DENORMALS)
+    run_in_form(form, DENORMALS)
 
 
+@needs_kernels
 def test_amx_is_not_used_where_it_is_forbidden_or_absent() -> None:
     """What a processor has its flags say, on Linux."""
-    needs_library()
     code = "from longllava.ops import native; print(native.isa(), native.uses_amx())"
     assert python(code, "portable").stdout.split() == ["portable", "False"]
     assert python(f"import os; os.environ['LONGLLAVA_AMX'] = '0'; {code}", "").stdout.split()[1] == "False"
@@ -130,8 +114,8 @@ def test_amx_is_not_used_where_it_is_forbidden_or_absent() -> None:
         assert python(code, "").stdout.split()[1] == "False"
 
 
+@needs_kernels
 def test_a_form_that_does_not_exist_is_an_error() -> None:
-    needs_library()
     done = python("from longllava.ops import native; native.why_not()", "abacus")
     assert done.returncode == 1
     assert "BackendError: LONGLLAVA_ISA=abacus: this processor runs portable" in done.stderr
