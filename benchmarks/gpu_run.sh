@@ -83,8 +83,8 @@ if wants sanitize; then  # op by op: all of them in one process run into the lim
       seconds=$(left)
       ((seconds >= 20)) || { say "no time left for: compute-sanitizer $tool $op"; continue; }
       # shellcheck disable=SC2086
-      timeout $((seconds < 60 ? seconds : 60)) compute-sanitizer --tool "$tool" $only --error-exitcode 9 "$python" benchmarks/kernel_checks.py --quick \
-        --op "$op" > "$results/sanitizer-$tool-$op.log" 2>&1
+      timeout $((seconds < 60 ? seconds : 60)) compute-sanitizer --tool "$tool" $only --error-exitcode 9 \
+        "$python" benchmarks/kernel_checks.py --quick --op "$op" > "$results/sanitizer-$tool-$op.log" 2>&1
       say "compute-sanitizer $tool $op: exit code $?, $(tail -n 1 "$results/sanitizer-$tool-$op.log")"
     done
   done

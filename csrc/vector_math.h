@@ -6,17 +6,17 @@
 namespace longllava {
 namespace LONGLLAVA_FORM {
 
-// x[k] = 2^(factor x[k]) by a polynomial of degree 5; relative error 2.3e-7, and exactly 1 at 0, so that a step of length
-// 0 keeps the state as it is. Beside 0 errors are as rare above as below: a state that lives long takes the same factor,
-// just below 1, thousands of times. With CLAMP any finite product; without it |factor x| <= 126. K vectors go in step,
+// x[k] = 2^(factor x[k]) by a polynomial of degree 5; relative error 2.3e-7, and exactly 1 at 0, so that a step of
+// length 0 keeps the state as it is. Beside 0 errors lie as often above as below: a state that lives long takes a factor
+// just below 1 thousands of times. With CLAMP any finite product; without it |factor x| <= 126. K vectors go in step,
 // each waiting for the others instead of for its own chain of dependent operations.
 #define EACH _Pragma("GCC unroll 8") for (int k = 0; k < K; ++k)
 #if defined(__AVX512F__) && LONGLLAVA_WIDTH == 16
 constexpr bool EXP2_SATURATES = true;
 // The polynomial takes y - floor(y), in [0, 1), and the instruction that scales takes floor(y) from y itself: eight
-// operations. It saturates, so that nothing is clamped. y is the product plus 1/4, and the polynomial 2^(f - 1/4). Without
-// that shift what is just below 0 has a fraction just below 1, which is cut to a multiple of 2^-24, and where the
-// polynomial's own error is not 0: all decays of long-lived states came out 1.6e-7 too small.
+// operations. It saturates, so that nothing is clamped. y is the product plus 1/4, and the polynomial 2^(f - 1/4).
+// Without that shift what is just below 0 has a fraction just below 1, which is cut to a multiple of 2^-24, and where
+// the polynomial's own error is not 0: all decays of long-lived states came out 1.6e-7 too small.
 template <bool CLAMP, int K>
 LONGLLAVA_INLINE void exp2_together(vec (&x)[K], vec factor) {
   vec f[K], p[K];

@@ -295,5 +295,8 @@ class Session:
         return fork_state(self.state, n_tokens)
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file, whole or not at all; LongLLaVA.load_session reads it. Raises: CheckpointError."""
+        """Write one safetensors file, whole or not at all; LongLLaVA.load_session reads it.
+
+        Raises: InputError below a file; CheckpointError where it cannot be written otherwise.
+        """
         return saving.save(self, path)
