@@ -68,7 +68,7 @@ fuzz: setup     ## N hostile pictures, videos, prompts, configs, indices ... (10
 
 SANITIZED := build/sanitized
 SANITIZERS = $(shell $(or $(CXX),g++) -print-file-name=libasan.so) $(shell $(or $(CXX),g++) -print-file-name=libubsan.so)
-CPU_OPS := $(addprefix tests/ops/test_,selective_scan.py causal_conv1d.py attention.py conv3x3.py pixel_conv.py fused.py int8_linear.py native.py)
+CPU_OPS := $(addprefix tests/ops/test_,selective_scan.py causal_conv1d.py attention.py merge.py conv3x3.py pixel_conv.py fused.py int8_linear.py native.py forms.py)
 sanitize: setup  ## the CPU kernels' tests under the address and undefined-behaviour sanitizers (GCC, minutes)
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r longllava csrc tests pyproject.toml $(SANITIZED) && rm -rf $(SANITIZED)/longllava/lib

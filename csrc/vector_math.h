@@ -7,7 +7,7 @@ namespace longllava {
 namespace LONGLLAVA_FORM {
 
 // x[k] = 2^(factor x[k]) by a polynomial of degree 5; relative error 2.3e-7, and exactly 1 at 0, so that a step of
-// length 0 keeps the state as it is. Beside 0 errors lie as often above as below: a state that lives long takes a factor
+// length 0 keeps the state as it is. Beside 0 errors lie as often above as below: a long-lived state takes a factor
 // just below 1 thousands of times. With CLAMP any finite product; without it |factor x| <= 126. K vectors go in step,
 // each waiting for the others instead of for its own chain of dependent operations.
 #define EACH _Pragma("GCC unroll 8") for (int k = 0; k < K; ++k)
