@@ -295,8 +295,5 @@ class Session:
         return fork_state(self.state, n_tokens)
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file, whole or not at all; LongLLaVA.load_session reads it.
-
-        Raises: InputError below a file; CheckpointError where it cannot be written otherwise.
-        """
+        """Write one safetensors file, whole or not at all, for load_session. Raises: InputError, CheckpointError."""
         return saving.save(self, path)
