@@ -135,7 +135,7 @@ void forward(const ConvPlan& plan, Tile& tile) {
       Ahead ahead(piece, block, a.x, a.y);
       walk<K>(tile.weight[block], tile.bias[block], tile.window[block], piece.flags, piece.n_tokens, x[block], y[block],
               ahead);
-      if (a.silu) in_fours(y[block], piece.n_tokens, [](auto& x) { silu_together(x); });
+      if (a.silu) in_step(y[block], piece.n_tokens, [](auto& x) { silu_together(x); });
     }
     write_piece(a.y, piece, y[0]);
   }

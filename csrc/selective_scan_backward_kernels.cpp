@@ -147,7 +147,7 @@ void open_chunk(const ScanArguments& a, const BackTile& tile, const Piece& piece
     vec* d = chunk.d[block];
     vec most = {};
     for (int t = 0; t < piece.n_tokens; ++t) d[t] = chunk.raw[block][t] + tile.bias[block];
-    if (a.softplus) in_fours(d, piece.n_tokens, [](auto& x) { softplus_together(x); });
+    if (a.softplus) in_step(d, piece.n_tokens, [](auto& x) { softplus_together(x); });
     for (int t = 0; t < piece.n_tokens; ++t) most = maximum(absolute(d[t]), most);
     chunk.clamp[block] = needs_clamp(most, tile.most_A[block]);
     for (int t = 0; t < piece.n_tokens; ++t) {

@@ -116,10 +116,10 @@ float* checkpoint(const ScanArguments& a, const Tile<BLOCKS>& tile, int64_t chun
 
 // True when |d A| may leave the range that needs no clamp (vector_math.h); where exp2 saturates, nothing needs one.
 LONGLLAVA_INLINE bool needs_clamp(vec most_d, vec most_A) {
-  return !EXP2_SATURATES && !(max_lanes(most_d * most_A) < 126.0f);
+  return !EXP2_SATURATES && !all_below(most_d * most_A, 126.0f);
 }
 
-// The tokens of one chunk and the channels of a tile. step: SCAN_FORWARD_CHUNK, or -SCAN_CHUNK backward.
+// The tokens of one chunk and the channels of a tile. step: its tokens, negative backward.
 template <int BLOCKS>
 Piece chunk_piece(const ScanPlan& plan, const Tile<BLOCKS>& tile, int64_t first, int step) {
   const int64_t length = plan.args.length, left = length - first, next = first + step;

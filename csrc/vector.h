@@ -155,11 +155,14 @@ LONGLLAVA_INLINE float sum_lanes(vec x) {
   return lane[0];
 }
 
-LONGLLAVA_INLINE float max_lanes(vec x) {
-  float lane[WIDTH], most = 0;
-  store(lane, x);
-  for (int i = 0; i < WIDTH; ++i) most = lane[i] > most || lane[i] != lane[i] ? lane[i] : most;
-  return most;
+LONGLLAVA_INLINE bool all_below(vec x, float bound) {
+#if defined(__AVX2__) && LONGLLAVA_WIDTH == 8
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(bound), _CMP_LT_OQ)) == 0xff;
+#else
+  bool all = true;
+  for (int i = 0; i < WIDTH; ++i) all &= x[i] < bound;
+  return all;
+#endif
 }
 
 // low = a0 b0 a1 b1 ...; high = the same of the upper halves

@@ -128,14 +128,16 @@ LONGLLAVA_INLINE void silu_together(vec (&x)[K]) {
 }
 #undef EACH
 
-// A function of K vectors in step, over n of them in place: four at a time, the last ones alone.
+// A function of K vectors in step, over n of them in place: as many at a time as registers hold, the last ones alone.
 template <class F>
-LONGLLAVA_INLINE void in_fours(vec* x, int n, F f) {
+LONGLLAVA_INLINE void in_step(vec* x, int n, F f) {
+  constexpr int K = WIDTH == 16 ? 8 : 4;
   int t = 0;
-  for (; t + 4 <= n; t += 4) {
-    vec four[4] = {x[t], x[t + 1], x[t + 2], x[t + 3]};
-    f(four);
-    for (int k = 0; k < 4; ++k) x[t + k] = four[k];
+  for (; t + K <= n; t += K) {
+    vec some[K];
+    for (int k = 0; k < K; ++k) some[k] = x[t + k];
+    f(some);
+    for (int k = 0; k < K; ++k) x[t + k] = some[k];
   }
   for (; t < n; ++t) {
     vec one[1] = {x[t]};
