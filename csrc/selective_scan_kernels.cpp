@@ -2,9 +2,9 @@
 //
 // WIDTH channels fill a vector, a group of states of these channels stays in registers, time is walked serially:
 // no sums across lanes, one exponential per (token, channel, state), 11 vector operations with AVX-512 and 15 with
-// AVX2. Tokens go in chunks, and within a chunk one block of WIDTH channels after another goes its whole way: step sizes
-// (softplus) and what they let in, the walk, the gate (silu). What goes from step to step is at most 3 KB and stays in the
-// first cache: all blocks step by step, in 24 KB, took 1.04 to 1.08 times as long in bf16 and 0.98 to 1.02 in fp32.
+// AVX2. Tokens go in chunks, and in a chunk one block of WIDTH channels after another goes its whole way: step sizes
+// (softplus) and what they let in, the walk, the gate (silu). What goes from step to step is at most 3 KB and stays in
+// the first cache: all blocks step by step, in 24 KB, took 1.04 to 1.08 times as long in bf16 and 0.98 to 1.02 in fp32.
 // Memory per token and channel: u, delta, z in, y out, each once; nothing else grows with length except the
 // saved states (N / 16 floats per channel and token) when gradients are wanted.
 #include "selective_scan_tile.h"
