@@ -78,7 +78,8 @@ struct Column {
   int64_t at(int t) const { return first + t * rows.row_stride; }
 };
 
-// Step sizes, what they let in, and y = D u. Returns the largest |d|, where someone asks for it.
+// Step sizes, what they let in, and y = D u. Returns the largest |d|, where someone asks for it: not of padding, or what
+// stands there would decide how the tokens beside it are rounded.
 vec open_block(const ScanArguments& a, const Piece& piece, int block, int lanes, vec bias, vec D, Chunk& chunk) {
   const Column u_rows(a.u, piece, block), delta_rows(a.delta, piece, block);
   for (int t = 0; t < piece.n_tokens; ++t) chunk.d[t] = read_lanes(a.delta, delta_rows.at(t), lanes) + bias;
@@ -88,7 +89,7 @@ vec open_block(const ScanArguments& a, const Piece& piece, int block, int lanes,
     const vec d = chunk.d[t], u = read_lanes(a.u, u_rows.at(t), lanes);
     chunk.du[t] = d * u;
     chunk.y[t] = D * u;
-    if (!EXP2_SATURATES) most = maximum(absolute(d), most);
+    if (!EXP2_SATURATES && piece.flags[t] != TOKEN_PADDING) most = maximum(absolute(d), most);
   }
   return most;
 }
