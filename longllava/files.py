@@ -22,7 +22,12 @@ WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EBADF)  # file
 
 
 def expanded(path: str | Path) -> Path:
-    """~ becomes the home folder, where there is one: Path's own raises without, and for users that are not known."""
+    """~ becomes the home folder, where there is one: Path's own raises without, and for users that are not known.
+
+    Raises: InputError for what is no name, and for an empty one: to Path it would be the folder one stands in.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise InputError(f"got {path!r:.80}, expected the name of a file or folder")
     return Path(os.path.expanduser(path))
 
 

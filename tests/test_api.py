@@ -181,3 +181,13 @@ def test_a_wrong_keyword_is_told_by_the_method_that_was_called(method, arguments
 
 def test_no_questions_have_no_answers():
     assert MODEL.session().ask_many([]) == []
+
+
+@pytest.mark.parametrize("name", ["", None])
+def test_what_names_no_file_or_folder_is_not_written_to(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    session = MODEL.session(text="a")
+    for use in (MODEL.save_pretrained, session.save, MODEL.load_session):
+        with pytest.raises(InputError, match=f"^got {name!r}, expected the name of a file or folder$"):
+            use(name)
+    assert not list(tmp_path.iterdir())

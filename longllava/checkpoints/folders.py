@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from longllava.errors import CheckpointError
+from longllava.errors import CheckpointError, InputError
 from longllava.files import expanded
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -37,7 +37,11 @@ def find_folder(name: str | Path, **hub: Any) -> Path:
             warnings.warn(f"{name}: the shipped model is taken; for the folder of that name here write"
                           f" {os.path.join('.', name)}", stacklevel=2)  # fmt: skip
         return ASSETS / str(name)
-    path = expanded(name)
+    try:
+        path = expanded(name)
+    except InputError as error:
+        shipped = ", ".join(shipped_models())
+        raise CheckpointError(f"model: {error}, a hub name (owner/model) or one of those shipped: {shipped}") from None
     if os.path.isdir(path):  # not path.is_dir, which raises where a name is too long
         if not (path / CONFIG).is_file():
             raise CheckpointError(

@@ -213,6 +213,14 @@ def test_unknown_models(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["", None, 5, b"nano"])
+def test_what_names_no_model(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path)  # a model in the folder one stands in, which an empty name would be to Path
+    with pytest.raises(CheckpointError, match=r"^model: got .*, expected the name of a .* those shipped: .*nano"):
+        find_folder(name)
+
+
 def test_a_download_needs_a_home(monkeypatch):
     def homeless(*_, **__):
         raise RuntimeError("Could not determine home directory.")  # a container's user that the system does not know
