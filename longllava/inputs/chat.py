@@ -144,7 +144,7 @@ def messages_of_dicts(
     messages: Sequence[Mapping[str, Any]],
     images: Sequence[Any],
     prompt: PromptConfig,
-    open_image: Callable[[Any], Any],
+    open_images: Callable[[list[Any]], Sequence[Any]],
     open_video: Callable[[Any], Sequence[Any]],
     *,
     answered: bool = False,
@@ -153,12 +153,13 @@ def messages_of_dicts(
 
     content is a string, or a list of parts: {"type": "text", "text"}, {"type": "image", "image" | "path" | "url" |
     "base64"} and {"type": "video", "video" | "path" | "url"}. An image part without a source takes the next one of
-    `images`. Text is never searched for marks. open_image: what to keep of a picture's source; open_video: a video's ->
-    its frames. answered: the last message may be the assistant's.
+    `images`. Text is never searched for marks. open_images: what to keep of the pictures' sources, called once with
+    all; open_video: a video's -> its frames. answered: the last message may be the assistant's.
     """
     if isinstance(messages, Mapping) or not messages:
         raise InputError("messages: expected a list with at least one user message")
     given, sources, result = list(images), list[Any](), list[Message]()
+    pictures: list[int] = []  # of the sources, which are not frames
     for number, message in enumerate(messages, 1):
         where = f"message {number}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
@@ -182,7 +183,8 @@ def messages_of_dicts(
                 if (source := source_of(part, kind)) is None and not given:
                     raise InputError(f"{where}: an image part has neither 'image' nor 'path', and no image is left")
                 pieces.append(Mark(len(sources)))
-                sources.append(open_image(given.pop(0) if source is None else source))
+                pictures.append(len(sources))
+                sources.append(given.pop(0) if source is None else source)
             elif kind == "video" and message["role"] == "user":
                 if (source := source_of(part, kind)) is None:
                     raise InputError(f"{where}: a video part has neither 'video' nor 'path'")
@@ -198,12 +200,12 @@ def messages_of_dicts(
         result.append(Message(message["role"], tuple(pieces)))
     if given:
         raise InputError(f"messages: {len(given)} of {len(images)} images have no image part; add parts or drop them")
-    if result[-1].role != "user":
-        if answered:
-            return result, sources
+    if result[-1].role != "user" and not answered:
         raise InputError("messages: the last one is the assistant's; end with a user's message")
     if not any(not isinstance(piece, Plain) or piece.text.strip() for piece in result[-1].pieces):
         raise InputError("prompt: the last message is empty; write a question")
+    for place, source in zip(pictures, open_images([sources[place] for place in pictures]), strict=True):
+        sources[place] = source
     return result, sources
 
 

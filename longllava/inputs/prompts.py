@@ -30,7 +30,7 @@ def prompt_turns(
         if video is not None:
             raise InputError('messages: give the video as a part {"type": "video", "video": path}')
         messages, sources = messages_of_dicts(
-            list(prompt), listed(images), processor.prompt, lambda source: media([source], None)[0][0],
+            list(prompt), listed(images), processor.prompt, lambda sources: media(sources, None)[0],
             lambda source: media(None, source)[0], answered=answered,
         )  # fmt: skip
     else:

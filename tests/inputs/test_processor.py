@@ -120,7 +120,7 @@ def test_strings_place_images_at_marks_or_first():
 
 
 def parse(messages, images=()):
-    return messages_of_dicts(messages, images, PromptConfig(), lambda source: source, lambda source: [source] * 2)
+    return messages_of_dicts(messages, images, PromptConfig(), list, lambda source: [source] * 2)
 
 
 def test_messages_with_parts():
@@ -148,7 +148,7 @@ def test_sources_of_parts_by_any_of_their_names():
 
 def test_a_conversation_may_end_with_its_answer():
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    messages, _ = messages_of_dicts([*talk, *talk], [], PromptConfig(), str, list, answered=True)
+    messages, _ = messages_of_dicts([*talk, *talk], [], PromptConfig(), list, list, answered=True)
     assert [message.pieces for message in messages[1::2]] == [(Answer("b"),), (Answer("b", last=True),)]
 
 

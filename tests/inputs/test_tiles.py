@@ -130,3 +130,13 @@ def test_errors_count_pictures_not_tiles(tiles, tmp_path):
         MODEL.generate("a", [picture(40, 20), torn, picture(40, 20)], tiles=tiles)
     with pytest.raises(InputError, match=r"^image 3: got a tensor"):
         MODEL.generate("a", [picture(9, 9), picture(40, 9), torch.zeros(2, 3)])
+
+
+def test_errors_about_a_header_count_all_pictures_of_the_messages():
+    def asked(*pictures):
+        return {"role": "user", "content": [*({"type": "image", "image": one} for one in pictures),
+                                            {"type": "text", "text": "a"}]}  # fmt: skip
+
+    talk = [asked(picture(20, 9)), {"role": "assistant", "content": "b"}, asked(picture(20, 9), b"no picture")]
+    with pytest.raises(InputError, match="^image 3 of 3: not a picture of a known format"):
+        MODEL.generate(talk, tiles="fit")
