@@ -163,7 +163,8 @@ def plan_window(
     """Pack samples from `begin` on into n_steps x n_rows rows of row_length tokens.
 
     draw: number -> (sample, name of its source). Samples are drawn until they would fill all rows; longest
-    first, each goes into the fullest row it fits; what fits nowhere is held back for the next window.
+    first, each goes into the fullest row it fits; what fits nowhere is held back for the next window, where it comes
+    before the others: else, of samples longer than half a row, the shortest would wait from window to window for ever.
     seed: the order of rows, and of samples in a row. expect: told of numbers that are drawn soon, and once.
     Raises: DataError when no sample fits.
     """
@@ -201,7 +202,8 @@ def plan_window(
             misfits.append(Misfit(sample.id, source, why, len(item)))
         missed += 1
         give_up(missed, misfits)
-    rows, left = best_fit(items, n_steps * n_rows, row_length)
+    n_waited = sum(item.number < begin.next for item in items)
+    rows, left = best_fit(items, n_steps * n_rows, row_length, n_waited)
     rng = random.Random(f"rows {seed} {begin.next}")
     rng.shuffle(rows)
     for row in rows:
@@ -217,12 +219,17 @@ def give_up(missed: int, misfits: list[Misfit]) -> None:
         raise DataError(f"{missed} samples in a row cannot be used; the last, {misfits[-1].id}: {misfits[-1].why}")
 
 
-def best_fit(items: Sequence[Item], n_rows: int, row_length: int) -> tuple[list[list[Item]], list[Item]]:
-    """Longest item first, into the row where it leaves least room. Returns rows, and what fits nowhere."""
+def best_fit(
+    items: Sequence[Item], n_rows: int, row_length: int, n_before: int = 0
+) -> tuple[list[list[Item]], list[Item]]:
+    """Longest item first, into the row where it leaves least room. Returns rows, and what fits nowhere.
+
+    n_before: so many of `items`, the first, come before the others.
+    """
     rows: list[list[Item]] = [[] for _ in range(n_rows)]
     left = []
     free = [(row_length, row) for row in range(n_rows)]  # sorted by room, then row
-    for item in sorted(items, key=len, reverse=True):
+    for item in (*sorted(items[:n_before], key=len, reverse=True), *sorted(items[n_before:], key=len, reverse=True)):
         at = bisect.bisect_left(free, (len(item), -1))
         if at == len(free):
             left.append(item)

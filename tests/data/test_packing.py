@@ -173,6 +173,21 @@ def test_a_plan_follows_from_its_inputs_alone(tiny) -> None:
     assert numbers(windows(tiny[1], Cursor(), 1, seed=4)) != numbers(plans[:1])
 
 
+def test_a_sample_waits_for_one_window_at_most(tiny) -> None:
+    """Of samples longer than half a row each row holds one; the shortest had to wait for ever."""
+
+    def long(number: int) -> tuple[Sample, str]:
+        return Sample(f"s{number}", (Turn("user", "red " * (50 + number * 7 % 40)), Turn("assistant", "yes"))), "words"
+
+    begin = Cursor()
+    for _ in range(8):
+        plan = plan_window(long, tiny[1], begin, seed=3, n_steps=8, n_rows=2, row_length=100)
+        assert set(begin.held) <= set(numbers([plan]))
+        assert all(len(row) == 1 for rows in plan.steps for row in rows)
+        begin = plan.end
+    assert begin.held
+
+
 def test_samples_that_never_fit_end_in_one_sentence(tiny) -> None:
     with pytest.raises(DataError, match="1000 samples in a row cannot be used; the last, s10: .* a row holds 100"):
         plan_window(lambda number: draw(10), tiny[1], Cursor(), seed=0, n_steps=1, n_rows=1, row_length=100)
@@ -183,3 +198,6 @@ def test_best_fit_fills_the_fullest_row_that_has_room(tiny) -> None:
     rows, left = best_fit(items, 2, 100)
     assert [sorted(len(item) for item in row) for row in rows] == [[40, 60], [9, 30, 50]]
     assert [len(item) for item in left] == [30]
+    rows, left = best_fit([*items[3:], *items[:3]], 2, 100, n_before=3)
+    assert [sorted(len(item) for item in row) for row in rows] == [[9, 30, 30], [40, 60]]
+    assert [len(item) for item in left] == [50]
