@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from longllava.data.packing import Cursor, plan_window
 from longllava.data.recipes import Recipe
 from longllava.data.sources import LlavaSource
+from longllava.data.stores import paths_of
 from longllava.errors import DataError
 from longllava.train.loop import list_left_out
 from tests.data.records import GOOD, TOLD, asked, numbered, write, write_lines
@@ -110,6 +111,19 @@ def test_files_that_are_no_source(tmp_path: Path, content: str, message: str) ->
         LlavaSource("data", path, max_bad=1.0)
     with pytest.raises(DataError, match="no such file"):
         LlavaSource("data", tmp_path / "none.json")
+
+
+def test_brackets_in_the_name_of_a_file_or_of_its_folder_are_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures [2024]"
+    folder.mkdir()
+    for name in ("part-0.json", "part-1.json", "taken[1].json"):
+        (folder / name).touch()
+    parts = [folder / "part-0.json", folder / "part-1.json"]
+    assert paths_of("part-*.json", folder) == paths_of("part-[01].json", folder) == parts
+    assert paths_of("taken[1].json", folder) == [folder / "taken[1].json"]
+    assert paths_of([str(parts[0]), f"{tmp_path}/pict*/part-1.json"], tmp_path) == parts
+    with pytest.raises(DataError, match="no such file"):
+        paths_of("part-[2].json", folder)
 
 
 def test_a_pickle_is_never_opened(tmp_path: Path) -> None:

@@ -48,18 +48,20 @@ def open_store(kind: str, paths: Sequence[Path], columns: Columns, files: bool) 
 
 
 def paths_of(written: str | Sequence[str], folder: Path) -> list[Path]:
-    """The files that a recipe names, relative to `folder`; patterns in order of name. Raises: DataError."""
+    """The files that a recipe names, relative to `folder`; patterns in order of name. Raises: DataError.
+
+    `folder` is no pattern, nor is a name under which there is a file.
+    """
     found: list[Path] = []
     for one in [written] if isinstance(written, str) else written:
-        if any(sign in one for sign in "*?["):
-            base = Path(one) if Path(one).is_absolute() else folder / one
-            root = Path(base.anchor or ".")
-            matches = sorted(path for path in root.glob(str(base.relative_to(base.anchor))) if path.is_file())
-            if not matches:
-                raise DataError(f"{folder / one}: no such file")
-            found += matches
-        elif not (folder / one).is_file():
-            raise DataError(f"{folder / one}: no such file")
-        else:
+        if (folder / one).is_file():
             found.append(folder / one)
+            continue
+        anchor, matches = Path(one).anchor, list[Path]()
+        if any(sign in one for sign in "*?["):
+            root = Path(anchor or folder)
+            matches = sorted(path for path in root.glob(str(Path(one).relative_to(anchor))) if path.is_file())
+        if not matches:
+            raise DataError(f"{folder / one}: no such file")
+        found += matches
     return found
