@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -179,8 +180,12 @@ def list_left_out(path: Path, misfits: Sequence[Misfit]) -> None:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """What draws in a step (dropout) draws the same when the step is taken again."""
-    return ((seed << 40) + (step << 12) + rank) % (1 << 63)
+    """What draws in a step (dropout) draws the same when the step is taken again.
+
+    torch's generator on a CPU reads the low 32 bits alone: they differ between steps and processes of a run, and, by
+    where it begins, between runs.
+    """
+    return (random.Random(f"steps {seed}").getrandbits(62) + (step << 12) + rank) % (1 << 62)
 
 
 def not_finite(engine: Any, step: int, bad: list[str], batches: list[Batch]) -> str:
