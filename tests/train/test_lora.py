@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from longllava.train.lora import LoraConfig, add_adapters_
 from longllava.train.optimizer import select_parts
 from longllava.train.parts import read_part
 from longllava.train.stage import run_stage
-from tests.tiny_world import TOKENIZER, world_config, world_samples, write_foundation, write_stage
+from tests.tiny_world import TOKENIZER, world_config, world_model, world_samples, write_foundation, write_stage
 from tests.train.runs import stopped_at
 
 RATE = {"phases": [{"steps": 4, "row_length": 192, "rows": 1, "learning_rate": 2e-2}]}
@@ -283,3 +284,11 @@ def test_batch_norm_beside_adapters_stands_still() -> None:
     model.encoder(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8))
     assert any("running_mean" in name for name in before)
     assert all(torch.equal(before[name], buffer) for name, buffer in model.encoder.named_buffers())
+
+
+def test_why_peft_cannot_be_imported_is_told(tmp_path, monkeypatch) -> None:
+    (tmp_path / "peft.py").write_text("raise ImportError('no BloomPreTrainedModel')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "peft", raising=False)
+    with pytest.raises(TrainingError, match="lora needs peft .no BloomPreTrainedModel.; pip install"):
+        add_adapters_(world_model()[0], LoraConfig(), seed=0)
