@@ -57,7 +57,13 @@ class MediaReader:
     def image(self, source: Any) -> Any:
         """A picture, to be split where tiles are asked for."""
         tiles = parse_tiles(self.options.tiles)
-        return source if tiles is None or self.side is None else split(source, tiles, self.side, self.open_reference)
+        if tiles is None or self.side is None:
+            return source
+        import torch
+
+        if isinstance(source, torch.Tensor):
+            raise InputError("a tensor of features or pixels is not cut into tiles; give its picture, or no tiles")
+        return split(source, tiles, self.side, self.open_reference)
 
     def images(self, sources: Sequence[Any]) -> list[Any]:
         """Several pictures; errors name which."""

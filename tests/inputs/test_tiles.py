@@ -140,3 +140,10 @@ def test_errors_about_a_header_count_all_pictures_of_the_messages():
     talk = [asked(picture(20, 9)), {"role": "assistant", "content": "b"}, asked(picture(20, 9), b"no picture")]
     with pytest.raises(InputError, match="^image 3 of 3: not a picture of a known format"):
         MODEL.generate(talk, tiles="fit")
+
+
+@pytest.mark.parametrize("tiles", ["fit", "1x2"])
+def test_features_are_not_cut(tiles):
+    features = MODEL.encode(picture(20, 9))
+    with pytest.raises(InputError, match="^image 2 of 2: a tensor of features or pixels is not cut into tiles; give"):
+        MODEL.generate("a", [picture(20, 9), *features], tiles=tiles)
