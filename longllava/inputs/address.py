@@ -25,6 +25,8 @@ MAX_SECONDS = 30.0
 MAX_REDIRECTS = 3
 MOVED = (301, 302, 303, 307, 308)
 BLOCK = 1 << 16
+PATH = "/%:@!$&'()*+,;=~-._"  # what stands in a path as it is, beside letters and digits
+QUERY = "".join(map(chr, range(33, 127)))
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 numbers in IPv6 ones (RFC 6052), which count as public
 
 UNICAST = ipaddress.ip_network("2000::/3")  # the IPv6 numbers of hosts; site-local fec0::/10 counts as global
@@ -121,10 +123,9 @@ def parts_of(address: str, hosts: Sequence[str]) -> tuple[bool, str, int, str]:
     try:
         parts = urllib.parse.urlsplit(address)
         host, port = (parts.hostname or "").rstrip("."), parts.port
-        path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (
-            f"?{parts.query}" if parts.query else ""
-        )
-        path.encode("ascii")
+        path = urllib.parse.quote(parts.path or "/", safe=PATH)
+        if parts.query:
+            path += f"?{urllib.parse.quote(parts.query, safe=QUERY)}"  # as UTF-8, which is what browsers send
         host = host.encode("idna").decode("ascii") if not host.isascii() else host
     except (ValueError, UnicodeError):
         raise InputError("it is not a well-formed address") from None

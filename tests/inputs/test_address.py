@@ -261,3 +261,8 @@ def test_the_connection_goes_to_the_number_that_was_checked(server, monkeypatch)
     monkeypatch.setattr(address.socket, "getaddrinfo", resolve)
     name = at(server, "png").replace("127.0.0.1", "pictures.example")
     assert download(name, ["pictures.example"]) == png()
+
+
+def test_letters_of_a_query_are_sent_as_browsers_send_them(server):
+    assert download(at(server, "png?name=bücher&as=100%25|\""), HERE) == png()
+    assert server.asked[-1] == '/png?name=b%C3%BCcher&as=100%25|"'
