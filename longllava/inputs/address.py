@@ -16,6 +16,9 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any
 
 from longllava.errors import InputError
 
@@ -71,7 +74,7 @@ def ask(
     if left <= 0:
         raise InputError(f"it took more than {seconds:g} seconds")
     try:
-        connection = connect(host, port, numbers_of(host, port, hosts), secure, deadline)
+        connection = connect(host, port, numbers_of(host, port, hosts, deadline, seconds), secure, deadline)
     except OSError as error:
         raise InputError(f"{host} cannot be reached: {error.strerror or error}") from None
     # a server that sends a byte now and then never runs into the socket's own limit
@@ -141,12 +144,26 @@ def parts_of(address: str, hosts: Sequence[str]) -> tuple[bool, str, int, str]:
     return parts.scheme == "https", host, port or (443 if parts.scheme == "https" else 80), path
 
 
-def numbers_of(host: str, port: int, hosts: Sequence[str]) -> list[str]:
-    """The numbers of a host. One that was not named itself must not lead into the local network."""
+def numbers_of(host: str, port: int, hosts: Sequence[str], deadline: float, seconds: float) -> list[str]:
+    """The numbers of a host. One that was not named itself must not lead into the local network.
+
+    The system's own question knows no time limit, so a thread waits for its answer.
+    """
+    answer: Future[list[Any]] = Future()
+
+    def resolve() -> None:
+        try:
+            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=resolve, name="longllava-resolve", daemon=True).start()
     try:
-        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        found = [str(entry[4][0]) for entry in answer.result(max(deadline - time.monotonic(), 0))]
     except UnicodeError:  # an empty label, or one of more than 63 characters
         raise InputError(f"{host!r:.80} is not the name of a host") from None
+    except FutureTimeout:  # another class than TimeoutError before Python 3.11
+        raise InputError(f"it took more than {seconds:g} seconds") from None
     for number in found if host not in hosts else ():
         if not public(ipaddress.ip_address(number.partition("%")[0])):
             raise InputError(f"host {host} is not on the public internet; name it in allow_hosts if it is meant")

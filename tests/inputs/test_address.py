@@ -250,6 +250,16 @@ def test_a_handshake_takes_no_longer_than_allowed():
         thread.join()
 
 
+def test_a_name_is_waited_for_no_longer_than_allowed(monkeypatch):
+    over = threading.Event()
+    monkeypatch.setattr(address.socket, "getaddrinfo", lambda *arguments, **options: [over.wait(5)][1:])
+    started = time.monotonic()
+    with pytest.raises(InputError, match="it took more than 0.5 seconds"):
+        download("http://pictures.example/a.png", ["*"], seconds=0.5)
+    assert time.monotonic() - started < 3
+    over.set()
+
+
 def test_the_connection_goes_to_the_number_that_was_checked(server, monkeypatch):
     """A name that answers differently the second time is only asked once."""
     answers = iter([[(0, 0, 0, "", ("127.0.0.1", 0))]])
