@@ -201,8 +201,8 @@ def rgb(image: Image.Image, copied: bool = True) -> Image.Image:
     orientation = upright_by(image)
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         result = eight_bits(image).convert("RGB")
-    elif "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        with_alpha = image.convert("RGBA")
+    elif image.has_transparency_data:
+        with_alpha = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # Pillow has no other way
         result = Image.new("RGB", image.size, (255, 255, 255))
         result.paste(with_alpha, mask=with_alpha.getchannel("A"))
     else:
@@ -232,6 +232,9 @@ def eight_bits(image: Image.Image) -> Image.Image:
     full = 1.0 if image.mode == "F" and high <= 1 else 255.0 if image.mode == "F" else 65535.0
     if low < 0 or high > full:
         raise InputError(f"mode {image.mode}: pixels from {low:g} to {high:g}; expected 0 to {full:g}")
+    key = image.info.get("transparency")  # the value that a PNG shows nothing for: white, as rgb lays it
+    if isinstance(key, int):
+        values[values == key] = full
     values *= 255 / full
     return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
 

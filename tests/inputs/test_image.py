@@ -4,6 +4,7 @@ import io
 import re
 import resource
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 
@@ -16,7 +17,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from longllava.errors import InputError
 from longllava.inputs import image as image_module
-from longllava.inputs.image import named, open_image, square, square_pixels, upright_size
+from longllava.inputs.image import named, open_image, rgb, square, square_pixels, upright_size
 from longllava.inputs.media import listed
 from longllava.inputs.processor import Processor
 from tests.inputs.pictures import encoded, picture, pixels
@@ -76,6 +77,19 @@ def test_alpha_lies_on_white():
     assert pixels(encoded(palette, transparency=1)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
     keyed = Image.fromarray(np.array([[[1, 2, 3], [9, 9, 9]]], np.uint8))
     assert pixels(encoded(keyed, transparency=(1, 2, 3))).tolist() == [[[255] * 3, [9] * 3]]
+
+
+def test_alpha_that_no_band_holds_lies_on_white():
+    """In the colours of a palette, multiplied into grey, or as the one value of 16 bits that is transparent."""
+    rgba = Image.fromarray(np.array([[[200, 100, 0, 255], [0, 0, 0, 0]]], np.uint8))
+    assert np.array(rgb(rgba.quantize())).tolist() == [[[200, 100, 0], [255] * 3]]
+    grey = Image.fromarray(np.array([[[80, 255], [80, 0]]], np.uint8), "LA")
+    assert np.array(rgb(grey.convert("La"))).tolist() == [[[80] * 3, [255] * 3]]
+    keyed = encoded(Image.fromarray(np.array([[257, 514]], np.uint16)))
+    chunk = b"tRNS" + (257).to_bytes(2, "big")
+    at = keyed.index(b"IDAT") - 4
+    data = keyed[:at] + (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + keyed[at:]
+    assert pixels(data).tolist() == [[[255] * 3, [2] * 3]]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
