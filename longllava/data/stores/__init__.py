@@ -60,7 +60,10 @@ def paths_of(written: str | Sequence[str], folder: Path) -> list[Path]:
         anchor, matches = Path(one).anchor, list[Path]()
         if any(sign in one for sign in "*?["):
             root = Path(anchor or folder)
-            matches = sorted(path for path in root.glob(str(Path(one).relative_to(anchor))) if path.is_file())
+            try:
+                matches = sorted(path for path in root.glob(str(Path(one).relative_to(anchor))) if path.is_file())
+            except ValueError as error:  # as part-**.json before Python 3.13
+                raise DataError(f"{folder / one}: {error}") from None
         if not matches:
             raise DataError(f"{folder / one}: no such file")
         found += matches
