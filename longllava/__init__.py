@@ -9,12 +9,14 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from longllava.heap import keep_freed
 from longllava.version import __version__
 
 # Torch's threads, when they have nothing to do, spin for milliseconds on cores that another process could use: two
 # prompts at once on two cores take 7.5 s each, and 3.7 s where waiting threads sleep; one alone takes up to 1.08 times
 # as long as with spinning ones. Heeded where torch is imported later than this.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+keep_freed()
 
 if TYPE_CHECKING:
     from longllava.api import LongLLaVA

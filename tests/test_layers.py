@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "longllava"
 
 # From the ground up. `ops.__init__` means the file itself, `nn` the whole package.
 LINES = """
-errors version
+errors version heap
 files shipped
 settings
 config

@@ -1,10 +1,8 @@
-"""Peak memory of this process: resident, or on the GPU when there is one in use; and giving back what is not used."""
+"""Peak memory of this process: resident, or on the GPU when there is one in use."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,20 +48,3 @@ def resident_peak() -> int:
 def cuda_in_use() -> Any:
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
-
-
-def give_back() -> None:
-    """Hand the holes of glibc's heap to the system: it keeps what was freed between blocks that are still in use.
-
-    Steps of ever other sizes leave ever more of them: nano's stage 3 came to 9.5 GB of which 2.5 were in use.
-    """
-    if (trim := _malloc_trim()) is not None:
-        trim(0)
-
-
-@functools.lru_cache(maxsize=1)
-def _malloc_trim() -> Any:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # another C library, or Windows
-        return None

@@ -20,8 +20,8 @@ from torch import Tensor
 from longllava.data.packing import Batch, Misfit
 from longllava.data.recipes import Recipe
 from longllava.errors import InputError, TrainingError
-from longllava.evals.memory import give_back
 from longllava.files import write_text
+from longllava.heap import give_back
 from longllava.inputs.processor import Processor
 from longllava.model import Model
 from longllava.nn.recompute import Recomputing
