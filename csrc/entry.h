@@ -34,9 +34,9 @@ inline int useful_threads(int64_t threads, double nanoseconds) {
   return static_cast<int>(std::clamp(nanoseconds / 1e5, 1.0, std::max(1.0, double(threads))));
 }
 
-// Channels per task: wide, but two tasks per thread; a multiple of 16.
+// Channels per task: as wide as leaves every thread one; a multiple of 16.
 inline int64_t tile_channels(int64_t batch, int64_t channels, int threads, int64_t least, int64_t most) {
-  return std::clamp<int64_t>(batch * channels / (2 * threads) / 16 * 16, least, most);
+  return std::clamp<int64_t>(batch * channels / threads / 16 * 16, least, most);
 }
 
 // out (n) = the sum of partial (batch, n) over its rows, in order

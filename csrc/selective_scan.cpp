@@ -24,7 +24,8 @@ LONGLLAVA_EXPORT int longllava_scan_forward(const ScanArguments* args) {
     const std::vector<uint8_t> flags = token_flags(a.seq_idx, a.batch, a.length);
     plan.flags = flags.empty() ? nullptr : flags.data();
     const int threads = useful_threads(a.threads, nanoseconds(a));
-    plan.tile = tile_channels(a.batch, a.channels, threads, SCAN_MIN_TILE, SCAN_MAX_TILE);
+    const int64_t most = std::min<int64_t>(SCAN_MAX_TILE, SCAN_TILE_STATES / std::max<int64_t>(a.states, 1) / 16 * 16);
+    plan.tile = tile_channels(a.batch, a.channels, threads, SCAN_MIN_TILE, most);
     plan.n_tiles = ceil_div(a.channels, plan.tile);
     parallel_for(a.batch * plan.n_tiles, threads, LONGLLAVA_PICK(scan_forward_task), &plan);
   });

@@ -13,9 +13,10 @@ namespace longllava {
 constexpr int SCAN_MAX_STATES = 256;
 constexpr int SCAN_CHUNK = 16;           // tokens between two saved states, and at most of one step
 // Channels that a task walks together. Rows lie pages apart, so the wider the tile, the fewer address translations
-// (E = 1024, fp32, two cores with AVX-512: 128 channels take 1.02 to 1.03 times as long as 256, and 512 no less).
+// (two cores with AVX-512: 256 channels take 1.02 to 1.04 times as long as 512, and 128 as long as that beside 256).
 // Narrower tiles keep more threads busy.
-constexpr int SCAN_MIN_TILE = 32, SCAN_MAX_TILE = 256;  // multiples of every WIDTH
+constexpr int SCAN_MIN_TILE = 32, SCAN_MAX_TILE = 512;  // multiples of every WIDTH
+constexpr int SCAN_TILE_STATES = 1 << 14;  // of all its channels at most: 128 KB with A, on a thread's stack
 constexpr int SCAN_BACKWARD_TILE = 64;   // fixed: sums over channels are taken tile by tile
 constexpr int SCAN_MAX_SLICES = 16;      // partial dB and dC per batch row; fixed, so that threads change no bit
 

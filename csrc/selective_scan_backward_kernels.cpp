@@ -11,7 +11,7 @@ namespace LONGLLAVA_FORM {
 namespace {
 
 constexpr int BLOCKS_MAX = SCAN_BACKWARD_TILE / WIDTH;
-typedef Tile<BLOCKS_MAX> BackTile;
+typedef Tile<BLOCKS_MAX, BLOCKS_MAX * SCAN_MAX_STATES> BackTile;
 constexpr int GROUP = WIDTH == 16 ? 8 : 4;  // states walked together; of each, two vectors per token are kept
 
 // What backward keeps of one tile over a chunk: [block][token].

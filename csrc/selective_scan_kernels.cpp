@@ -13,7 +13,7 @@ namespace longllava {
 namespace LONGLLAVA_FORM {
 namespace {
 
-constexpr int BLOCKS_MAX = SCAN_MAX_TILE / WIDTH;
+typedef Tile<SCAN_MAX_TILE / WIDTH, SCAN_TILE_STATES / WIDTH> WideTile;
 constexpr int GROUP = WIDTH == 16 ? 8 : 16;  // states whose recurrences are walked together
 
 // The recurrence of G states of one block over a chunk: y[t] += C . h, states updated. Every loop over states is
@@ -114,7 +114,7 @@ void scan_forward_task(void* context, int64_t task) {
   const WithoutDenormals guard;
   const ScanPlan& plan = *static_cast<const ScanPlan*>(context);
   const ScanArguments& a = plan.args;
-  Tile<BLOCKS_MAX> tile;
+  WideTile tile;
   open_tile(a, task / plan.n_tiles, task % plan.n_tiles * plan.tile, int(plan.tile), tile);
   const int n = tile.n_states;
   if (a.state != nullptr)

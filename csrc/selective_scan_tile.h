@@ -16,17 +16,17 @@ constexpr int TOGETHER = WIDTH == 16 ? 4 : 2;
 const uint8_t ALL_PLAIN[SCAN_CHUNK] = {};
 
 // Where one tile of channels lies, and its parameters as vectors: [block][state].
-template <int BLOCKS>
+template <int BLOCKS, int VECTORS>
 struct Tile {
   int64_t batch, first_channel;
   int channels, n_blocks, n_states;
   vec D[BLOCKS], bias[BLOCKS], most_A[BLOCKS];
-  vec A[BLOCKS * SCAN_MAX_STATES];      // times log2(e)
-  vec state[BLOCKS * SCAN_MAX_STATES];  // backward: the gradient of the state
+  vec A[VECTORS];      // times log2(e)
+  vec state[VECTORS];  // backward: the gradient of the state
 };
 
-template <int BLOCKS>
-int lanes_of(const Tile<BLOCKS>& tile, int block) {
+template <class AnyTile>
+int lanes_of(const AnyTile& tile, int block) {
   const int left = tile.channels - block * WIDTH;
   return left < WIDTH ? left : WIDTH;
 }
@@ -41,8 +41,8 @@ LONGLLAVA_INLINE void load_square(const float* from, int pitch, int rows, int co
 }
 
 // from: (E, N) rows of the tile's channels -> to[block][state], lanes of missing channels 0
-template <int BLOCKS>
-void transpose_in(const Tile<BLOCKS>& tile, const float* from, vec* to) {
+template <class AnyTile>
+void transpose_in(const AnyTile& tile, const float* from, vec* to) {
   const int n = tile.n_states;
   for (int block = 0; block < tile.n_blocks; ++block, from += n * WIDTH, to += n) {
     for (int i = 0; i < n; i += WIDTH) {
@@ -57,8 +57,8 @@ void transpose_in(const Tile<BLOCKS>& tile, const float* from, vec* to) {
   }
 }
 
-template <int BLOCKS>
-void transpose_out(const Tile<BLOCKS>& tile, const vec* from, float* to) {
+template <class AnyTile>
+void transpose_out(const AnyTile& tile, const vec* from, float* to) {
   const int n = tile.n_states;
   for (int block = 0; block < tile.n_blocks; ++block, from += n, to += n * WIDTH) {
     const int lanes = lanes_of(tile, block);
@@ -75,8 +75,8 @@ void transpose_out(const Tile<BLOCKS>& tile, const vec* from, float* to) {
   }
 }
 
-template <int BLOCKS>
-void open_tile(const ScanArguments& a, int64_t batch, int64_t first_channel, int tile_channels, Tile<BLOCKS>& tile) {
+template <class AnyTile>
+void open_tile(const ScanArguments& a, int64_t batch, int64_t first_channel, int tile_channels, AnyTile& tile) {
   const int64_t left = a.channels - first_channel;
   tile.channels = left < tile_channels ? int(left) : tile_channels;
   tile.batch = batch;
@@ -101,14 +101,14 @@ void open_tile(const ScanArguments& a, int64_t batch, int64_t first_channel, int
   }
 }
 
-template <int BLOCKS>
-int64_t state_offset(const ScanArguments& a, const Tile<BLOCKS>& tile) {
+template <class AnyTile>
+int64_t state_offset(const ScanArguments& a, const AnyTile& tile) {
   return (tile.batch * a.channels + tile.first_channel) * a.states;
 }
 
 // The states saved before chunk `chunk`, for one block: [state] vectors, one after another.
-template <int BLOCKS>
-float* checkpoint(const ScanArguments& a, const Tile<BLOCKS>& tile, int64_t chunk, int block) {
+template <class AnyTile>
+float* checkpoint(const ScanArguments& a, const AnyTile& tile, int64_t chunk, int block) {
   const int64_t n_chunks = (a.length + SCAN_CHUNK - 1) / SCAN_CHUNK, n_blocks = (a.channels + 15) / 16 * 16 / WIDTH;
   const int64_t index = (tile.batch * n_chunks + chunk) * n_blocks + tile.first_channel / WIDTH + block;
   return a.checkpoints + index * a.states * WIDTH;
@@ -120,8 +120,8 @@ LONGLLAVA_INLINE bool needs_clamp(vec most_d, vec most_A) {
 }
 
 // The tokens of one chunk and the channels of a tile. step: its tokens, negative backward.
-template <int BLOCKS>
-Piece chunk_piece(const ScanPlan& plan, const Tile<BLOCKS>& tile, int64_t first, int step) {
+template <class AnyTile>
+Piece chunk_piece(const ScanPlan& plan, const AnyTile& tile, int64_t first, int step) {
   const int64_t length = plan.args.length, left = length - first, next = first + step;
   const int chunk = step < 0 ? -step : step;
   Piece piece;

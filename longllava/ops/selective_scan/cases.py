@@ -91,6 +91,7 @@ CASES = (
     replace(PLAIN, name="chunk-and-one", length=65, channels=8, n_states=17),
     replace(PLAIN, name="two-tiles", batch=1, length=33, channels=150, n_states=3),
     replace(PLAIN, name="many-states", batch=1, length=9, channels=5, n_states=200),
+    replace(PLAIN, name="tiles-of-many-states", batch=1, length=3, channels=100, n_states=200),
     replace(PLAIN, name="small-steps", length=300, channels=24, steps=-6.0),
     replace(PLAIN, name="bare", gate=False, delta_bias=False, softplus=False, skip=False, state=False),
     replace(PLAIN, name="ungated-softplus", gate=False, delta_bias=False),
