@@ -9,6 +9,7 @@ Shapes: B rows, L tokens a row, n image spans or evidence pairs.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -88,6 +89,11 @@ class Plan:
         if others:
             parts.append(f"{len(others)} for other reasons, the first, {others[0].id}: {others[0].why}")
         return "; ".join(parts)
+
+    def mark(self) -> str:
+        """Of which samples lie in which rows: equal on all processes that share the rows."""
+        rows = [[[(item.number, item.id, len(item)) for item in row] for row in rows] for rows in self.steps]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     def references(self, rank: int = 0, world: int = 1) -> list[str]:
         """Every image of one process's rows once, in order of first use."""

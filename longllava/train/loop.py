@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longllava.data.packing import Batch, Misfit
+from longllava.data.packing import Batch, Misfit, Plan
 from longllava.data.recipes import Recipe
 from longllava.errors import InputError, TrainingError
 from longllava.files import write_text
@@ -112,6 +112,7 @@ def train(
         if step:
             log.say(f"{config.stage}: goes on after step {step}")
         for start, plan in feed.windows():
+            same_plan(engine, config.stage, start, plan)
             if plan.misfits:
                 log.say(f"{config.stage}: left out before step {start + len(plan.steps)}, listed in left-out.tsv: "
                         f"{plan.told()}")  # fmt: skip
@@ -169,6 +170,16 @@ def train(
         tensors = average_weights(folder / "averaged", tensors, config.average_phases)
     engine.wait()
     return tensors
+
+
+def same_plan(engine: Any, stage: str, start: int, plan: Plan) -> None:
+    """Every process plans by itself. Raises: TrainingError where one, which could not read a file, planned other rows:
+    of these some would be trained on twice, others never."""
+    plans = engine.gather([(plan.mark(), plan.told())])
+    if len({mark for mark, _ in plans}) > 1:
+        told = "; ".join(f"process {rank} left out {text or 'nothing'}" for rank, (_, text) in enumerate(plans))
+        raise TrainingError(f"{stage}: processes planned different rows from step {start + 1} on; {told}; all of them"
+                            " must find the same files")  # fmt: skip
 
 
 def list_left_out(path: Path, misfits: Sequence[Misfit]) -> None:

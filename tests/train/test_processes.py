@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 from longllava.data.packing import Cursor
 from longllava.shipped import shipped
@@ -35,8 +38,11 @@ CASES = {
 }  # fmt: skip
 
 
-def launch(path: Path, n: int, *overrides: str) -> subprocess.Popen:
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m", "longllava.train"]
+TRAIN = ("-m", "longllava.train")
+
+
+def launch(path: Path, n: int, *overrides: str, script: tuple[str, ...] = TRAIN) -> subprocess.Popen:
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n}", *script]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, "-m", *launcher, str(path), *overrides], env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
@@ -69,6 +75,39 @@ def test_stopped_with_two_it_goes_on_with_one(runs: Path) -> None:
     assert "two: saved after step" in printed, printed
     run_stage(load_stage(path))
     compare(runs / "one", folder)
+
+
+BLIND = """\
+import os, sys
+from longllava.data import ahead
+from longllava.errors import InputError
+from longllava.train import main
+
+def check_picture(reference):
+    if os.environ["RANK"] == "1" and reference.endswith("7.png"):
+        raise InputError(f"{reference}: cannot be read")
+
+ahead.check_picture = check_picture
+main(sys.argv[1])
+"""
+
+
+def test_a_picture_that_one_process_cannot_read_ends_the_run(runs: Path, tmp_path: Path) -> None:
+    """It would plan other rows, of which some were trained on twice and others never."""
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a cat"}]
+    for n in range(20):
+        Image.new("RGB", (40, 40), (12 * n, 0, 0)).save(tmp_path / f"{n}.png")
+    records = [{"id": str(n), "image": f"{n}.png", "conversations": turns} for n in range(20)]
+    (tmp_path / "own.json").write_text(json.dumps(records))
+    source = {"name": "own", "kind": "llava", "path": "own.json", "licence": "CC0", "origin": "x", "max_bad": 0.5}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"name": "own", "sources": [source]}))
+    (tmp_path / "blind.py").write_text(BLIND)
+    child = launch(write_stage(runs, recipe=str(tmp_path / "own.yaml")), 2, script=(str(tmp_path / "blind.py"),))
+    printed, _ = child.communicate(timeout=120)
+    assert child.returncode != 0 and not (runs / "stage2" / "model").exists(), printed
+    told = (r"stage2: processes planned different rows from step \d+ on; process 0 left out nothing;"
+            r" process 1 left out \d for other reasons, the first, .*7\.png: cannot be read")  # fmt: skip
+    assert re.search(told, printed), printed
 
 
 @pytest.mark.parametrize("engine", ["torch", "zero2"])
