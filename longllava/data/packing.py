@@ -63,10 +63,14 @@ class Misfit:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a window begins: first the samples `held` back by those before, then `next`, `next` + 1, ..."""
+    """Where a window begins: first the samples `held` back by those before, then `next`, `next` + 1, ...
+
+    starts: the first sample of each phase so far, but of the first.
+    """
 
     next: int = 0
     held: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
 
 
 @dataclass
@@ -216,7 +220,7 @@ def plan_window(
         rng.shuffle(row)
     steps = [rows[step * n_rows : (step + 1) * n_rows] for step in range(n_steps)]
     held = sorted([*waiting, *(item.number for item in left)])
-    return Plan(steps, row_length, Cursor(following, tuple(held)), misfits)
+    return Plan(steps, row_length, Cursor(following, tuple(held), begin.starts), misfits)
 
 
 def give_up(missed: int, misfits: list[Misfit]) -> None:

@@ -13,6 +13,7 @@ numbers of samples. The n-th sample of a run is a pure function of (recipe, seed
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,8 @@ class Recipe:
             for row, source in zip(config.sources, self.sources)
         ]
         self.counts = block_counts([size / sum(sizes) for size in sizes])
+        self.earlier: Recipe | None = None
+        self.first, self.shifts = 0, [0] * len(self.sources)
 
     @classmethod
     def load(cls, path: str | Path, tasks: Mapping[str, Mapping[str, Any]] | None = None) -> Recipe:
@@ -123,12 +126,29 @@ class Recipe:
             sources.append(WorldSource(row, pools[row.split]) if row.kind == "world" else source)
         return Recipe(replace(self.config, sources=rows), self.folder, sources)
 
+    def after(self, earlier: Recipe, seed: int, first: int) -> Recipe:
+        """This recipe from a run's sample `first` on: with other shares too, each source goes on where `earlier` left
+        it. What came before, and waits, lies where `earlier` says."""
+        later = copy.copy(self)
+        later.earlier, later.first = earlier, first
+        later.shifts = [then - now for then, now in zip(earlier.uses(seed, first), self.uses(seed, first))]
+        return later
+
+    def uses(self, seed: int, number: int) -> list[int]:
+        """How often each source came before a run's sample `number`."""
+        block, place = divmod(number, BLOCK)
+        before = block_order(tuple(self.counts), seed, block)[0][:place]
+        return [block * count + before.count(source) + shift
+                for source, (count, shift) in enumerate(zip(self.counts, self.shifts))]  # fmt: skip
+
     def at(self, seed: int, number: int) -> tuple[int, int]:
         """(source, index in it) of a run's sample `number`, counted from 0."""
+        if self.earlier is not None and number < self.first:
+            return self.earlier.at(seed, number)
         block, place = divmod(number, BLOCK)
         order, ranks = block_order(tuple(self.counts), seed, block)
         chosen = order[place]
-        nth_use = block * self.counts[chosen] + ranks[place]
+        nth_use = block * self.counts[chosen] + ranks[place] + self.shifts[chosen]
         source = self.sources[chosen]
         if source.n_samples is None:
             return chosen, first_index(seed, source.name) + nth_use

@@ -72,7 +72,7 @@ def write_files(folder: Path, state: TrainingState) -> None:
         flush(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "crc32": checksum(folder / name)}
     record = {"step": state.step, "first_step": state.first_step, "next": state.begin.next,
-              "held": state.begin.held, "facts": state.facts, "files": files}  # fmt: skip
+              "held": state.begin.held, "starts": state.begin.starts, "facts": state.facts, "files": files}  # fmt: skip
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     flush(folder / RECORD)
     sync(folder)
@@ -164,7 +164,8 @@ def read_state(path: Path) -> TrainingState:
             if got != expected:
                 raise TrainingError(f"{path / name}: not the file that was written: {got} instead of {expected}")
         return TrainingState(
-            record["step"], record["first_step"], Cursor(record["next"], tuple(record["held"])),
+            record["step"], record["first_step"],
+            Cursor(record["next"], tuple(record["held"]), tuple(record.get("starts", ()))),  # older ones have none
             load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), record["facts"],
         )  # fmt: skip
     except TrainingError:

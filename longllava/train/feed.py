@@ -52,17 +52,24 @@ class Feed:
     def plan(self, first_step: int, begin: Cursor) -> Plan:
         """The plan of the window that begins at a step: a pure function of (recipe, seed, step, cursor)."""
         number, inside = self.config.phase_at(first_step)
-        phase, recipe = self.config.phases[number], self.recipes[number]
+        phase, seed = self.config.phases[number], self.config.seed
+        starts = (*begin.starts, *[0] * (number - len(begin.starts)))  # older checkpoints have none, and counted so
+        if number and not inside:
+            starts = (*starts[:-1], begin.next)
+        recipe = self.recipes[0]
+        for later, first in zip(self.recipes[1:], starts):
+            recipe = later.after(recipe, seed, first)
+        held = (sample for sample in begin.held if recipe.counts[recipe.at(seed, sample)[0]])  # a phase leaves some out
         return plan_window(
-            lambda sample: recipe.sample(self.config.seed, sample),
+            lambda sample: recipe.sample(seed, sample),
             self.processor,
-            begin,
-            seed=self.config.seed,
+            Cursor(begin.next, tuple(held), starts),
+            seed=seed,
             n_steps=min(self.config.window, phase.steps - inside),
             n_rows=phase.rows,
             row_length=phase.row_length,
             tokens_per_image=phase.tokens_per_image,
-            expect=lambda sample: recipe.expect(self.config.seed, sample),
+            expect=lambda sample: recipe.expect(seed, sample),
         )
 
     def windows(self) -> Iterator[tuple[int, Plan]]:

@@ -33,7 +33,7 @@ def state_of(step: int) -> TrainingState:
     tensors = {"bridge.up.weight": torch.randn(7, 5, generator=generator)}
     slots = {f"{slot}/bridge.up.weight": torch.randn(7, 5, generator=generator) for slot in ("exp_avg", "exp_avg_sq")}
     slots["random"] = torch.get_rng_state()
-    return TrainingState(step, step - 1, Cursor(step * 3, (step, step + 4)), tensors, slots, {"seed": 1})
+    return TrainingState(step, step - 1, Cursor(step * 3, (step, step + 4), (step,)), tensors, slots, {"seed": 1})
 
 
 def same(state: TrainingState | None, step: int) -> bool:

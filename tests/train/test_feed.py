@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from longllava.bridges.pool import pool_features
@@ -72,6 +75,38 @@ def test_processes_share_the_rows_of_one_in_its_order(stage: TrainConfig, world:
             assert shares[number % world][step][number // world] == row, (step, number)
         assert sum(len(share[step]) for share in shares) == len(rows)
     assert len({tuple(row) for rows in alone for row in rows}) == 24  # no row comes twice
+
+
+def test_other_shares_in_a_phase_repeat_and_skip_no_sample(stage: TrainConfig, tmp_path: Path) -> None:
+    sizes, rows = {"a": 300, "b": 500}, []
+    for name, size in sizes.items():
+        records = [{"id": f"{name}{n}", "question": "red " * (n * 7 % 90), "answer": "yes"} for n in range(size)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+        rows.append({"name": name, "kind": "llava", "path": f"{name}.json", "weight": 1, "licence": "x", "origin": "x",
+                     "columns": {"question": "question", "answer": "answer"}})  # fmt: skip
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"name": "own", "sources": rows}))
+    shares = ({}, {"a": {"weight": 9}}, {"b": {"weight": 5}}, {"a": {"weight": 0}}, {})
+    phases = tuple(dataclasses.replace(stage.phases[0], tasks=tasks, steps=steps, rows=4, row_length=128)
+                   for tasks, steps in zip(shares, (20, 40, 30, 11, 60)))  # fmt: skip
+    recipe, processor = Recipe.load(tmp_path / "own.yaml"), nano()
+    config = dataclasses.replace(stage, phases=phases, window=8)
+    feed = Feed(config, recipe, processor)
+    used: dict[str, list[str]] = {"a": [], "b": []}
+    for step, plan in feed.windows():
+        items = [item for rows in plan.steps for row in rows for item in row]
+        for item in items:
+            used[item.source].append(item.id)
+        number = config.phase_at(step)[0]
+        assert {item.source for item in items} == ({"b"} if number == 3 else {"a", "b"})
+        begin = feed.begin
+        assert Feed(config, recipe, processor).plan(step, begin).mark() == plan.mark()  # a run that goes on
+        end = plan.end
+    waiting = feed.plan(step, begin).end.held
+    assert end.starts and waiting
+    for name, size in sizes.items():
+        counts = Counter(used[name])
+        assert len(used[name]) > 1.5 * size and len(counts) == size
+        assert max(counts.values()) - min(counts.values()) <= 1 + bool(waiting), counts
 
 
 @pytest.mark.parametrize("cached", [True, False])
