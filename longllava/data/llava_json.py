@@ -223,8 +223,11 @@ def checked_path(path: str, root: Path, folders: bool = False) -> str:
 
 
 def evidence_of(value: Any, turns: tuple[Turn, ...], n_images: int) -> tuple[Evidence, ...]:
-    """The optional column that the world's export writes: [{"turn", "start", "end", "image" or "key"}]."""
-    if value is None:
+    """The optional column that the world's export writes: [{"turn", "start", "end", "image" or "key"}].
+
+    A column of that name in which nothing has a "turn" is the record's own, and says nothing to us.
+    """
+    if not any(isinstance(item, dict) and "turn" in item for item in (value if isinstance(value, list) else [value])):
         return ()
     try:
         found = tuple(

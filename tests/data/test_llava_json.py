@@ -133,3 +133,8 @@ def test_evidence_is_read(root: Path) -> None:
     assert sample_of_record(record, "line", root).evidence == (Evidence(0, 8, 12, 0),)
     record = {**GOOD, "evidence": [{"turn": 0, "start": 8, "end": 12, "key": [1, 0, 5]}]}
     assert sample_of_record(record, "line", root).evidence == (Evidence(0, 8, 12, None, (1, 0, 5)),)
+
+
+@pytest.mark.parametrize("own", ["see page 3", ["page 3", "page 4"], [{"page": 3}], {"page": 3}, 7, [], [None]])
+def test_a_column_of_ones_own_called_evidence_leaves_no_record_out(root: Path, own) -> None:
+    assert sample_of_record({**GOOD, "evidence": own}, "line", root) == sample_of_record(GOOD, "line", root)
