@@ -127,14 +127,14 @@ def test_pictures_of_a_table_are_not_read_when_it_is_scanned(folder: Path, monke
 
 
 def test_names_differ_and_columns_say_how(folder: Path, tmp_path: Path) -> None:
-    rows = [{"key": n, "q": "What?", "a": f"yes {n}", "photo": png(n)} for n in range(3)]
+    rows = [{"key": n, "q.en": "What?", "a.en": f"yes {n}", "a.photo": png(n)} for n in range(3)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "vqa.parquet")
-    columns = {"id": "key", "question": "q", "answer": "a", "image": "photo"}
+    columns = {"id": "key", "question": "q.en", "answer": "a.en", "image": "a.photo"}
     got = source(tmp_path, path="vqa.parquet", columns=columns, marks="first")
     sample = got.sample(2)
     assert [turn.text for turn in sample.turns] == ["<image>\nWhat?", "yes 2"] and sample.id == "2"
     assert open_picture(sample.images[0]).getpixel((0, 0)) == (2, 100, 200)
-    captions = source(tmp_path, path="vqa.parquet", columns={"answer": "a", "image": "photo", "id": "key"},
+    captions = source(tmp_path, path="vqa.parquet", columns={"answer": "a.en", "image": "a.photo", "id": "key"},
                       question="<image>\nDescribe this.")  # fmt: skip
     assert captions.sample(1).turns[0].text == "<image>\nDescribe this."
     with pytest.raises(ConfigError, match="columns: got 'questoin', allowed: id, conversations"):

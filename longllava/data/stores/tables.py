@@ -81,13 +81,11 @@ class TableStore:
 
     def leaves(self, file: Any) -> list[str]:
         """The parquet columns to read: of pictures everything but the bytes, where something else is there."""
-        found: dict[str, list[str]] = {}
-        for index in range(len(file.schema.names)):
-            leaf = file.schema.column(index).path
-            found.setdefault(leaf.split(".")[0], []).append(leaf)
+        leaves = [file.schema.column(index).path for index in range(len(file.schema.names))]
         chosen = []
-        for name, paths in found.items():
+        for name in file.schema_arrow.names:  # a name may hold dots, which also stand before what lies in a column
             if name in self.wanted:
+                paths = [path for path in leaves if path == name or path.startswith(f"{name}.")]
                 light = [path for path in paths if path.split(".")[-1] != "bytes"] if name in self.media else paths
                 chosen += light or paths
         return chosen
