@@ -20,7 +20,7 @@ TAR = re.compile(r"tar:(\d+)\+(\d+):(.+)", re.DOTALL)
 TABLE = re.compile(r"table:(\d+)/(\d+)/([^:/]+):(.+)", re.DOTALL)
 READING = threading.Lock()  # of parquet files
 NOT_UNICODE = "pyarrow opens no file whose name is not Unicode text; rename that file or folder"
-ARROW_IMPORT = "reading parquet and arrow files needs pyarrow: pip install 'longllava[train]'"
+ARROW_IMPORT = "reading parquet and arrow files needs pyarrow ({}); pip install 'longllava[train]'"
 
 
 def in_tar(path: Path, offset: int, size: int) -> str:
@@ -114,8 +114,8 @@ def parquet_file(path: str) -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
-    except ImportError:
-        raise InputError(ARROW_IMPORT) from None
+    except ImportError as error:
+        raise InputError(ARROW_IMPORT.format(error)) from None
     try:
         # what is fetched ahead stays in memory until the file is closed: a row group of each file
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False)
@@ -142,8 +142,8 @@ def arrow_table(path: str) -> Any:
     """A file of `datasets` (a stream) or of Arrow itself, mapped, not read."""
     try:
         import pyarrow
-    except ImportError:
-        raise InputError(ARROW_IMPORT) from None
+    except ImportError as error:
+        raise InputError(ARROW_IMPORT.format(error)) from None
     try:
         source = pyarrow.memory_map(path)
         try:

@@ -48,9 +48,9 @@ def open_video(source: Any) -> Any:
     """An open container. source: a path, or a binary file. Raises: InputError when it cannot be opened."""
     try:
         import av
-    except ImportError:
+    except ImportError as error:
         raise InputError(
-            "reading video files needs PyAV: pip install 'longllava[video]'"
+            f"reading video files needs PyAV ({error}); pip install 'longllava[video]'"
             " (a folder of frames or a GIF is read without it)"
         ) from None
     try:

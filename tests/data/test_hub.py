@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import weakref
 from pathlib import Path
 
 import pytest
 
 from longllava.data import stream as stream_module
+from longllava.data.embedded import parquet_file
 from longllava.data.images import open_picture
 from longllava.data.packing import Cursor
 from longllava.data.recipes import Recipe, record_source
@@ -198,3 +200,15 @@ def test_a_stream_of_few_records_is_judged_when_all_were_seen(folder: Path, monk
 
 def broken(*arguments):
     raise Unusable("no conversations")
+
+
+@pytest.mark.parametrize("package", ["datasets", "pyarrow"])
+def test_a_package_that_fails_to_import_says_why(folder: Path, tmp_path: Path, monkeypatch, package: str) -> None:
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("raise ImportError('libssl.so.3: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package)
+    keys = {"datasets": {}, "pyarrow": {"format": "parquet", "path": "train-00000.parquet"}}[package]
+    parquet_file.cache_clear()
+    with pytest.raises(DataError, match=r"needs .*\(libssl.so.3: cannot open\); pip install"):
+        record_source(row(folder, **keys), folder)

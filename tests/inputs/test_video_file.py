@@ -52,7 +52,7 @@ def test_without_pyav_the_sentence_says_what_to_install(tmp_path, monkeypatch):
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_av)
-    with pytest.raises(InputError, match=r"longllava\[video\]"):
+    with pytest.raises(InputError, match=r"needs PyAV \(av\); pip install .longllava\[video\]"):
         read_frames(tmp_path / "a.mp4")
 
 

@@ -40,8 +40,8 @@ def hub_store(name: HubName, columns: Columns, files: bool) -> TableStore:
 def loaded(name: HubName, *, streaming: bool) -> Any:
     try:
         import datasets
-    except ImportError:
-        raise DataError("format datasets needs the package: pip install 'longllava[train]'") from None
+    except ImportError as error:  # it may be there, and lack something itself
+        raise DataError(f"format datasets needs the package ({error}); pip install 'longllava[train]'") from None
     try:
         return datasets.load_dataset(
             name.path, name.subset, split=name.split, streaming=streaming, revision=name.revision
