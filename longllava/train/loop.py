@@ -20,7 +20,7 @@ from torch import Tensor
 from longllava.data.packing import Batch, Misfit, Plan
 from longllava.data.recipes import Recipe
 from longllava.errors import InputError, TrainingError
-from longllava.files import write_text
+from longllava.files import write_json, write_text
 from longllava.heap import give_back
 from longllava.inputs.processor import Processor
 from longllava.model import Model
@@ -33,7 +33,7 @@ from longllava.train.forward import Forward
 from longllava.train.log import Meter, TrainingLog
 from longllava.train.memory import estimate
 from longllava.train.optimizer import select_parts
-from longllava.train.record import FREE
+from longllava.train.record import FREE, environment
 from longllava.train.speed import Cost, peak_operations
 from longllava.train.state import average_weights, compare, frozen_marks, keep_weights
 
@@ -56,10 +56,12 @@ def train(
     recipe: Recipe,
     folder: Path,
     facts: dict[str, Any],
+    settings: dict[str, Any],
 ) -> dict[str, Tensor]:
     """Run a stage to its end, from the newest checkpoint in `folder`/checkpoints or from the start.
 
     model: as the stage begins. facts: kept in every checkpoint; a run goes on only with the same ones.
+    settings: stage and model as resolved, kept in the folder, where those of a run that may not go on are not written.
     Returns the weights of the parts that trained, on the first process.
     Raises: TrainingError; Stopped after SIGTERM or SIGINT, when all is saved.
     """
@@ -89,7 +91,10 @@ def train(
     if state is not None:  # before its weights are read: those of another rank or part do not fit
         kept = {name: fact for name, fact in state.facts.items() if name not in FREE}  # older runs kept more
         compare(kept, facts, state.step)
-    if chief:  # a run that goes on does not open again what was found broken before
+    if chief:  # the others may not be able to write there
+        write_json(folder / "config.json", settings)
+        write_json(folder / "environment.json", environment())
+        # a run that goes on does not open again what was found broken before
         recipe.write_rejected(folder / QUARANTINE, add=state is not None)
     engine.prepare(Forward(model, config.aids, evenly=engine.evenly), parameters, state)
     frozen = frozen_marks(model, engine.whole)

@@ -114,12 +114,9 @@ def run_locked(config: TrainConfig, tasks: Sequence[Task], model_config: ModelCo
         quantize_(model, FROZEN_INT8)
     recipe = Recipe.load(config.recipe if Path(config.recipe).is_file() else shipped("data_recipes", config.recipe))
     facts = resume_facts(config, recipe, model_config)
-    if is_chief():  # the others may not be able to write there
-        settings = {"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config)}
-        write_json(folder / "config.json", settings)
-        write_json(folder / "environment.json", environment())
+    settings = {"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config)}
     started = time.monotonic()
-    trained = train(config, model, processor, recipe, folder, facts)
+    trained = train(config, model, processor, recipe, folder, facts, settings)
     if not is_chief():
         return final
     if engine_named(config) != "torch" or config.frozen_dtype == "int8":  # ZeRO keeps the weights in pieces

@@ -73,6 +73,7 @@ def test_a_killed_run_goes_on_bit_for_bit(runs) -> None:
 def test_a_run_goes_on_only_as_the_same_run(runs, monkeypatch) -> None:
     path = write_stage(runs, **LONG)
     passes = stopped_at(path, 5, monkeypatch)
+    settings = (runs / "stage2" / "config.json").read_bytes()
     recipe = read_mapping(shipped("data_recipes", "nano/stage2"))
     (runs / "moved.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
     recipe["sources"][0]["weight"] += 1
@@ -92,6 +93,7 @@ def test_a_run_goes_on_only_as_the_same_run(runs, monkeypatch) -> None:
     ):
         with pytest.raises(TrainingError, match=message):
             run_stage(load_stage(path, [override]))
+        assert (runs / "stage2" / "config.json").read_bytes() == settings  # those it was begun with
     # what has not begun may change, what only rounds, and where a file lies
     changed = ["phases.1.steps=1", "log_every=5", "threads=2", f"recipe={runs / 'moved.yaml'}"]
     before = torch.get_num_threads()
