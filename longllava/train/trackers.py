@@ -17,7 +17,7 @@ class Board:
     def __init__(self, folder: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():

@@ -134,6 +134,19 @@ def test_trackers_are_called_by_name(name: str, tmp_path: Path, monkeypatch: pyt
     assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 2, "loss": 0.5, "note": "words"}
 
 
+@pytest.mark.parametrize("kept", [0, 2])
+def test_what_a_killed_run_told_after_its_checkpoint_is_void(tmp_path: Path, kept: int) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, last, loss in ((0, 5, 9.0), (kept, 3, 8.0)):
+        with TrainingLog(tmp_path, step=first, total_steps=5, label="x") as log:
+            for step in range(first + 1, last + 1):
+                log.write(step, {"loss": loss})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(one.step, one.value) for one in events] == [(one["step"], one["loss"]) for one in records]
+    assert [one["loss"] for one in records] == [9.0] * kept + [8.0] * (3 - kept)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here that is always full")
 def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
     with (
