@@ -37,7 +37,7 @@ from longllava.train.record import FREE, environment
 from longllava.train.speed import Cost, peak_operations
 from longllava.train.state import average_weights, compare, frozen_marks, keep_weights
 
-QUARANTINE = "quarantine.txt"
+QUARANTINE, LEFT_OUT = "quarantine.txt", "left-out.tsv"
 NOT_FINITE_IN_A_ROW = 10  # a run that diverged must end in an error, not run on without learning
 
 
@@ -94,6 +94,9 @@ def train(
     if chief:  # the others may not be able to write there
         write_json(folder / "config.json", settings)
         write_json(folder / "environment.json", environment())
+        if state is None:  # lists of a run that left no checkpoint, or whose checkpoints were deleted
+            for name in (QUARANTINE, LEFT_OUT):
+                (folder / name).unlink(missing_ok=True)
         # a run that goes on does not open again what was found broken before
         recipe.write_rejected(folder / QUARANTINE, add=state is not None)
     engine.prepare(Forward(model, config.aids, evenly=engine.evenly), parameters, state)
@@ -119,7 +122,7 @@ def train(
         for start, plan in feed.windows():
             same_plan(engine, config.stage, start, plan)
             if plan.misfits:
-                log.say(f"{config.stage}: left out before step {start + len(plan.steps)}, listed in left-out.tsv: "
+                log.say(f"{config.stage}: left out before step {start + len(plan.steps)}, listed in {LEFT_OUT}: "
                         f"{plan.told()}")  # fmt: skip
             pictures.prepare(plan.references(engine.rank, engine.world), log.say)
             meter.resume()
@@ -160,7 +163,7 @@ def train(
                     state = engine.state(facts, step=step, first_step=feed.first_step, begin=feed.begin)
                     if chief:
                         save_state(checkpoints, state)
-                        list_left_out(folder / "left-out.tsv", feed.misfits)
+                        list_left_out(folder / LEFT_OUT, feed.misfits)
                         recipe.write_rejected(folder / QUARANTINE, add=True)
                     state = None
                 if stop:

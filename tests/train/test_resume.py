@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 import weakref
@@ -161,6 +162,11 @@ def test_records_found_broken_before_a_stop_stay_listed(runs, tmp_path, monkeypa
     assert "no turns" in listed and "torn.png" in listed
     run_stage(load_stage(path))
     assert quarantine.read_text() == listed
+    shutil.rmtree(runs / "stage2" / "checkpoints")  # to begin again, with records that are mended
+    (runs / "stage2" / "model" / "training.json").unlink()
+    (tmp_path / "own.json").write_text(json.dumps([{**record, "image": "good.png"} for record in records[:200]]))
+    run_stage(load_stage(path))
+    assert not quarantine.exists() and not (runs / "stage2" / "left-out.tsv").exists()
 
 
 def test_a_finished_run_goes_on_with_a_phase_added(runs) -> None:
