@@ -242,10 +242,13 @@ def build_start(
     config: TrainConfig, model_config: ModelConfig, folders: dict[str, Path], tokenizer: Tokenizer
 ) -> Model:
     """The model as the stage begins: parts from their folders in fp32, the others fresh from the seed."""
+    import torch
+
     from longllava.model import Model
     from longllava.nn.priors import retrieval_prior_
     from longllava.train.names import name_codes_
 
+    torch.manual_seed(config.seed)  # an encoder is as torch makes it
     model = Model(model_config)
     model.initialise_(config.seed)
     if config.aids.retrieval_prior:

@@ -40,6 +40,15 @@ def test_parts_come_from_their_stages_and_only_some_learn(runs) -> None:
     assert record["started_from"]["bridge"] == str(runs / "stage1" / "model")
 
 
+def test_a_fresh_model_follows_from_its_seed(runs) -> None:
+    """The encoder too: a run that was killed before its first checkpoint, or went on with it frozen, had another."""
+    keys = {"start_from": {}, "train_only": ["encoder", "bridge", "backbone"]}
+    for stage in ("one", "two"):
+        run_stage(load_stage(write_stage(runs, stage=stage, **keys)))
+    one, two = weights(runs / "one"), weights(runs / "two")
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
 def test_a_model_may_be_named_by_its_folder(runs) -> None:
     (runs.parent / "nano").mkdir()  # shipped names are no folders
     folder = runs / "foundation-text" / "model"
