@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longllava.checkpoints.adapters import fingerprints
 from longllava.data.packing import Batch, Misfit, Plan
 from longllava.data.recipes import Recipe
 from longllava.errors import InputError, TrainingError
@@ -87,6 +88,9 @@ def train(
             part.gradient_checkpointing = config.gradient_checkpointing
             part.offload_activations = config.offload_activations
     checkpoints = folder / "checkpoints"
+    # the first process's: others may hold sizes alone
+    marks = engine.gather([fingerprints(model, {name for name, _ in parameters})["float32"][:12]])
+    facts = {**facts, "frozen_weights": marks[0]}
     state = engine.share(lambda: latest_state(checkpoints))
     if state is not None:  # before its weights are read: those of another rank or part do not fit
         kept = {name: fact for name, fact in state.facts.items() if name not in FREE}  # older runs kept more

@@ -16,15 +16,17 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from longllava.checkpoints import save_model
 from longllava.data.packing import Misfit
 from longllava.data.recipes import Recipe
 from longllava.errors import ConfigError, TrainingError
+from longllava.files import write_json
 from longllava.settings import read_mapping
 from longllava.shipped import shipped
 from longllava.train import loop
 from longllava.train.config import load_stage
 from longllava.train.stage import run_stage
-from tests.tiny_world import write_stage
+from tests.tiny_world import world_model, write_stage
 from tests.train.runs import losses, start, stopped_at, wait_for_step
 
 LONG = {"phases": [{"steps": 14, "row_length": 128, "rows": 2, "learning_rate": 5e-3, "warmup": 2},
@@ -124,6 +126,24 @@ def test_a_model_that_changed_under_its_name_is_another_run(runs, monkeypatch) -
     record.write_text(json.dumps(state))
     shapes = "3 tensors of its bridge have other shapes, the first, down.weight, (32, 32), not (32, 48)"
     assert told(hidden=48) == f"checkpoint of step 3 is of another model: {shapes}"
+
+
+@pytest.mark.parametrize("keys", [{"train_only": ["bridge"]}, {"lora": {"rank": 2}, "start_from": {"all": "base"}}])
+def test_a_run_goes_on_with_the_frozen_weights_it_was_begun_with_alone(runs, monkeypatch, keys) -> None:
+    """Half of the steps would have been taken beside others, of which no record would say so."""
+    shutil.copytree(runs / "foundation-text", runs / "base")
+    write_json(runs / "base" / "model" / "training.json", {"stage": "base"})
+    path = write_stage(runs, **keys)
+    stopped_at(path, 4, monkeypatch)
+    folder = runs / ("base" if "lora" in keys else "foundation-text") / "model"
+    model, processor = world_model(seed=8)
+    record = (folder / "training.json").read_bytes()
+    save_model(model, processor.tokenizer, folder)
+    (folder / "training.json").write_bytes(record)
+    with pytest.raises(TrainingError, match=r"settings \(frozen_weights: '[0-9a-f]{12}' then, '[0-9a-f]{12}' now\)"):
+        run_stage(load_stage(path))
+    shutil.rmtree(runs / "stage2")
+    run_stage(load_stage(path))
 
 
 def test_what_was_left_out_before_a_stop_stays_listed(tmp_path) -> None:
