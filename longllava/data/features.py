@@ -25,7 +25,7 @@ from longllava.data.embedded import file_of, place_in_table
 from longllava.data.images import open_picture, under
 from longllava.data.worlds.pictures import PREFIX
 from longllava.errors import InputError
-from longllava.files import where_there_are_locks
+from longllava.files import naming, where_there_are_locks
 from longllava.inputs.processor import Processor
 from longllava.model import Model
 
@@ -122,12 +122,12 @@ class FeatureCache:
         assert values.shape == (len(references), *self.shape), (values.shape, self.shape)
         with self.locked():
             self.read_keys()
-            with self.data.open("r+b") as file:
+            with naming(self.data), self.data.open("r+b") as file:
                 file.seek(self.n_records * self.record)
                 file.write(values.view(torch.int16).numpy().tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-            with self.keys.open("ab") as file:
+            with naming(self.keys), self.keys.open("ab") as file:
                 file.write(os.fsencode("".join(picture_key(reference) + "\n" for reference in references)))
             self.read_keys()
 

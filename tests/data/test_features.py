@@ -109,6 +109,24 @@ def test_torn_files_lose_their_end_and_nothing_else(tmp_path, tear: str) -> None
     assert_right(open_cache(tmp_path), more)
 
 
+def test_a_full_disk_names_the_cache_and_costs_no_record(tmp_path) -> None:
+    resource = pytest.importorskip("resource")
+    names = [f"world:{i}" for i in range(200)]
+    cache = open_cache(tmp_path)
+    cache.fill(names[:3])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * cache.record + 5, limits[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            cache.fill(names)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.filename == str(cache.data)
+    cache.fill(names)
+    assert_right(cache, names)
+    assert_right(open_cache(tmp_path), names)
+
+
 CHILD = """
 import os, sys, time
 from pathlib import Path
