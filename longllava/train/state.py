@@ -104,10 +104,20 @@ def keep_weights(folder: Path, tensors: dict[str, Tensor], phase: int) -> None:
 
 
 def average_weights(folder: Path, tensors: dict[str, Tensor], phases: list[int]) -> dict[str, Tensor]:
-    """The mean of what was kept after the phases (arXiv 2203.05482), under the names of `tensors`."""
+    """The mean of what was kept after the phases (arXiv 2203.05482), under the names of `tensors`.
+
+    Raises: TrainingError naming a file that is gone or spoiled.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    kept = [load_file(folder / f"phase-{phase}.safetensors") for phase in phases]
+    kept = []
+    for path in (folder / f"phase-{phase}.safetensors" for phase in phases):
+        try:
+            kept.append(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"{path}: cannot be read: {' '.join(str(error).split())}; the mean of the phases needs"
+                                f" it: delete {folder.parent} and train again") from None  # fmt: skip
     return {name: torch.stack([one[name] for one in kept]).mean(0) if tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()}  # fmt: skip
 

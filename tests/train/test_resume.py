@@ -211,6 +211,10 @@ def test_the_model_is_the_mean_of_the_named_phases(runs) -> None:
     assert any(not torch.equal(first[key], last[key]) for key in first)
     for key in first:
         torch.testing.assert_close(mean[key], (first[key] + last[key]) / 2, rtol=0, atol=1e-7)
+    (runs / "mean" / "model" / "training.json").unlink()
+    os.truncate(runs / "mean" / "averaged" / "phase-0.safetensors", 100)
+    with pytest.raises(TrainingError, match=r"phase-0.safetensors: cannot be read: .*; the mean of the phases needs"):
+        run_stage(load_stage(runs / "stage2.yaml", [f"output={runs / 'mean'}"]))
     with pytest.raises(ConfigError, match="average_phases: got 2, phases are numbered 0 to 1"):
         load_stage(write_stage(runs, **{**LONG, "average_phases": [2]}))
 
