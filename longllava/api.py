@@ -47,15 +47,14 @@ class LongLLaVA:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.processor = Processor(model.config, tokenizer)
-        self.tokens_per_image = tokens_per_image
         self.int8_cache = checked_kv_dtype(kv_dtype)
         if tokenizer.vocab_size > model.config.backbone.vocab_size:
             raise InputError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model only"
                 f" {model.config.backbone.vocab_size}; they do not belong together"
             )
-        if tokens_per_image is not None:
-            self.processor.tokens_per_image(tokens_per_image)
+        asked = tokens_per_image
+        self.tokens_per_image = None if asked is None else self.processor.tokens_per_image(asked)
 
     @classmethod
     def from_pretrained(
@@ -173,7 +172,7 @@ class LongLLaVA:
         prompts, images = list(prompts), None if images is None else list(images)
         if images is not None and len(images) != len(prompts):
             raise InputError(f"prompts: got {len(prompts)}, and images for {len(images)}; expected an entry for each")
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
         session = self.fresh(**reading)
         rows = []
         for number, (prompt, own) in enumerate(zip(prompts, images or [None] * len(prompts)), 1):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import numbers
+import operator
 import re
 import types
 import typing
@@ -187,7 +189,21 @@ def one_of(config: Any, name: str, allowed: tuple) -> None:
         raise ConfigError(f"{name}: got {getattr(config, name)!r}, allowed: {', '.join(map(str, allowed))}")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Of an argument. Raises: InputError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def check_count(name: str, value: Any) -> int:
+    """An argument as Python's own number. Raises: InputError."""
+    count = whole_number(value)
+    if count is None or count < 1:
         raise InputError(f"{name}: got {value!r}, expected a whole number above 0")
+    return count
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number as Python's own, also NumPy's, which has an end that sums run over; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -191,3 +191,21 @@ def test_what_names_no_file_or_folder_is_not_written_to(name, tmp_path, monkeypa
         with pytest.raises(InputError, match=f"^got {name!r}, expected the name of a file or folder$"):
             use(name)
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_numpy_are_numbers(files, tmp_path):
+    model = LongLLaVA(MODEL.model, MODEL.tokenizer, tokens_per_image=np.int64(4))
+    drawn = {"max_new_tokens": np.int8(100), "top_k": np.int32(9), "seed": np.int64(3), "top_p": np.float32(0.5),
+             "temperature": np.float16(1), "chunk_tokens": np.int8(100)}  # fmt: skip
+    same = {name: value.item() for name, value in drawn.items()}
+    assert model.generate("a", files, **drawn) == MODEL.generate("a", files, **same)
+    assert model.generate_batch(["a"], [files], batch_size=np.int8(2), **drawn) == [model.generate("a", files, **same)]
+    frames = [Image.new("RGB", (16, 16), (60 * i, 0, 0)) for i in range(4)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=500)
+    film = model.session(video=tmp_path / "a.gif", fps=np.float32(2), max_frames=np.int8(3))
+    assert film.n_images == 2 and film.ask_many(["a"], batch_size=np.int8(1), max_new_tokens=np.int64(1))
+    assert model.load_session(film.save(tmp_path / "film")).n_tokens == film.n_tokens
+    with pytest.raises(InputError, match="max_new_tokens: got True, expected a whole number"):
+        MODEL.generate("a", max_new_tokens=True)
+    with pytest.raises(InputError, match=r"seed: got np.float64\(3.0\), expected a whole number"):
+        MODEL.generate("a", seed=np.float64(3))

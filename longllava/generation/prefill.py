@@ -61,7 +61,7 @@ class Reader:
         encoder = self.model.config.encoder
         self.media_reader = MediaReader(self.options, encoder.image_size if encoder else None, self.open_scheme)
         if self.chunk_tokens is not None:
-            check_count("chunk_tokens", self.chunk_tokens)
+            self.chunk_tokens = check_count("chunk_tokens", self.chunk_tokens)
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longllava.errors import InputError, LongLLaVAError
+from longllava.settings import is_real, whole_number
 
 MAX_SEED = 2**63 - 1
 NOT_FINITE = -1  # in the place of a token
@@ -34,8 +35,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_number(self, "max_new_tokens", int, 1, 1_000_000)
-        check_number(self, "temperature", (int, float), 0, 100)
-        check_number(self, "top_p", (int, float), 0, 1)
+        check_number(self, "temperature", float, 0, 100)
+        check_number(self, "top_p", float, 0, 1)
         check_number(self, "top_k", int, 0, MAX_SEED)
         if self.top_p == 0:
             raise InputError("top_p: got 0, must be above 0; for the likeliest token set temperature=0")
@@ -57,12 +58,14 @@ class Sampling:
         return generator
 
 
-def check_number(settings: Sampling, name: str, kinds: type | tuple[type, ...], low: float, high: float) -> None:
+def check_number(settings: Sampling, name: str, kind: type, low: float, high: float) -> None:
+    """It is kept as Python's own number."""
     value: Any = getattr(settings, name)
-    in_kind = not isinstance(value, bool) and isinstance(value, kinds)
+    in_kind = whole_number(value) is not None if kind is int else is_real(value)
     if not in_kind or not low <= value <= high:  # NaN is in no range
-        kind = "a whole number" if kinds is int else "a number"
-        raise InputError(f"{name}: got {value!r}, expected {kind} from {low} to {high}")
+        expected = "a whole number" if kind is int else "a number"
+        raise InputError(f"{name}: got {value!r}, expected {expected} from {low} to {high}")
+    object.__setattr__(settings, name, kind(value))
 
 
 def next_tokens(logits_BV: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:

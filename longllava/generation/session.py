@@ -192,7 +192,7 @@ class Session:
         sampling = Sampling(**settings)
         if isinstance(questions, str) or not isinstance(questions, Iterable):
             raise InputError(f"questions: expected a list of strings, got {questions!r:.80}; use ask for one")
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
         close = self.reader.processor.assistant_open()
         turn, questions = self.fork(), list(questions)
         rows: list[list[int]] = []

@@ -29,7 +29,8 @@ class MediaOptions:
     allow_hosts: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        check_sampling(self.fps, self.max_frames)
+        for name, value in zip(("fps", "max_frames"), check_sampling(self.fps, self.max_frames)):
+            object.__setattr__(self, name, value)
         parse_tiles(self.tiles)
         hosts = self.allow_hosts
         if not isinstance(hosts, (list, tuple, set, frozenset)) or not all(isinstance(host, str) for host in hosts):

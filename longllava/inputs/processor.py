@@ -15,6 +15,7 @@ from longllava.config import ModelConfig, pooled_counts
 from longllava.errors import InputError
 from longllava.inputs.chat import Answer, Mark, Markup, Message, Piece, Plain, messages_of_turns
 from longllava.inputs.tokenizer import Tokenizer
+from longllava.settings import whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,10 +80,10 @@ class Processor:
             return bridge.tokens_per_image
         n_tokens = encoder.grid() ** 2
         allowed = pooled_counts(encoder.grid()) if bridge.pool == "2d" else [n_tokens]
-        count = isinstance(asked, int) and not isinstance(asked, bool)
-        if not count or bridge.pool != "1d" and asked not in allowed or not 0 < asked <= n_tokens:
-            raise InputError(f"tokens_per_image: got {asked}, allowed with pooling {bridge.pool!r}: {allowed}")
-        return asked
+        count = whole_number(asked)
+        if count is None or bridge.pool != "1d" and count not in allowed or not 0 < count <= n_tokens:
+            raise InputError(f"tokens_per_image: got {asked!r}, allowed with pooling {bridge.pool!r}: {allowed}")
+        return count
 
     def user_open(self) -> Markup:
         return Markup(self.prompt.bos_token + self.prompt.user)

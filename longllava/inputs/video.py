@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from longllava.errors import InputError
 from longllava.inputs.image import check_size, content_of, is_open_file, rgb
 from longllava.inputs.video_file import VideoFile, open_video
-from longllava.settings import check_count
+from longllava.settings import check_count, is_real
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,7 +39,7 @@ def read_frames(source: Any, *, fps: float = 1.0, max_frames: int = MAX_FRAMES, 
     folder's pictures and a TIFF's pages are all taken. Beyond max_frames they are spread evenly. side: frames are
     shrunk until their longer side is at most this. Raises: InputError naming the video.
     """
-    check_sampling(fps, max_frames)
+    fps, max_frames = check_sampling(fps, max_frames)
     if isinstance(source, (bytes, bytearray, memoryview)) or is_open_file(source):
         try:
             content = content_of(source) if is_open_file(source) else source
@@ -96,10 +96,11 @@ def file_frames(file: Any, fps: float, max_frames: int, side: int | None, leadin
     return frames
 
 
-def check_sampling(fps: float, max_frames: int) -> None:
-    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not MIN_FPS <= fps <= MAX_FPS:
+def check_sampling(fps: float, max_frames: int) -> tuple[float, int]:
+    """Both as Python's own numbers. Raises: InputError."""
+    if not is_real(fps) or not MIN_FPS <= fps <= MAX_FPS:
         raise InputError(f"fps: got {fps!r}, allowed: {MIN_FPS:g} to {MAX_FPS:g}")
-    check_count("max_frames", max_frames)
+    return float(fps), check_count("max_frames", max_frames)
 
 
 def folder_frames(folder: Path) -> list[Path]:

@@ -235,8 +235,8 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"{name}: got {value!r}, allowed: {', '.join(map(str, CHECKED[name]))}")
     if given.get("padding") == "max_length" and "max_length" not in given:
         raise InputError("padding: 'max_length' pads to max_length, which was not given")
-    check_count("max_length", given.get("max_length", 1))
-    return given
+    counts = [name for name in ("max_length", "tokens_per_image") if name in given]
+    return given | {name: check_count(name, given[name]) for name in counts}
 
 
 def per_row(values: Any, n_rows: int, name: str) -> Sequence[Any]:
