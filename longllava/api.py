@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Unpack
 
+    from longllava.generation.keywords import Options, Reading
     from longllava.generation.scoring import Score
-    from longllava.generation.session import Options, Reading, Session
+    from longllava.generation.session import Session
     from longllava.inputs.chat import Piece
     from longllava.inputs.tokenizer import Tokenizer
     from longllava.model import Model
@@ -159,8 +160,7 @@ class LongLLaVA:
         """
         from longllava.generation import Sampling
         from longllava.generation.batch import answer_prompts, numbered
-        from longllava.generation.keywords import check_keywords
-        from longllava.generation.session import Options, Reading
+        from longllava.generation.keywords import Options, Reading, check_keywords
 
         check_keywords(self.generate_batch, options, Options)
         reading: dict[str, Any] = {name: value for name, value in options.items() if name in Reading.__annotations__}
@@ -226,8 +226,7 @@ class LongLLaVA:
 
     def opened(self, method: Callable[..., Any], reading: Reading) -> Session:
         """`fresh` for a method that passes its keywords on, which tells of a wrong one itself."""
-        from longllava.generation.keywords import check_keywords
-        from longllava.generation.session import Reading
+        from longllava.generation.keywords import Reading, check_keywords
 
         check_keywords(method, reading, Reading)
         return self.fresh(**reading)

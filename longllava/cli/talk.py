@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from longllava.api import LongLLaVA
-    from longllava.generation.session import Reading, Settings
+    from longllava.generation.keywords import Reading, Settings
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A shipped name, a folder, or a hub name.")]
 Images = Annotated[

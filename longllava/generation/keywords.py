@@ -1,11 +1,38 @@
-"""Keywords that a method passes on, told by the method that was called: Python would name what they were passed to."""
+"""Keywords that methods pass on: which there are, and wrong ones told by the method that was called, where Python would
+name what they were passed to."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypedDict
+
+
+class Settings(TypedDict, total=False):
+    """How answers are drawn; see Sampling."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop: str | Sequence[str] | None
+
+
+class Reading(TypedDict, total=False):
+    """How a prompt is read; see MediaOptions. chunk_tokens: tokens prefilled at a time, None for the
+    device's own number."""
+
+    fps: float
+    max_frames: int
+    tiles: str | None
+    allow_hosts: Sequence[str]
+    chunk_tokens: int | None
+
+
+class Options(Settings, Reading, total=False):
+    """All of it."""
 
 
 def check_keywords(method: Callable[..., Any], given: Iterable[str], passed_on: type) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from longllava.generation import saving
 from longllava.generation.batch import answer_many, numbered
 from longllava.generation.content import Content, compact
 from longllava.generation.decoding import is_static, static_tokens
-from longllava.generation.keywords import check_keywords
+from longllava.generation.keywords import Settings, check_keywords
 from longllava.generation.prefill import Reader
 from longllava.generation.sampling import Sampling, next_tokens
 from longllava.generation.scoring import Score, score_ids
@@ -45,32 +45,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 LONG_TEXT = 1024  # characters; text beyond this is read when it comes, and then ends where it ends
-
-
-class Settings(TypedDict, total=False):
-    """How answers are drawn; see Sampling."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int | None
-    stop: str | Sequence[str] | None
-
-
-class Reading(TypedDict, total=False):
-    """How a prompt is read; see MediaOptions. chunk_tokens: tokens prefilled at a time, None for the
-    device's own number."""
-
-    fps: float
-    max_frames: int
-    tiles: str | None
-    allow_hosts: Sequence[str]
-    chunk_tokens: int | None
-
-
-class Options(Settings, Reading, total=False):
-    """All of it."""
 
 
 class Session:
@@ -122,7 +96,8 @@ class Session:
 
     def take(self, pieces: Sequence[Piece], sources: Sequence[Any]) -> None:
         """Read pieces as far as their tokens are certain; keep the rest waiting."""
-        state, n_tokens, n_images, waiting = self.content
+        before = self.content
+        state, n_tokens, n_images, waiting = before
         waiting = [*waiting, *pieces]
         last_certain = max((i for i, piece in enumerate(waiting) if isinstance(piece, (Mark, Answer))), default=-1)
         if sum(len(piece.text) for piece in waiting[last_certain + 1 :] if isinstance(piece, Plain)) > LONG_TEXT:
@@ -131,7 +106,14 @@ class Session:
             encoded = self.encode(waiting[: last_certain + 1])
             _, state = self.reader.read(encoded, sources, self.room(len(encoded.ids)), n_tokens)
             state, n_tokens, n_images = compact(state), n_tokens + len(encoded.ids), n_images + len(sources)
-        self.content = Content(state, n_tokens, n_images, waiting[last_certain + 1 :])
+        self.replace(before, Content(state, n_tokens, n_images, waiting[last_certain + 1 :]))
+
+    def replace(self, before: Content, after: Content) -> None:
+        """Raises: InputError when another thread has replaced `before` meanwhile: what it read would be lost."""
+        if self.content is not before:
+            raise InputError("session: another thread made it longer meanwhile, and so it stays; let one at a time"
+                             " append, or ask with keep=True, or fork")  # fmt: skip
+        self.content = after
 
     def fork(self) -> Session:
         """A session that goes on from here on its own; what was read is shared, not copied."""
@@ -177,9 +159,10 @@ class Session:
             text += piece
             yield piece
         answered = [*processor.turn(Message("assistant", (Answer(text),))), processor.user_open()]
-        if start == (self.n_tokens, self.waiting):
+        before = self.content
+        if start == (before.n_tokens, before.waiting):
             turn.take(answered, ())
-            self.content = turn.content
+            self.replace(before, turn.content)
         else:
             self.take([*pieces, *answered], sources)
 

@@ -276,3 +276,21 @@ def test_gradients_stay_on_for_the_caller():
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     stream.close()
     assert isinstance(MODEL.session(), Session)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_two_threads_append_is_not_lost_in_silence(monkeypatch, keep):
+    album, whole = MODEL.session(images=PICTURES[:2]), MODEL.session(images=PICTURES[:3])
+    read, reads = album.reader.read, []
+
+    def slow(*args):
+        reads.append(args)
+        if len(reads) == (3 if keep else 1):  # question, then where its answer begins, then the answer
+            album.append(images=PICTURES[2:3])  # as another thread may
+        return read(*args)
+
+    monkeypatch.setattr(album.reader, "read", slow)
+    with pytest.raises(InputError, match="another thread made it longer meanwhile, and so it stays"):
+        album.ask("a", keep=True, images=PICTURES[3:4], **SHORT) if keep else album.append(images=PICTURES[3:5])
+    assert (album.n_tokens, album.n_images, album.waiting) == (whole.n_tokens, 3, whole.waiting)
+    assert_same_state(album.state, whole.state)
