@@ -209,3 +209,13 @@ def test_numbers_of_numpy_are_numbers(files, tmp_path):
         MODEL.generate("a", max_new_tokens=True)
     with pytest.raises(InputError, match=r"seed: got np.float64\(3.0\), expected a whole number"):
         MODEL.generate("a", seed=np.float64(3))
+
+
+@pytest.mark.parametrize("none", [[], (), iter(())], ids=["list", "tuple", "iterator"])
+def test_no_images_are_none_in_sessions_as_in_prompts(none, files):
+    empty, album = MODEL.session(images=none), MODEL.session(images=files)
+    assert (empty.n_tokens, empty.waiting) == (0, MODEL.session().waiting)
+    assert empty.ask("a", images=none, **SHORT) == MODEL.generate("a", images=none, **SHORT)
+    before = album.content
+    album.append(images=none)
+    assert (album.n_tokens, album.n_images, album.waiting) == before[1:]

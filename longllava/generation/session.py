@@ -80,11 +80,11 @@ class Session:
     def append(self, images: Any = None, text: str | None = None, video: Any = None) -> None:
         """Read more: images, a video, text, in this order, or images at the <image> marks of the text.
 
-        On any error the session is as it was.
+        An empty list of images is none. On any error the session is as it was.
         """
-        sources, n_images, n_frames = self.reader.media(images, video)
-        if text is None and not sources:
+        if images is None and video is None and text is None:
             raise InputError("append: nothing to read; give images, a video or text")
+        sources, n_images, n_frames = self.reader.media(images, video)
         prompt = self.reader.processor.prompt
         if text is None:
             pieces = media_pieces(n_images, n_frames, prompt)
