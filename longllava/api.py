@@ -219,10 +219,13 @@ class LongLLaVA:
         return session
 
     def load_session(self, path: str | Path, **reading: Unpack[Reading]) -> Session:
-        """A session that Session.save wrote. Raises: CheckpointError when another model made it."""
+        """A session that Session.save wrote. It reads on by its own fps, max_frames and tiles, unless others are given.
+
+        Raises: CheckpointError when another model made it.
+        """
         from longllava.generation import saving
 
-        return saving.load_into_(self.opened(self.load_session, reading), path)
+        return saving.load_into_(self.opened(self.load_session, reading), path, reading)
 
     def opened(self, method: Callable[..., Any], reading: Reading) -> Session:
         """`fresh` for a method that passes its keywords on, which tells of a wrong one itself."""

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT = "longllava-session-1"
 WAITING = {"markup": Markup, "plain": Plain}  # images never wait: they are read when they are appended
+KEPT = ("fps", "max_frames", "tiles")  # how media are read; hosts that may be asked are said anew in each process
 SAMPLES = 16  # values of each weight that enter the fingerprint
 
 
@@ -64,6 +66,7 @@ def save(session: Session, path: str | Path) -> Path:
         "fingerprint": fingerprint(session.reader.model),
         "tokens_per_image": session.reader.tokens_per_image,
         "int8_cache": session.reader.int8_cache,
+        "reading": {name: getattr(session.reader.options, name) for name in KEPT},
         "n_tokens": n_tokens,
         "n_images": n_images,
         "waiting": [["markup" if isinstance(piece, Markup) else "plain", piece.text] for piece in waiting],
@@ -122,8 +125,11 @@ def stored(segment: Segment) -> dict[str, Tensor]:
     return kept
 
 
-def load_into_(session: Session, path: str | Path) -> Session:
-    """Fill a fresh session from a file. Raises: CheckpointError for a torn file or another model's."""
+def load_into_(session: Session, path: str | Path, asked: Collection[str]) -> Session:
+    """Fill a fresh session from a file. asked: options of reading that the session has of the caller, not of the file.
+
+    Raises: CheckpointError for a torn file or another model's.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = expanded(path)
@@ -145,6 +151,10 @@ def load_into_(session: Session, path: str | Path) -> Session:
             if name in tensors and checksum(tensors[name]) != expected:
                 raise ValueError(f"the bytes of tensor {name} differ from when it was saved; read the pictures again")
         state = state_from(tensors, session.reader, about["n_tokens"])
+        kept = {name: value for name, value in dict(about.get("reading", {})).items()  # none in earlier versions'
+                if name in KEPT and name not in asked}  # fmt: skip
+        options = dataclasses.replace(session.reader.options, **kept)
+        session.reader = dataclasses.replace(session.reader, options=options)
         waiting = [waiting_piece(*row) for row in about["waiting"]]
         session.content = Content(compact(state), about["n_tokens"], about["n_images"], waiting)
     except (KeyError, TypeError, ValueError) as error:

@@ -260,3 +260,24 @@ def test_other_files_are_not_sessions(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "a")
     with pytest.raises(CheckpointError, match="not a session file"):
         MODEL.load_session(tmp_path / "a")
+
+
+def test_a_loaded_session_reads_on_as_it_did(tmp_path):
+    album = MODEL.session(images=tiny_pictures(1), tiles="2x3", max_frames=5)
+    path = album.save(tmp_path / "album")
+    loaded, other = MODEL.load_session(path), MODEL.load_session(path, tiles=None)
+    for session in (album, loaded, other):
+        session.append(images=tiny_pictures(1))
+    assert (album.n_images, loaded.n_images, other.n_images) == (14, 14, 8)
+    assert_same_state(album.state, loaded.state, 1e-6)
+    assert loaded.reader.options.max_frames == other.reader.options.max_frames == 5
+
+
+@pytest.mark.parametrize("reading", [None, {"tiles": "many"}, {"max_frames": 0}, 3, ["fps"]])
+def test_how_a_damaged_or_older_file_says_it_was_read(saved, reading):
+    rewrite(saved[1], lambda about, tensors: about.pop("reading") if reading is None else about.update(reading=reading))
+    if reading is None:
+        assert MODEL.load_session(saved[1], tiles="fit").reader.options.tiles == "fit"
+        return
+    with pytest.raises(CheckpointError, match=r"album\.session: damaged session file: "):
+        MODEL.load_session(saved[1])
