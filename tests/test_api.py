@@ -219,3 +219,15 @@ def test_no_images_are_none_in_sessions_as_in_prompts(none, files):
     before = album.content
     album.append(images=none)
     assert (album.n_tokens, album.n_images, album.waiting) == before[1:]
+
+
+def test_a_model_that_moved_has_not_read_the_session(tmp_path):
+    model = tiny_model()
+    album = model.session(images=tiny_pictures(1))
+    model.model.to(torch.bfloat16)
+    calls = [lambda: album.ask("a"), lambda: album.ask_many(["a"]), lambda: album.score("a", "b"),
+             lambda: album.append(text="a"), lambda: album.save(tmp_path / "album")]  # fmt: skip
+    for call in calls:
+        with pytest.raises(InputError, match=r"on cpu in torch\.float32, which is on cpu in torch\.bfloat16 now"):
+            call()
+    assert model.session(images=tiny_pictures(1)).ask("a", **SHORT) is not None

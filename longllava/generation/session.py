@@ -55,6 +55,7 @@ class Session:
 
     def __init__(self, reader: Reader):
         self.reader = reader
+        self.model_was = reader.device, reader.dtype
         self.content = Content(reader.empty_state(0), 0, 0, [reader.processor.user_open()])
 
     @property
@@ -96,6 +97,7 @@ class Session:
 
     def take(self, pieces: Sequence[Piece], sources: Sequence[Any]) -> None:
         """Read pieces as far as their tokens are certain; keep the rest waiting."""
+        self.check_model()
         before = self.content
         state, n_tokens, n_images, waiting = before
         waiting = [*waiting, *pieces]
@@ -115,8 +117,15 @@ class Session:
                              " append, or ask with keep=True, or fork")  # fmt: skip
         self.content = after
 
+    def check_model(self) -> None:
+        """Raises: InputError when the model has moved: what was read cannot go with it."""
+        if (model_is := (self.reader.device, self.reader.dtype)) != self.model_was:
+            was, now = (" in ".join(map(str, place)) for place in (self.model_was, model_is))
+            raise InputError(f"session: it was read by a model on {was}, which is on {now} now; read it again")
+
     def fork(self) -> Session:
         """A session that goes on from here on its own; what was read is shared, not copied."""
+        self.check_model()
         other = Session(self.reader)
         state, n_tokens, n_images, waiting = self.content
         other.content = Content(fork_state(state, 0), n_tokens, n_images, list(waiting))
@@ -279,4 +288,5 @@ class Session:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, whole or not at all, for load_session. Raises: InputError, CheckpointError."""
+        self.check_model()
         return saving.save(self, path)
