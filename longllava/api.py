@@ -166,7 +166,7 @@ class LongLLaVA:
         reading: dict[str, Any] = {name: value for name, value in options.items() if name in Reading.__annotations__}
         settings: dict[str, Any] = {name: value for name, value in options.items() if name not in reading}
         for name, given in (("prompts", prompts), ("images", () if images is None else images)):
-            if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+            if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
                 got = "one string" if isinstance(given, (str, bytes)) else f"one {type(given).__name__}"
                 raise InputError(f"{name}: got {got}; expected a list with an entry for each prompt")
         prompts, images = list(prompts), None if images is None else list(images)

@@ -150,6 +150,11 @@ def test_videos(tmp_path):
         (lambda: MODEL.session().append(), "append: nothing to read"),
         (lambda: MODEL.session().ask_many("abc"), "expected a list of strings"),
         (lambda: MODEL.session().ask_many([""]), "prompt: it is empty"),
+        (lambda: MODEL.session().ask_many({"a": "b"}), "questions: expected a list of strings, got {'a': 'b'}"),
+        (lambda: MODEL.generate_batch({"a": "b"}), "prompts: got one dict; expected a list"),
+        (lambda: MODEL.generate_batch(["a"], {"a": "b"}), "images: got one dict; expected a list"),
+        (lambda: MODEL.generate("a", {"bytes": b""}), "images: got a dictionary of .'bytes'.; expected one image"),
+        (lambda: MODEL.session({"bytes": b""}), "images: got a dictionary of .'bytes'.; expected one image"),
         (lambda: LongLLaVA(MODEL.model, tiny_tokenizer(), tokens_per_image=7), "tokens_per_image: got 7"),
     ],
 )

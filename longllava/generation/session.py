@@ -7,7 +7,7 @@ to a session is the same tokens as the whole prompt at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -182,7 +182,7 @@ class Session:
         """
         check_keywords(self.ask_many, settings, Settings)
         sampling = Sampling(**settings)
-        if isinstance(questions, str) or not isinstance(questions, Iterable):
+        if isinstance(questions, (str, bytes, Mapping)) or not isinstance(questions, Iterable):
             raise InputError(f"questions: expected a list of strings, got {questions!r:.80}; use ask for one")
         batch_size = check_count("batch_size", batch_size)
         close = self.reader.processor.assistant_open()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from longllava.errors import InputError
 from longllava.inputs.address import download, held
+from longllava.inputs.chat import outline
 from longllava.inputs.image import is_address, is_data, is_open_file, label, named
 from longllava.inputs.tiles import parse_tiles, split
 from longllava.inputs.video import MAX_FRAMES, check_sampling, read_frames
@@ -92,9 +93,11 @@ class MediaReader:
 
 
 def listed(images: Any) -> list[Any]:
-    """One image or several, as a list."""
+    """One image or several, as a list. Raises: InputError for a dictionary, of which the keys would be taken."""
     if images is None:
         return []
+    if isinstance(images, Mapping):
+        raise InputError(f"images: got {outline(images)}; expected one image or a list of them")
     import torch
 
     if isinstance(images, torch.Tensor):  # one picture's features or pixels, or a batch of them
