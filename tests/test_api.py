@@ -1,5 +1,8 @@
 """LongLLaVA from outside: load, ask, save, and what it says when something is wrong."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -60,8 +63,6 @@ def test_features_of_one_picture_keep_no_others(files):
 
 
 def test_every_kind_of_image_source_is_the_same_picture(files):
-    from pathlib import Path
-
     picture = tiny_pictures(1)[0]
     kinds = [files[0], Path(files[0]), Path(files[0]).read_bytes(), picture, np.asarray(picture)]
     assert (
@@ -236,3 +237,20 @@ def test_a_model_that_moved_has_not_read_the_session(tmp_path):
         with pytest.raises(InputError, match=r"on cpu in torch\.float32, which is on cpu in torch\.bfloat16 now"):
             call()
     assert model.session(images=tiny_pictures(1)).ask("a", **SHORT) is not None
+
+
+def test_paths_of_every_kind(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first, both = MODEL.generate("a", files[0], **SHORT), MODEL.generate("a", files[:2], **SHORT)
+    in_bytes = [entry for entry in os.scandir(os.fsencode(tmp_path)) if entry.name == b"0.png"]
+    for source in ("~/0.png", Path("~/0.png"), np.str_(files[0]), np.array(files[:1]), in_bytes):
+        assert MODEL.generate("a", source, **SHORT) == first
+    assert MODEL.generate("a", "~/0.png", tiles="1x1", **SHORT) == MODEL.generate("a", files[0], tiles="1x1", **SHORT)
+    assert MODEL.generate("a", video="~", **SHORT) == MODEL.generate("a", video=tmp_path, **SHORT)
+    for sources in (np.array(files[:2]), np.array(files[:2], object), np.array([Path(file) for file in files[:2]])):
+        assert MODEL.generate("a", sources, **SHORT) == both
+    assert MODEL.generate_batch(np.array(["a"]), np.array(files[:1]), **SHORT) == [first]
+    with pytest.raises(InputError, match=r"image 1 of 1: ~/9\.png: no such file"):
+        MODEL.generate("a", "~/9.png")
+    with pytest.raises(InputError, match="image 1 of 1: .*got '', expected the name of a file"):
+        MODEL.generate("a", "")

@@ -12,10 +12,10 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from longllava.errors import InputError, LongLLaVAError
+from longllava.files import expanded
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,7 +86,7 @@ def visit(source: Any, open_reference: Callable | None, use: Callable[[Image.Ima
                 source.load()
                 upright_by(source)  # the first look takes it out of one table and into another: one thread at a time
             return use(source)
-    if hasattr(source, "__array_interface__"):
+    if hasattr(source, "__array_interface__") and not isinstance(source, str):  # NumPy's strings have one
         return use(from_array(source))
     if is_open_file(source):
         source = content_of(source)
@@ -94,9 +94,9 @@ def visit(source: Any, open_reference: Callable | None, use: Callable[[Image.Ima
         return decode(io.BytesIO(source), use, checked)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"expected a path, bytes, an open file, a PIL image or an array, got {type(source).__name__}")
-    if is_address(os.fspath(source)):
+    if is_address(os.fsdecode(source)):
         raise InputError("addresses are not downloaded here; save the picture to a file first")
-    path = Path(source)
+    path = expanded(os.fsdecode(source))
     if not os.path.exists(path):
         raise InputError("no such file")
     if not path.is_file():  # a folder, a device, a pipe
@@ -292,4 +292,4 @@ def label(source: Any) -> str:
     """What a sentence about a source begins with: "album/417.jpg: ", or nothing where it has no name."""
     if isinstance(source, str) and source.startswith("data:"):
         return f"{source.partition(',')[0]:.40}: "  # not the megabytes that it holds
-    return f"{os.fspath(source)}: " if isinstance(source, (str, os.PathLike)) else ""
+    return f"{os.fsdecode(source)}: " if isinstance(source, (str, os.PathLike)) else ""

@@ -103,9 +103,10 @@ def listed(images: Any) -> list[Any]:
     if isinstance(images, torch.Tensor):  # one picture's features or pixels, or a batch of them
         single = images.ndim == (3 if images.dtype == torch.uint8 else 2)
     else:
+        paths = getattr(images, "ndim", 0) == 1 and images.dtype.kind in "UO"  # in an array of NumPy's
         single = (
             isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike))
-            or hasattr(images, "__array_interface__")
+            or (hasattr(images, "__array_interface__") and not paths)
             or is_open_file(images)
         )
     return [images] if single or not isinstance(images, Iterable) else list(images)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longllava.errors import InputError
+from longllava.files import expanded
 from longllava.inputs.image import check_size, content_of, is_open_file, rgb
 from longllava.inputs.video_file import VideoFile, open_video
 from longllava.settings import check_count, is_real
@@ -50,7 +51,7 @@ def read_frames(source: Any, *, fps: float = 1.0, max_frames: int = MAX_FRAMES, 
         raise InputError(f"video: expected a path, bytes or an open file, got {type(source).__name__}")
     if not os.fspath(source):  # to Path it would be the folder one stands in
         raise InputError("video: the name is empty; give a file or a folder of frames")
-    path = Path(os.fsdecode(source))
+    path = expanded(os.fsdecode(source))
     if not os.path.exists(path):  # not Path.exists, which raises where a name is too long
         raise InputError(f"{path}: no such video file or folder of frames")
     try:
