@@ -15,7 +15,8 @@ from longllava.data.embedded import is_embedded, read_embedded
 from longllava.data.worlds.pictures import GRID, PREFIX, parse_grid, parse_reference
 from longllava.data.worlds.render import SIDE, render
 from longllava.errors import InputError
-from longllava.inputs.image import open_image, rgb, visit
+from longllava.inputs.colour import rgb
+from longllava.inputs.image import open_image, visit
 from longllava.inputs.tiles import Split
 
 TILE = re.compile(r"tile:(\d+)\.(\d+)/(\d+)x(\d+)@(\d+)(\*?):(.+)", re.DOTALL)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from longllava.errors import InputError, LongLLaVAError
 from longllava.files import expanded
+from longllava.inputs.colour import keyed_, rgb, upright_by
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,10 +25,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB of RGB
 MAX_RATIO = 200
-TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
-         7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip  # EXIF orientation -> Image.Transpose
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
-ORIENTATION = 0x0112
 SLAB = 1 << 22  # pixels that are copied out of a picture at a time
 LOADING = threading.Lock()  # Pillow's, of one picture in two threads, fails
 T = TypeVar("T")
@@ -83,6 +81,7 @@ def visit(source: Any, open_reference: Callable | None, use: Callable[[Image.Ima
         with one_sentence():
             check_size(*source.size)
             with LOADING:
+                keyed_(source)
                 source.load()
                 upright_by(source)  # the first look takes it out of one table and into another: one thread at a time
             return use(source)
@@ -191,52 +190,6 @@ def from_array(array: Any) -> Image.Image:
         raise InputError(f"array {pixels.dtype} {pixels.shape}; expected uint8 of shape (H, W, 3)")
     check_size(pixels.shape[1], pixels.shape[0])
     return Image.fromarray(np.ascontiguousarray(pixels)).copy()
-
-
-def rgb(image: Image.Image, copied: bool = True) -> Image.Image:
-    """Any mode to an RGB image, upright; a new one where that is asked for."""
-    from PIL import Image
-
-    image.load()  # which turns a TIFF and says so in its EXIF block
-    orientation = upright_by(image)
-    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        result = eight_bits(image).convert("RGB")
-    elif image.has_transparency_data:
-        with_alpha = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # Pillow has no other way
-        result = Image.new("RGB", image.size, (255, 255, 255))
-        result.paste(with_alpha, mask=with_alpha.getchannel("A"))
-    else:
-        result = image if image.mode == "RGB" else image.convert("RGB")
-    if orientation in TURNS:
-        result = result.transpose(Image.Transpose[TURNS[orientation]])
-    return result.copy() if copied and result is image else result
-
-
-def upright_by(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where the EXIF block is missing or torn."""
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # the picture itself is sound; Pillow's EXIF parser raises whatever it meets
-        return 1
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """One channel of 16-bit, 32-bit or float values, scaled to 8 bits."""
-    import numpy as np
-    from PIL import Image
-
-    values = np.array(image, np.float32)
-    low, high = float(values.min()), float(values.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise InputError("pixels are NaN or infinite")
-    full = 1.0 if image.mode == "F" and high <= 1 else 255.0 if image.mode == "F" else 65535.0
-    if low < 0 or high > full:
-        raise InputError(f"mode {image.mode}: pixels from {low:g} to {high:g}; expected 0 to {full:g}")
-    key = image.info.get("transparency")  # the value that a PNG shows nothing for: white, as rgb lays it
-    if isinstance(key, int):
-        values[values == key] = full
-    values *= 255 / full
-    return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
 
 
 def square(image: Image.Image, side: int, mean: Sequence[float]) -> Tensor:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from longllava.errors import InputError
 from longllava.files import expanded
-from longllava.inputs.image import check_size, content_of, is_open_file, rgb
+from longllava.inputs.colour import rgb
+from longllava.inputs.image import check_size, content_of, is_open_file
 from longllava.inputs.video_file import VideoFile, open_video
 from longllava.settings import check_count, is_real
 

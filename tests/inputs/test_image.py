@@ -17,7 +17,8 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from longllava.errors import InputError
 from longllava.inputs import image as image_module
-from longllava.inputs.image import named, open_image, rgb, square, square_pixels, upright_size
+from longllava.inputs.colour import rgb
+from longllava.inputs.image import named, open_image, square, square_pixels, upright_size
 from longllava.inputs.media import listed
 from longllava.inputs.processor import Processor
 from tests.inputs.pictures import encoded, picture, pixels
@@ -90,6 +91,30 @@ def test_alpha_that_no_band_holds_lies_on_white():
     at = keyed.index(b"IDAT") - 4
     data = keyed[:at] + (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + keyed[at:]
     assert pixels(data).tolist() == [[[255] * 3, [2] * 3]]
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour", "row", "key", "expected"),
+    [
+        (2, 0, b"\x1b", (1,), [[0] * 3, [255] * 3, [170] * 3, [255] * 3]),
+        (4, 0, b"\x12", (1,), [[255] * 3, [34] * 3]),
+        (4, 0, b"\x12", (999,), [[17] * 3, [34] * 3]),
+        (16, 2, bytes(range(12)), (0x0001, 0x0203, 0x0405), [[255] * 3, [6, 8, 10]]),
+        (16, 2, bytes(range(12)), (0x00FF, 0x02FF, 0x04FF), [[255] * 3, [6, 8, 10]]),  # the lower 8 are not read
+        (16, 2, bytes(range(12)), (6, 8, 10), [[0, 2, 4], [6, 8, 10]]),
+    ],
+)
+def test_a_colour_that_stands_for_nothing_is_white_at_any_depth(bits, colour, row, key, expected):
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    width = len(row) * 8 // (bits * (3 if colour else 1))
+    header = width.to_bytes(4, "big") + (1).to_bytes(4, "big") + bytes([bits, colour, 0, 0, 0])
+    transparent = b"".join(value.to_bytes(2, "big") for value in key)
+    chunks = {b"IHDR": header, b"tRNS": transparent, b"IDAT": zlib.compress(b"\0" + row), b"IEND": b""}
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks.items())
+    for source in (data, Image.open(io.BytesIO(data))):
+        assert pixels(source).tolist() == [expected]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
