@@ -11,10 +11,10 @@ import struct
 from pathlib import Path
 
 from longllava.config import PromptConfig
-from longllava.errors import CheckpointError, ConfigError, InputError
+from longllava.errors import CheckpointError, InputError
 from longllava.files import write_text
 from longllava.inputs.sentencepiece import tokenizer_json
-from longllava.settings import build, read_mapping
+from longllava.settings import read_mapping
 
 FILE_NAME = "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
@@ -54,11 +54,9 @@ class Tokenizer:
         self.cache: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
 
     @classmethod
-    def from_folder(cls, folder: str | Path, prompt: PromptConfig | None = None) -> Tokenizer:
-        """Read folder/tokenizer.json, or tokenizer.model; bos, eos and pad are named by `prompt`, else config.json."""
+    def from_folder(cls, folder: str | Path, prompt: PromptConfig) -> Tokenizer:
+        """Read folder/tokenizer.json, or tokenizer.model; bos, eos and pad are named by `prompt`."""
         path = Path(folder) / FILE_NAME
-        if prompt is None:
-            prompt = prompt_of(Path(folder))
         try:
             if path.is_file():
                 return cls(path.read_text("utf-8"), prompt, str(path))
@@ -156,14 +154,3 @@ def check_text(text: str, what: str = "text") -> None:
             f"{what}: character {error.start} is a lone surrogate (U+{ord(text[error.start]):04X}), not"
             " Unicode text; decode the source with its right encoding"
         ) from None
-
-
-def prompt_of(folder: Path) -> PromptConfig:
-    """The prompt layout of folder/config.json, or the default one where there is none."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return PromptConfig()
-    try:
-        return build(PromptConfig, read_mapping(path).get("prompt", {}), f"{path}: prompt")
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None

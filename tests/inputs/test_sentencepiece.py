@@ -7,6 +7,7 @@ import struct
 
 import pytest
 
+from longllava.config import PromptConfig
 from longllava.errors import CheckpointError
 from longllava.inputs.sentencepiece import tokenizer_json
 from longllava.inputs.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ GOLDEN = {  # dummy_prefix, extra_spaces removed: pieces of each text, parted by
 @pytest.mark.parametrize(("dummy_prefix", "extra_spaces"), GOLDEN)
 def test_pieces_are_those_of_sentencepiece(tmp_path, dummy_prefix, extra_spaces):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(dummy_prefix, extra_spaces))
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path, PromptConfig())
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
     for text, pieces in zip(TEXTS, GOLDEN[dummy_prefix, extra_spaces], strict=True):
         ids = tokenizer.encode(text)
@@ -80,20 +81,20 @@ def test_pieces_are_those_of_sentencepiece(tmp_path, dummy_prefix, extra_spaces)
 
 def test_special_names_are_ids_in_templates_only(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path, PromptConfig())
     assert tokenizer.split_specials("<|startoftext|>a") == [1, "a"]
     assert tokenizer.decode([1, *tokenizer.encode("a red"), 2, 3]) == "a red"
 
 
 def test_saved_it_is_a_tokenizer_json(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path, PromptConfig())
     tokenizer.save(tmp_path / "b")
-    again = Tokenizer.from_folder(tmp_path / "b")
+    again = Tokenizer.from_folder(tmp_path / "b", PromptConfig())
     assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
     (tmp_path / "tokenizer.json").write_text((tmp_path / "b/tokenizer.json").read_text())
     (tmp_path / "tokenizer.model").write_bytes(b"never read beside a tokenizer.json")
-    assert Tokenizer.from_folder(tmp_path).vocab_size == tokenizer.vocab_size
+    assert Tokenizer.from_folder(tmp_path, PromptConfig()).vocab_size == tokenizer.vocab_size
 
 
 def test_every_cut_is_one_sentence(tmp_path):
@@ -102,7 +103,7 @@ def test_every_cut_is_one_sentence(tmp_path):
     for length in (*range(0, len(data), 37), whole - 1, len(data) - 1):
         (tmp_path / "tokenizer.model").write_bytes(data[:length])
         with pytest.raises(CheckpointError, match=r"tokenizer\.model: cannot be read: "):
-            Tokenizer.from_folder(tmp_path)
+            Tokenizer.from_folder(tmp_path, PromptConfig())
 
 
 @pytest.mark.parametrize(
@@ -127,10 +128,10 @@ def test_tokens_added_beside_the_model_must_be_in_it(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     settings = tmp_path / "tokenizer_config.json"
     settings.write_text(json.dumps({"added_tokens_decoder": {"0": {"content": "<|pad|>"}}}))
-    Tokenizer.from_folder(tmp_path)
+    Tokenizer.from_folder(tmp_path, PromptConfig())
     settings.write_text(json.dumps({"added_tokens_decoder": {"400": {"content": "<img>"}}}))
     with pytest.raises(CheckpointError, match=r"'<img>' was added to tokenizer\.model as 400; write a tokenizer\.json"):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_folder(tmp_path, PromptConfig())
 
 
 def test_a_published_folder_with_the_model_alone_answers(tmp_path):

@@ -50,16 +50,16 @@ def test_lone_surrogates_are_refused(text):
 
 def test_saved_and_read_again_is_the_same(tmp_path):
     TOKENIZER.save(tmp_path)
-    again = Tokenizer.from_folder(tmp_path)
+    again = Tokenizer.from_folder(tmp_path, PromptConfig())
     assert again.encode("a red heart<img>") == TOKENIZER.encode("a red heart<img>")
 
 
 def test_missing_torn_and_unfit_files_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json or tokenizer\.model; a model folder holds one"):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_folder(tmp_path, PromptConfig())
     (tmp_path / "tokenizer.json").write_text('{"version": ')
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read"):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_folder(tmp_path, PromptConfig())
     with pytest.raises(CheckpointError, match="no special token '<end>'"):
         Tokenizer(TOKENIZER.backend.to_str(), PromptConfig(eos_token="<end>"))
 
