@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 from array import array
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +14,6 @@ from longllava.data.media import MediaConfig, expect, opened
 from longllava.data.records import Unusable, printable
 from longllava.data.samples import Sample
 from longllava.data.stores import Place, Store
-from longllava.data.stores.json_lines import JsonStore
 from longllava.data.tally import MAX_BAD, Rejected, Tally
 from longllava.errors import DataError
 
@@ -135,15 +133,3 @@ class RecordSource:
             LOOKS.forget(references)
         self.tally.good(index)
         return sample
-
-
-class LlavaSource(RecordSource):
-    """Records of one JSON file, or of several."""
-
-    def __init__(
-        self, name: str, path: str | Path | Sequence[Path], root: str | Path | None = None, **options: Any
-    ) -> None:
-        paths = [Path(path)] if isinstance(path, (str, Path)) else list(path)
-        super().__init__(
-            name, JsonStore(paths), str(paths[0]), Path(root) if root is not None else paths[0].parent, **options
-        )

@@ -16,10 +16,10 @@ from longllava.data.packing import Cursor, encode_sample, plan_window
 from longllava.data.recipes import Recipe, record_source
 from longllava.data.records import Unusable
 from longllava.data.source_config import SourceConfig
-from longllava.data.sources import LlavaSource
 from longllava.errors import ConfigError, DataError
 from longllava.inputs.video import read_frames
 from longllava.settings import build
+from tests.data.llava_source import LlavaSource
 from tests.data.records import asked, write
 from tests.tiny import tiny_model
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from longllava.data.packing import Cursor, plan_window
 from longllava.data.recipes import Recipe
-from longllava.data.sources import LlavaSource
 from longllava.data.stores import paths_of
 from longllava.errors import DataError
 from longllava.train.loop import list_left_out
+from tests.data.llava_source import LlavaSource
 from tests.data.records import GOOD, TOLD, asked, numbered, write, write_lines
 from tests.data.test_stores import add, png
 from tests.tiny import tiny_model

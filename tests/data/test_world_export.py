@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from longllava.data.images import open_reference
-from longllava.data.sources import LlavaSource
 from longllava.data.worlds import export
 from longllava.data.worlds.export import export_world
 from longllava.data.worlds.pictures import PicturePool
 from longllava.data.worlds.tasks import TASKS, WorldTask
 from longllava.errors import ConfigError, DataError
+from tests.data.llava_source import LlavaSource
 
 
 @pytest.mark.parametrize("task", TASKS)
