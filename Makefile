@@ -32,6 +32,8 @@ TRAIN := $(VENV)/bin/torchrun --standalone --nproc-per-node=$(NPROC) -m longllav
 endif
 
 .PHONY: help setup demo test test-long kill-test fuzz sanitize check foundation stage1 stage2 stage3 bench clean
+# stage1 stage2 stage3: each starts from what the one before it has written, whatever -j says.
+.NOTPARALLEL:
 
 help:           ## this list
 	@awk -F ' *## ' '/^[a-z0-9-]+:.*## / { split($$1, name, ":"); printf "make %-12s %s\n", name[1], $$2 }' Makefile

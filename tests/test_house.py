@@ -100,6 +100,29 @@ def test_what_is_set_of_phases_is_the_text_foundations() -> None:
     assert found == {"vision": "seed=7", "text": "seed=7 phases.0.rows=2"}
 
 
+def make(folder: Path, *arguments: str) -> list[str]:
+    """What a fresh environment's python is told to run by this Makefile, each line as it begins and as it ends."""
+    (folder / "csrc").mkdir()
+    for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
+        (folder / name).touch()
+    shutil.copy(ROOT / "Makefile", folder)
+    run = folder / ".venv/bin/python"
+    run.parent.mkdir(parents=True)
+    run.write_text('#!/bin/sh\necho "begins $*" >> told; sleep 0.1; echo "ends $*" >> told\n')
+    run.chmod(0o755)
+    (folder / ".venv/.installed").touch()
+    subprocess.run(["make", *arguments], capture_output=True, cwd=folder, check=True)
+    return (folder / "told").read_text().splitlines()
+
+
+def test_stages_named_together_run_one_after_the_other(tmp_path: Path) -> None:
+    """Each starts from what the one before it has written; -j may come from the environment."""
+    told = make(tmp_path, "-j4", "stage1", "stage2", "stage3")
+    assert [re.sub(r" .*/(\w+)\.yaml.*", r" \1", line) for line in told] == [
+        f"{word} stage{n}" for n in (1, 2, 3) for word in ("begins", "ends")
+    ]
+
+
 def test_the_tested_set_covers_every_requirement() -> None:
     """Each package that setup.py asks for in what `make setup` installs stands in constraints.txt, pinned."""
     pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
