@@ -102,6 +102,6 @@ bench: setup    ## kernels, then V-NIAH and what each stage brought
 	$(RUN) benchmarks/vniah.py --images $(IMAGES)
 	$(RUN) benchmarks/curriculum.py
 
-clean:          ## build products and caches; keeps .venv and runs/
-	rm -rf build dist *.egg-info longllava/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:          ## build products and caches, which the next target makes again; keeps .venv and runs/
+	rm -rf $(STAMP) build dist *.egg-info longllava/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find longllava tests benchmarks csrc -name __pycache__ -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -100,27 +101,40 @@ def test_what_is_set_of_phases_is_the_text_foundations() -> None:
     assert found == {"vision": "seed=7", "text": "seed=7 phases.0.rows=2"}
 
 
-def make(folder: Path, *arguments: str) -> list[str]:
-    """What a fresh environment's python is told to run by this Makefile, each line as it begins and as it ends."""
-    (folder / "csrc").mkdir()
-    for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
-        (folder / name).touch()
-    shutil.copy(ROOT / "Makefile", folder)
-    run = folder / ".venv/bin/python"
-    run.parent.mkdir(parents=True)
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., list[str]]:
+    """make in a fresh environment; what its python is told to run till then, each line as it begins and as it ends."""
+    for name in ("csrc", "longllava", "tests", "benchmarks", ".venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "constraints.txt", ".venv/.installed"):
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    run = tmp_path / ".venv/bin/python"
     run.write_text('#!/bin/sh\necho "begins $*" >> told; sleep 0.1; echo "ends $*" >> told\n')
     run.chmod(0o755)
-    (folder / ".venv/.installed").touch()
-    subprocess.run(["make", *arguments], capture_output=True, cwd=folder, check=True)
-    return (folder / "told").read_text().splitlines()
+
+    def made(*arguments: str) -> list[str]:
+        (tmp_path / "told").write_text("")
+        bare = {"PATH": os.environ["PATH"]}  # without what a make that runs these tests was told
+        subprocess.run(["make", *arguments], capture_output=True, cwd=tmp_path, env=bare, check=True)
+        return (tmp_path / "told").read_text().splitlines()
+
+    return made
 
 
-def test_stages_named_together_run_one_after_the_other(tmp_path: Path) -> None:
+def test_stages_named_together_run_one_after_the_other(make: Callable[..., list[str]]) -> None:
     """Each starts from what the one before it has written; -j may come from the environment."""
-    told = make(tmp_path, "-j4", "stage1", "stage2", "stage3")
+    told = make("-j4", "stage1", "stage2", "stage3")
     assert [re.sub(r" .*/(\w+)\.yaml.*", r" \1", line) for line in told] == [
         f"{word} stage{n}" for n in (1, 2, 3) for word in ("begins", "ends")
     ]
+
+
+def test_what_clean_removes_is_made_again(make: Callable[..., list[str]]) -> None:
+    """The compiled kernels among it, without which everything works, slower."""
+    assert make("test") == [f"{word} -m pytest -q -n 2" for word in ("begins", "ends")]
+    assert make("clean") == []
+    assert [line for line in make("test") if line.startswith("begins -m pip install") and " -e " in line]
 
 
 def test_the_tested_set_covers_every_requirement() -> None:
