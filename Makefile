@@ -41,7 +41,7 @@ help:           ## this list
 
 setup: $(STAMP)  ## make .venv and install the tested set (minutes, once)
 
-$(STAMP): setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
+$(STAMP): setup.py pyproject.toml constraints.txt $(filter-out csrc/__pycache__%,$(wildcard csrc/* csrc/*/*))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "make setup: needs Python 3.11 or newer as $(PYTHON); name another with: make setup PYTHON=python3.11"; exit 1; }
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,18 @@ def test_what_clean_removes_is_made_again(make: Callable[..., list[str]]) -> Non
     assert make("test") == [f"{word} -m pytest -q -n 2" for word in ("begins", "ends")]
     assert make("clean") == []
     assert [line for line in make("test") if line.startswith("begins -m pip install") and " -e " in line]
+
+
+def test_what_python_caches_of_the_build_script_asks_for_no_new_setup(
+    make: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    cached, kernel, later = tmp_path / "csrc/__pycache__", tmp_path / "csrc/a_kernel.cpp", time.time() + 60
+    cached.mkdir()
+    os.utime(cached, (later, later))
+    assert make("setup") == []
+    kernel.touch()
+    os.utime(kernel, (later, later))
+    assert len(make("setup")) == 4
 
 
 def test_the_tested_set_covers_every_requirement() -> None:
