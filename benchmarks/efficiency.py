@@ -214,7 +214,7 @@ def chart(rows: list[dict[str, Any]], title: str, file: Any) -> None:
         axes.set_xlim(right=1.25 * max(numbers))
         axes.set_title(name, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a name may hold $
     figure.savefig(file, format="png")
 
 

@@ -153,7 +153,7 @@ def chart(points: list[dict[str, Any]], title: str, file: Any) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a name may hold $
     figure.savefig(file, format="png")
 
 

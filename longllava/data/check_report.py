@@ -129,11 +129,13 @@ def draw_lengths(file: BinaryIO, title: str, checks: Sequence[SourceCheck]) -> N
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     edges = np.geomspace(max(1, shortest), longest + 1, BINS + 1).tolist()
-    axes.hist([one.lengths for one in counted], bins=edges, stacked=True, label=[one.config.name for one in counted])
-    axes.set(xscale="log", xlabel="tokens a sample", ylabel="samples looked at", title=title)
+    axes.hist([one.lengths for one in counted], bins=edges, stacked=True, label=[str(i) for i in range(len(counted))])
+    axes.set(xscale="log", xlabel="tokens a sample", ylabel="samples looked at")
+    axes.set_title(title, parse_math=False)  # a name may hold $
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))  # not 6.32 x 10^1
     if longest < 10 * shortest:  # else tens and hundreds suffice
         axes.set_xticks(np.unique(np.geomspace(max(1, shortest), longest + 1, 5).round()))
         axes.minorticks_off()
-    axes.legend(fontsize="small")
+    for text in axes.legend(fontsize="small").get_texts():  # a label that begins with _ would have no entry
+        text.set(text=counted[int(text.get_text())].config.name, parse_math=False)
     figure.savefig(file, format="png", dpi=120)

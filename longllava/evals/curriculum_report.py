@@ -182,7 +182,7 @@ def draw_plot(columns: Sequence[Column], file: Any) -> None:
     for number, column in enumerate(columns):
         places = [place - 0.4 + width * (number + 0.5) for place, task in enumerate(tasks)]
         heights = [100 * column.outcomes[task.name].accuracy if task.name in column.outcomes else 0 for task in tasks]
-        axes.bar(places, heights, width * 0.92, label=column.label, color=colour_of(column, number), zorder=2)
+        axes.bar(places, heights, width * 0.92, label=number, color=colour_of(column, number), zorder=2)
     ground(axes, tasks)
     axes.set_xticks(range(len(tasks)), [task.name for task in tasks])
     axes.tick_params(length=0)
@@ -193,7 +193,9 @@ def draw_plot(columns: Sequence[Column], file: Any) -> None:
     axes.grid(axis="y", color="white", zorder=1)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(columns), frameon=False)
+    legend = figure.legend(loc="outside lower center", ncols=len(columns), frameon=False)
+    for text, column in zip(legend.get_texts(), columns):  # as a label, what begins with _ would have no entry
+        text.set(text=column.label, parse_math=False)  # nor is a name with $ a formula
     axes.set_title("What each stage brought: held-out pictures, teacher-forced exact match", fontsize=10)
     figure.savefig(file, format="png")
 

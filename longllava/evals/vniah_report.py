@@ -86,7 +86,7 @@ def draw_heatmap(cells: Sequence[Cell], title: str, file: Any) -> None:
     axes.tick_params(length=0)
     axes.set_xlabel("pictures in the haystack")
     axes.set_ylabel("depth of the needle")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)  # a name may hold $
     for y, row in enumerate(grid if labelled else []):
         for x, score in enumerate(row):
             axes.text(x + 0.5, y + 0.5, f"{score * 100:.0f}", ha="center", va="center", fontsize=9)

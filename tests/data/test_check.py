@@ -60,6 +60,20 @@ def test_lengths_are_written_as_numbers(lengths: list[int], shown: list[str], mo
             if low <= tick.get_loc() <= high and tick.label1.get_text()] == shown  # fmt: skip
 
 
+def test_each_source_stands_in_the_legend_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where matplotlib would hide it (_) or read a formula ($)."""
+    drawn_figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn_figures.append(figure))
+    names = ["own", "_others", r"a$\frac$"]
+    sources = [SimpleNamespace(lengths=[60 + i], config=SimpleNamespace(name=name)) for i, name in enumerate(names)]
+    draw_lengths(io.BytesIO(), r"b$\frac$", sources)
+    drawn_figures[0].canvas.draw()
+    shown = {text.get_text(): handle.get_facecolor() for text, handle in zip(
+        drawn_figures[0].axes[0].get_legend().get_texts(), drawn_figures[0].axes[0].get_legend().legend_handles)}
+    bars = [container[0].get_facecolor() for container in drawn_figures[0].axes[0].containers]
+    assert shown == dict(zip(names, bars))
+
+
 def test_counts_lengths_and_reasons(tmp_path: Path, processor: Processor) -> None:
     config, checks = check_recipe(recipe(tmp_path, broken=2, bad=3), processor, limit=400, row_length=40)
     files, gone, world = checks

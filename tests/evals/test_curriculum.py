@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 
 from longllava.checkpoints import save_model
@@ -244,6 +245,13 @@ def test_the_report_can_be_read_back_and_the_plot_is_a_picture() -> None:
     draw_plot(columns, file)
     assert Image.open(file).size[0] > 1000
     assert table_of(columns).row_count == len(TASKS) + 2  # and the kinds of words and of single-image questions
+
+
+def test_the_legend_names_each_model(monkeypatch) -> None:
+    drawn, names = [], ["nano", "_nano", r"a$\frac$"]  # neither hidden nor a formula
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure) or figure.canvas.draw())
+    draw_plot([column(name, {"caption": 0.5}) for name in names], None)
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == names
 
 
 def test_the_benchmark_compares_folders(tmp_path) -> None:

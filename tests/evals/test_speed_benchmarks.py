@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -87,6 +88,14 @@ def test_efficiency_from_the_command_line(tmp_path: Path) -> None:
     assert report["dtype"] == "float32"
     assert len(report["published_on_a100"]) == 4 and "16.5 s" in done.stdout
     assert save.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("script", ["scaling", "efficiency"])
+def test_a_name_in_a_title_is_no_formula(script: str) -> None:
+    measured = {"way": "longllava", "tokens_in": 9, "prefill_seconds": 1.0, "tokens_per_second": 2.0, "peak_bytes": 10,
+                "images": 1, "tokens_per_image": 4, "seconds_to_read": 1.0, "milliseconds_per_image": 1e3,
+                "key_value_bytes": 1}  # fmt: skip
+    load_script(script).chart([measured], r"a$\frac$", io.BytesIO())
 
 
 def test_wrong_numbers_are_one_sentence() -> None:

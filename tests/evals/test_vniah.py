@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -219,6 +220,11 @@ def test_files_have_longvas_format(tmp_path: Path) -> None:
     assert picture.name == "heatmap.png"
     assert (0x9A, 0xD5, 0xB3) in colours  # 1: LongVA's green
     assert (0xF0, 0x49, 0x6E) in colours  # 0: its red
+
+
+def test_a_name_in_the_title_is_no_formula(tmp_path: Path) -> None:
+    cells = vniah.run(Seer(), SMALL, journal(tmp_path))
+    vniah_report.draw_heatmap(cells, vniah_report.title_of(cells, r"a$\frac$"), io.BytesIO())
 
 
 def test_summary_adds_up(tmp_path: Path) -> None:
