@@ -208,7 +208,7 @@ def chart(rows: list[dict[str, Any]], title: str, file: Any) -> None:
         ("peak memory, GB", [row["peak_bytes"] / 1e9 for row in rows]),
     )
     for axes, (name, numbers) in zip(figure.subplots(1, 3, sharey=True), values, strict=True):
-        bars = axes.barh(labels[::-1], numbers[::-1])
+        bars = axes.barh(range(len(rows)), numbers[::-1], tick_label=labels[::-1])  # alike, they would share a place
         shown = [f"{number:,.0f}" if number >= 10 else f"{number:.2f}" for number in numbers[::-1]]
         axes.bar_label(bars, shown, padding=3, fontsize=8)
         axes.set_xlim(right=1.25 * max(numbers))

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from matplotlib.figure import Figure
 
 from tests.evals.scripts import BENCHMARKS, load_script
 
@@ -88,6 +89,19 @@ def test_efficiency_from_the_command_line(tmp_path: Path) -> None:
     assert report["dtype"] == "float32"
     assert len(report["published_on_a100"]) == 4 and "16.5 s" in done.stdout
     assert save.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prompts_of_one_length_have_a_bar_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--tokens 64 --peer-tokens 64: ours as it is, and ours with what transformers has."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    row = {"tokens_in": 64, "prefill_seconds": 1.0, "tokens_per_second": 2.0, "peak_bytes": 10}
+    rows = [{"way": way, **row} for way in ("longllava", "longllava", "transformers")]
+    load_script("efficiency").chart(rows, "", None)
+    for axes in drawn[0].axes:
+        assert len({bar.get_y() for bar in axes.patches}) == 3
+    ticks = [tick.get_text() for tick in drawn[0].axes[0].get_yticklabels()]
+    assert ticks == ["transformers, 64 in", "longllava, 64 in", "longllava, 64 in"]
 
 
 @pytest.mark.parametrize("script", ["scaling", "efficiency"])
