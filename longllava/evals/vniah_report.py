@@ -82,7 +82,7 @@ def draw_heatmap(cells: Sequence[Cell], title: str, file: Any) -> None:
     image = axes.pcolormesh(grid, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=1)
     axes.invert_yaxis()
     axes.set_xticks([i + 0.5 for i in range(len(sizes))], [f"{n:,}" for n in sizes])
-    axes.set_yticks([i + 0.5 for i in range(len(depths))], [f"{depth * 100:.0f} %" for depth in depths])
+    axes.set_yticks([i + 0.5 for i in range(len(depths))], depth_labels(depths))
     axes.tick_params(length=0)
     axes.set_xlabel("pictures in the haystack")
     axes.set_ylabel("depth of the needle")
@@ -92,6 +92,15 @@ def draw_heatmap(cells: Sequence[Cell], title: str, file: Any) -> None:
             axes.text(x + 0.5, y + 0.5, f"{score * 100:.0f}", ha="center", va="center", fontsize=9)
     figure.colorbar(image, ax=axes, label="exact match, teacher-forced")
     figure.savefig(file, format="png")
+
+
+def depth_labels(depths: Sequence[float]) -> list[str]:
+    """In percent, with as few decimals as tell them apart."""
+    for n_decimals in range(7):
+        labels = [f"{depth * 100:.{n_decimals}f} %" for depth in depths]
+        if len(set(labels)) == len(depths):
+            break
+    return labels
 
 
 @dataclass(frozen=True)

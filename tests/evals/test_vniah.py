@@ -222,6 +222,11 @@ def test_files_have_longvas_format(tmp_path: Path) -> None:
     assert (0xF0, 0x49, 0x6E) in colours  # 0: its red
 
 
+def test_rows_of_the_heat_map_are_told_apart() -> None:
+    assert vniah_report.depth_labels([0, 1 / 3, 1]) == ["0 %", "33 %", "100 %"]
+    assert vniah_report.depth_labels([0, 0.001, 0.004, 1]) == ["0.0 %", "0.1 %", "0.4 %", "100.0 %"]
+
+
 def test_a_name_in_the_title_is_no_formula(tmp_path: Path) -> None:
     cells = vniah.run(Seer(), SMALL, journal(tmp_path))
     vniah_report.draw_heatmap(cells, vniah_report.title_of(cells, r"a$\frac$"), io.BytesIO())
