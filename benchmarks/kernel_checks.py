@@ -242,7 +242,7 @@ def checks(
     op: Annotated[str, typer.Option(help="Only ops whose name contains this.")] = "",
     output: Annotated[
         Path | None,
-        typer.Option(help="JSON file; default benchmarks/results/kernel-checks[-OP]-cuda.json, none with --quick."),
+        typer.Option(help="JSON file; default kernel-checks[-OP]-cuda.json of benchmarks/results, none with --quick."),
     ] = None,
 ) -> None:
     """Compare every kernel with fp64 on this GPU."""

@@ -130,7 +130,7 @@ def kernels(
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 takes torch's number.")] = 0,
     output: Annotated[
         Path | None,
-        typer.Option(help="JSON file; default benchmarks/results/kernels-<device>.json, none with --op or --case."),
+        typer.Option(help="JSON file; default kernels-<device>.json of benchmarks/results, none with --op or --case."),
     ] = None,
 ) -> None:
     """Time every backend of every op on the shapes that matter."""

@@ -162,6 +162,13 @@ def test_checks_of_kernels_that_are_cut_off_keep_what_they_have(quick: bool, tmp
     assert not kept["finished"] and [row["what"] for row in kept["rows"]] == ["1"]
 
 
+@pytest.mark.parametrize("script", ["kernels", "kernel_checks"])
+def test_a_default_is_shown_whole_in_a_terminal_of_80_columns(script: str) -> None:
+    done = subprocess.run([sys.executable, BENCHMARKS / f"{script}.py", "--help"], capture_output=True, text=True,
+                          check=True, env={**os.environ, "COLUMNS": "80"})  # fmt: skip
+    assert "JSON file" in done.stdout and "\N{HORIZONTAL ELLIPSIS}" not in done.stdout
+
+
 def test_threads_wait_as_they_do_for_users() -> None:
     """Scripts that import torch before the library took up to ten times as long where neighbours were busy."""
     code = "import _environment, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
