@@ -54,12 +54,12 @@ LONGLLAVA_INLINE void exp2_together(vec (&x)[K], vec factor) {
 
 constexpr float EXP_MOST = 87.0f;  // e^87 = 2^125.5, so that 1 + e^x has a reciprocal in every form
 
-// x[k] = e^x[k], at most e^EXP_MOST; NaN stays.
+// x[k] = e^(sign x[k]), at most e^EXP_MOST; NaN stays.
 template <int K>
-LONGLLAVA_INLINE void exp_together(vec (&x)[K]) {
-  if (!EXP2_SATURATES) EACH x[k] = maximum(splat(-EXP_MOST), x[k]);
-  EACH x[k] = minimum(splat(EXP_MOST), x[k]);
-  exp2_together<false>(x, splat(LOG2_E));
+LONGLLAVA_INLINE void exp_together(vec (&x)[K], float sign = 1.0f) {
+  if (!EXP2_SATURATES || sign < 0) EACH x[k] = maximum(splat(-EXP_MOST), x[k]);
+  if (!EXP2_SATURATES || sign > 0) EACH x[k] = minimum(splat(EXP_MOST), x[k]);
+  exp2_together<false>(x, splat(sign * LOG2_E));
 }
 
 LONGLLAVA_INLINE vec exp_vec(vec x) {
@@ -82,8 +82,7 @@ LONGLLAVA_INLINE vec reciprocal(vec x) {
 
 template <int K>
 LONGLLAVA_INLINE void sigmoid_together(vec (&x)[K]) {
-  EACH x[k] = -x[k];
-  exp_together(x);
+  exp_together(x, -1.0f);
   EACH x[k] = reciprocal(1.0f + x[k]);
 }
 
