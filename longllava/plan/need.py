@@ -57,6 +57,7 @@ def prompt_need(
     value_bytes: of an activation, and of a key or value. images_per_batch: that the encoder sees at once, 0 for none.
     layers, ends: of a device that has those layers only, and encoder, embeddings and output layer or not. on_host: of
     the host's memory, whose allocator keeps small blocks. int8_cache: keys and values in int8, with scales.
+    Workspace is the compiled kernels': plain torch, without them, held 1.4 times as much of a small model, int8 twice.
     """
     backbone = config.backbone
     mixers = [backbone.mixers()[layer] for layer in (range(backbone.n_layers) if layers is None else layers)]
