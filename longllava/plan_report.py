@@ -20,6 +20,7 @@ from longllava.inputs.chat import Message, media_pieces
 from longllava.inputs.processor import Processor
 from longllava.inputs.tokenizer import Tokenizer
 from longllava.model import Model
+from longllava.ops import native
 from longllava.plan import operations, prompt_need
 from longllava.plan.need import token_bytes
 from longllava.plan.split import Placement, fits, split
@@ -122,6 +123,7 @@ class Plan:
             self.config, self.n_tokens(images) + self.request.answer_tokens, value_bytes=self.request.dtype.itemsize,
             chunk_tokens=self.request.chunk_tokens or chunk, images_per_batch=at_once, layers=layers, ends=ends,
             on_host=self.on_host, int8_cache=self.request.int8_cache,
+            plain=self.on_host and native.why_not() is not None,
         )  # fmt: skip
 
     def costs(self, images: int) -> tuple[list[int], int, int]:

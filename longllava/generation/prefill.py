@@ -30,6 +30,7 @@ from longllava.inputs.tiles import picture_numbers
 from longllava.model import Model
 from longllava.nn import Context, State
 from longllava.nn.cache import int8_cache
+from longllava.ops import native
 from longllava.plan import check_fits, prompt_need
 from longllava.settings import check_count
 
@@ -90,7 +91,7 @@ class Reader:
                 self.model.config, n_tokens, value_bytes=self.dtype.itemsize, chunk_tokens=self.chunk, rows=rows,
                 images_per_batch=self.images_at_once(), on_host=device.type == "cpu",
                 layers=[layer for layer, own in enumerate(devices) if own == device], ends=device == self.device,
-                int8_cache=self.int8_cache,
+                int8_cache=self.int8_cache, plain=device.type == "cpu" and native.why_not() is not None,
             )  # fmt: skip
             check_fits(need, device, f"{n_tokens:,} tokens (prompt and answer)" + f" in {rows} rows" * (rows > 1))
 

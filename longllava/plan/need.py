@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 FLOAT = 4  # bytes
 # glibc takes blocks below this from its heap, where freed ones stay and others do not fit into their places: measured
-# with nano, 2.2 to 3 times what lives at once (chunks of 2,048 and 8,192 tokens). Larger ones are returned when freed.
-HEAP_BLOCK, HEAP_FACTOR = 32 << 20, 2.5
+# with nano, 1.4 to 3 times what lives at once, mostly 1.8 (chunks of 2,048). Larger ones are returned when freed.
+HEAP_BLOCK, HEAP_FACTOR = 32 << 20, 2.0
+# Of plain torch, where there are no compiled kernels: the blocked scan's span of 2^20 state-elements, five times; and
+# for each key the masks of a block of 512 queries, three in bool and one in fp32.
+SPANS, MASKS = 5 * FLOAT << 20, 512 * (3 + FLOAT)
 
 
 @dataclass(frozen=True)
@@ -51,34 +54,47 @@ def prompt_need(
     ends: bool = True,
     on_host: bool = False,
     int8_cache: bool = False,
+    plain: bool = False,
 ) -> Need:
     """Of n_tokens more (prompt and answer) in each of `rows`.
 
     value_bytes: of an activation, and of a key or value. images_per_batch: that the encoder sees at once, 0 for none.
     layers, ends: of a device that has those layers only, and encoder, embeddings and output layer or not. on_host: of
-    the host's memory, whose allocator keeps small blocks. int8_cache: keys and values in int8, with scales.
-    Workspace is the compiled kernels': plain torch, without them, held 1.4 times as much of a small model, int8 twice.
+    the host's memory, whose allocator keeps small blocks. int8_cache: keys and values in int8, with scales. plain:
+    by plain torch, where a kernel's one pass is several, each with a tensor of its own.
     """
     backbone = config.backbone
     mixers = [backbone.mixers()[layer] for layer in (range(backbone.n_layers) if layers is None else layers)]
     chunk = rows * min(chunk_tokens, n_tokens)
-    at_once = [mixer_workspace(backbone, mixer, chunk, value_bytes) for mixer in set(mixers)]
+    # bytes of an element's copies in fp32 in the passes that plain torch makes of one kernel: five where rows are
+    # rotated and quantised, three in the convolution and SwiGLU
+    quantized = 5 * FLOAT if plain and config.int8 else 0
+    copies = quantized or (3 * FLOAT if plain else 0)
+    at_once = [
+        mixer_workspace(backbone, mixer, chunk, value_bytes, quantized if mixer == "attention" else copies)
+        for mixer in set(mixers)
+    ]
     if mixers:
         # int8 experts multiply the rows of all of them at once, floats' one expert after the other
         several = config.int8 is not None and any(map(backbone.has_experts, range(backbone.n_layers)))
         rows_fed = chunk * (backbone.n_experts_per_token if several else 1)
-        at_once.append(3 * rows_fed * backbone.mlp_width * value_bytes)
+        widened = copies - FLOAT * (value_bytes == FLOAT) if plain else value_bytes  # what is in fp32 needs no copy
+        at_once.append(rows_fed * backbone.mlp_width * (2 * value_bytes + widened))
     if ends:
         at_once.append(2 * rows * backbone.vocab_size * FLOAT)
     if ends and config.encoder is not None and images_per_batch:
         at_once.append(images_per_batch * encoder_workspace(config.encoder, value_bytes))
-    hidden = 3 * chunk * backbone.width * value_bytes  # the residual, its norm, what is added
+    # the first layer's input and this one's, the mixer's output, their sum and its norm
+    hidden = 5 * chunk * backbone.width * value_bytes
     workspace = hidden + max(at_once, default=0)
     largest = chunk * max(2 * backbone.d_inner(), backbone.mlp_width) * value_bytes
+    if on_host and largest < HEAP_BLOCK:
+        workspace = int(workspace * HEAP_FACTOR)
+    masks = rows * n_tokens * MASKS if plain and "attention" in mixers else 0
     return Need(
         keys_values=rows * n_tokens * mixers.count("attention") * token_bytes(backbone, value_bytes, int8_cache),
         state=rows * mixers.count("mamba") * state_bytes(backbone, value_bytes),
-        workspace=int(workspace * (HEAP_FACTOR if on_host and largest < HEAP_BLOCK else 1)),
+        workspace=workspace + masks,
     )
 
 
@@ -92,12 +108,14 @@ def state_bytes(config: BackboneConfig, value_bytes: int) -> int:
     return config.d_inner() * ((config.conv_size - 1) * value_bytes + config.state_size * FLOAT)
 
 
-def mixer_workspace(config: BackboneConfig, mixer: str, n_tokens: int, value_bytes: int) -> int:
+def mixer_workspace(config: BackboneConfig, mixer: str, n_tokens: int, value_bytes: int, copies: int) -> int:
     if mixer == "attention":
-        widths = config.head_dim * (3 * config.n_heads + 2 * config.n_kv_heads)
-    else:  # x and z, x convolved, delta, y; and what delta, B and C come from, normed too
-        widths = 5 * config.d_inner() + 2 * (config.dt_rank + 2 * config.state_size)
-    return n_tokens * widths * value_bytes
+        width = config.n_heads * config.head_dim
+        return n_tokens * ((3 * width + 2 * config.n_kv_heads * config.head_dim) * value_bytes + width * copies)
+    # x and z, x convolved, delta, y; and what delta, B and C come from, normed too
+    scan = 5 * config.d_inner() + 2 * (config.dt_rank + 2 * config.state_size)
+    convolution = n_tokens * config.d_inner() * (3 * value_bytes + copies)
+    return max(n_tokens * scan * value_bytes + (SPANS if copies else 0), convolution)
 
 
 def encoder_workspace(config: EncoderConfig, value_bytes: int) -> int:

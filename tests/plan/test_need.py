@@ -11,6 +11,7 @@ from longllava.config import BackboneConfig, ModelConfig
 from longllava.errors import ConfigError, InputError
 from longllava.model import Model
 from longllava.nn import Context
+from longllava.ops import native
 from longllava.plan import check_fits, memory, prompt_need
 from longllava.plan.need import HEAP_FACTOR, Need
 from longllava.quant import quantize_
@@ -26,8 +27,8 @@ def test_the_9b_model_by_hand():
     million, tenth = need(1_000_000), need(100_000)
     assert (million.keys_values - tenth.keys_values) / 900_000 == 16_384
     assert million.state == tenth.state == 28 * 8192 * (16 * 4 + 3 * 2)
-    assert million.workspace == tenth.workspace == 8192 * (3 * 4096 + 3 * 14336) * 2
-    assert need(100, chunk_tokens=8192).workspace == 100 * (3 * 4096 + 3 * 14336) * 2
+    assert million.workspace == tenth.workspace == 8192 * (5 * 4096 + 3 * 14336) * 2
+    assert need(100, chunk_tokens=8192).workspace == 100 * (5 * 4096 + 3 * 14336) * 2
     assert need(1000, int8_cache=True).keys_values == 1000 * 4 * 2 * 8 * (128 + 4)
     assert need(1_000_000, rows=4).keys_values == 4 * million.keys_values
     assert million.total() == million.keys_values + million.state + million.workspace
@@ -36,27 +37,40 @@ def test_the_9b_model_by_hand():
 def test_the_widest_moment_decides():
     wide_mixer = ModelConfig(backbone=BackboneConfig(mlp_width=4096))
     mamba = prompt_need(wide_mixer, 8192, value_bytes=2, chunk_tokens=8192).workspace
-    assert mamba == 8192 * (3 * 4096 + 5 * 8192 + 2 * (256 + 32)) * 2
-    assert prompt_need(wide_mixer, 1, value_bytes=2, chunk_tokens=8192).workspace == 3 * 4096 * 2 + 2 * 65536 * 4
+    assert mamba == 8192 * (5 * 4096 + 5 * 8192 + 2 * (256 + 32)) * 2
+    assert prompt_need(wide_mixer, 1, value_bytes=2, chunk_tokens=8192).workspace == 5 * 4096 * 2 + 2 * 65536 * 4
     assert need(1000, images_per_batch=64).workspace > need(1000).workspace  # CLIP's
     on_host = [need(100, value_bytes=4, on_host=host).workspace for host in (False, True)]
     assert on_host[1] == int(on_host[0] * HEAP_FACTOR)
     assert need(8192, on_host=True) == need(8192)  # its blocks are large enough to be given back
 
 
-@pytest.mark.parametrize(("n_experts", "int8"), [(1, False), (1, True), (4, False), (4, True)])
-def test_the_widest_moment_is_what_lives_at_once(n_experts, int8):
+WIDE = {"mlp": {}, "experts": {"n_experts": 4, "expert_every": 1, "expert_at": 0}, "mamba": {"mlp_width": 64, "expand": 8}}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("wide", WIDE)
+def test_the_widest_moment_is_what_lives_at_once(wide, int8, dtype, plain, monkeypatch):
+    """By compiled kernels and by plain torch, which holds up to four times as much."""
+    if plain:
+        monkeypatch.setattr(native, "_loaded", (None, "hidden by a test"))
+    elif native.why_not() is not None:
+        pytest.skip(native.why_not())
+    widths = {"mlp_width": 1024, **WIDE[wide]}
     backbone = BackboneConfig(vocab_size=64, width=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=32, dt_rank=4,
-                              mlp_width=1024, n_experts=n_experts, expert_every=1, expert_at=0)  # fmt: skip
+                              **widths)  # fmt: skip
     model = Model(ModelConfig(encoder=None, bridge=None, backbone=backbone)).eval()
     model.initialise_()
     if int8:
         quantize_(model)
+    model.to(dtype)
     with torch.inference_mode():
-        x_BLD, state = torch.randn(1, 2048, 64), model.backbone.empty_state(1, 2048, "cpu", torch.float32)
+        x_BLD, state = torch.randn(1, 2048, 64, dtype=dtype), model.backbone.empty_state(1, 2048, "cpu", dtype)
         with LiveBytes() as live:
             model(x_BLD, Context(), state)
-    found = prompt_need(model.config, 2048, value_bytes=4, chunk_tokens=2048)
+    found = prompt_need(model.config, 2048, value_bytes=dtype.itemsize, chunk_tokens=2048, plain=plain)
     assert 0.6 * found.total() < live.peak < 1.15 * found.total()
 
 
@@ -121,6 +135,7 @@ import json, sys
 from pathlib import Path
 from longllava import LongLLaVA
 from longllava.evals.memory import PeakMemory
+from longllava.ops import native
 from longllava.plan import prompt_need
 import torch
 torch.set_num_threads(2)
@@ -137,7 +152,7 @@ memory.start()
 album = model.session(images=[pictures[i % 8] for i in range(n)])
 album.ask("What is this?", max_new_tokens=2)
 need = prompt_need(model.model.config, album.n_tokens, value_bytes=4, chunk_tokens=chunk, images_per_batch=32,
-                   on_host=True)
+                   on_host=True, plain=native.why_not() is not None)
 print(json.dumps({"before": before, "peak": memory.bytes(), "need": need.total()}))
 """
 
