@@ -21,9 +21,9 @@ FLOAT = 4  # bytes
 # glibc takes blocks below this from its heap, where freed ones stay and others do not fit into their places: measured
 # with nano, 1.4 to 3 times what lives at once, mostly 1.8 (chunks of 2,048). Larger ones are returned when freed.
 HEAP_BLOCK, HEAP_FACTOR = 32 << 20, 2.0
-# Of plain torch, where there are no compiled kernels: the blocked scan's span of 2^20 state-elements, five times; and
-# for each key the masks of a block of 512 queries, three in bool and one in fp32.
-SPANS, MASKS = 5 * FLOAT << 20, 512 * (3 + FLOAT)
+# Of plain torch, where there are no compiled kernels: the blocked scan's span, of which five tensors are held; and a
+# block of attention's queries, whose masks are held three times in bool and once in fp32.
+SPAN_ELEMENTS, QUERY_BLOCK, MASKS = 1 << 20, 512, 3 + FLOAT
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def prompt_need(
     largest = chunk * max(2 * backbone.d_inner(), backbone.mlp_width) * value_bytes
     if on_host and largest < HEAP_BLOCK:
         workspace = int(workspace * HEAP_FACTOR)
-    masks = rows * n_tokens * MASKS if plain and "attention" in mixers else 0
+    masks = min(QUERY_BLOCK * rows, chunk) * n_tokens * MASKS if plain and "attention" in mixers else 0
     return Need(
         keys_values=rows * n_tokens * mixers.count("attention") * token_bytes(backbone, value_bytes, int8_cache),
         state=rows * mixers.count("mamba") * state_bytes(backbone, value_bytes),
@@ -113,9 +113,10 @@ def mixer_workspace(config: BackboneConfig, mixer: str, n_tokens: int, value_byt
         width = config.n_heads * config.head_dim
         return n_tokens * ((3 * width + 2 * config.n_kv_heads * config.head_dim) * value_bytes + width * copies)
     # x and z, x convolved, delta, y; and what delta, B and C come from, normed too
-    scan = 5 * config.d_inner() + 2 * (config.dt_rank + 2 * config.state_size)
-    convolution = n_tokens * config.d_inner() * (3 * value_bytes + copies)
-    return max(n_tokens * scan * value_bytes + (SPANS if copies else 0), convolution)
+    inner = n_tokens * config.d_inner()
+    span = 5 * FLOAT * min(SPAN_ELEMENTS, inner * config.state_size) if copies else 0
+    scan = 5 * inner + 2 * n_tokens * (config.dt_rank + 2 * config.state_size)
+    return max(scan * value_bytes + span, inner * (3 * value_bytes + copies))
 
 
 def encoder_workspace(config: EncoderConfig, value_bytes: int) -> int:

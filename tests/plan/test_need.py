@@ -12,7 +12,10 @@ from longllava.errors import ConfigError, InputError
 from longllava.model import Model
 from longllava.nn import Context
 from longllava.ops import native
+from longllava.ops.attention import sdpa
+from longllava.ops.selective_scan import blocked
 from longllava.plan import check_fits, memory, prompt_need
+from longllava.plan import need as need_module
 from longllava.plan.need import HEAP_FACTOR, Need
 from longllava.quant import quantize_
 from tests.live_bytes import LiveBytes
@@ -45,7 +48,11 @@ def test_the_widest_moment_decides():
     assert need(8192, on_host=True) == need(8192)  # its blocks are large enough to be given back
 
 
-WIDE = {"mlp": {}, "experts": {"n_experts": 4, "expert_every": 1, "expert_at": 0}, "mamba": {"mlp_width": 64, "expand": 8}}
+WIDE = {
+    "mlp": {},
+    "experts": {"n_experts": 4, "expert_every": 1, "expert_at": 0},
+    "mamba": {"mlp_width": 64, "expand": 8},
+}
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -70,6 +77,7 @@ def test_the_widest_moment_is_what_lives_at_once(wide, int8, dtype, plain, monke
         x_BLD, state = torch.randn(1, 2048, 64, dtype=dtype), model.backbone.empty_state(1, 2048, "cpu", dtype)
         with LiveBytes() as live:
             model(x_BLD, Context(), state)
+    assert (need_module.SPAN_ELEMENTS, need_module.QUERY_BLOCK) == (blocked.SPAN_ELEMENTS, sdpa.QUERY_BLOCK)
     found = prompt_need(model.config, 2048, value_bytes=dtype.itemsize, chunk_tokens=2048, plain=plain)
     assert 0.6 * found.total() < live.peak < 1.15 * found.total()
 

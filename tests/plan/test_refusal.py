@@ -6,7 +6,8 @@ import torch
 from longllava.errors import InputError
 from longllava.generation import prefill
 from longllava.nn import cache
-from longllava.plan import memory
+from longllava.ops import native
+from longllava.plan import memory, prompt_need
 from tests.tiny import tiny_model, tiny_pictures
 
 
@@ -67,7 +68,9 @@ def test_a_session_stays_as_it_was(album, monkeypatch):
 def test_a_batch_of_prompts(monkeypatch):
     """Each prompt alone fits; joined, with room for their answers, they do not."""
     model = tiny_model()
-    monkeypatch.setenv(memory.VARIABLE, "3MB")
+    alone = prompt_need(model.model.config, 8034, value_bytes=4, chunk_tokens=prefill.CHUNK_TOKENS, on_host=True,
+                        plain=native.why_not() is not None)  # fmt: skip
+    monkeypatch.setenv(memory.VARIABLE, str(2 * alone.total()))
     with pytest.raises(InputError, match=r"^8,0.. tokens \(prompt and answer\) in 3 rows need "):
         model.generate_batch(["what is this", "a", "what"], max_new_tokens=8000)
 
