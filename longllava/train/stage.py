@@ -122,6 +122,7 @@ def run_locked(config: TrainConfig, tasks: Sequence[Task], model_config: ModelCo
     if engine_named(config) != "torch" or config.frozen_dtype == "int8":  # ZeRO keeps the weights in pieces
         model = build_start(config, model_config, folders, processor.tokenizer)
     model.load_state_dict(trained, strict=False)
+    (folder / EVALUATION).unlink(missing_ok=True)  # of the model that this one replaces
     if config.lora is not None:
         save_adapter(model, processor.tokenizer, trained, config.lora, base, final)
     else:

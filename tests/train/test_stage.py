@@ -170,6 +170,24 @@ def test_an_evaluation_follows_the_last_step(runs, capsys) -> None:
         assert again[task] | {"seconds": 0} == figures | {"seconds": 0}
 
 
+def test_figures_of_an_earlier_model_do_not_pass_for_those_of_the_next(runs, monkeypatch) -> None:
+    """A phase was added; killed while its model was measured, the stage never was: the old figures lay there."""
+    phase, keys = {"steps": 2, "row_length": 192, "learning_rate": 1e-2}, {"evaluate": ["caption"], "eval_questions": 2}
+    run_stage(load_stage(write_stage(runs, phases=[phase], **keys)))
+    (runs / "stage2" / "model" / "training.json").unlink()
+    path = write_stage(runs, phases=[phase, phase], **keys)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr("longllava.evals.curriculum.measure", stopped)
+        run_stage(load_stage(path))
+    assert not (runs / "stage2" / "evaluation.json").exists()
+    run_stage(load_stage(path))
+    assert (runs / "stage2" / "evaluation.json").exists()
+
+
+def stopped(*arguments, **settings):
+    raise KeyboardInterrupt
+
+
 def test_processes_beside_the_first_write_nothing(runs, monkeypatch) -> None:
     path = write_stage(runs)
     before = sorted(runs.iterdir())
