@@ -114,7 +114,7 @@ def parquet_file(path: str) -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
+    except Exception as error:
         raise InputError(ARROW_IMPORT.format(error)) from None
     try:
         # what is fetched ahead stays in memory until the file is closed: a row group of each file
@@ -142,7 +142,7 @@ def arrow_table(path: str) -> Any:
     """A file of `datasets` (a stream) or of Arrow itself, mapped, not read."""
     try:
         import pyarrow
-    except ImportError as error:
+    except Exception as error:
         raise InputError(ARROW_IMPORT.format(error)) from None
     try:
         source = pyarrow.memory_map(path)

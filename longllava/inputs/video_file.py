@@ -48,7 +48,7 @@ def open_video(source: Any) -> Any:
     """An open container. source: a path, or a binary file. Raises: InputError when it cannot be opened."""
     try:
         import av
-    except ImportError as error:
+    except Exception as error:
         raise InputError(
             f"reading video files needs PyAV ({error}); pip install 'longllava[video]'"
             " (a folder of frames or a GIF is read without it)"

@@ -36,7 +36,7 @@ class Plain:
     def __init__(self, config: TrainConfig, dtype: torch.dtype):
         try:
             from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-        except ImportError as error:
+        except Exception as error:
             raise TrainingError(f"training needs accelerate ({error}); pip install 'longllava[train]'") from None
         self.config, self.dtype = config, dtype
         wanted = int(os.environ.get("WORLD_SIZE", "1"))

@@ -103,7 +103,7 @@ def add_adapters_(model: Model, config: LoraConfig, seed: int) -> None:
 
     try:
         import peft
-    except ImportError as error:  # it may be there, and lack something itself
+    except Exception as error:  # it may be there, and lack something itself
         raise TrainingError(f"lora needs peft ({error}); pip install 'longllava[train]'") from None
     torch.manual_seed(seed)
     peft.inject_adapter_in_model(peft_config(layers_of(model, config), config), model)

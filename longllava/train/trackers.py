@@ -15,8 +15,10 @@ class Board:
     """TensorBoard. Steps after `step` (of a run that was cut off) are told to be void."""
 
     def __init__(self, folder: Path, step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except Exception as error:
+            raise not_imported("tensorboard", error) from None
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
@@ -35,10 +37,8 @@ class Service:
         os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
         try:
             self.module = importlib.import_module(name)
-        except ImportError as error:
-            raise TrainingError(
-                f"report_to: {name} cannot be imported ({error}); pip install {name}, or leave it out"
-            ) from None
+        except Exception as error:
+            raise not_imported(name, error) from None
         places = {"dir": str(folder)} if name == "wandb" else {}
         self.module.init(project="longllava", name=run, config=settings, **places)
 
@@ -47,6 +47,11 @@ class Service:
 
     def close(self) -> None:
         self.module.finish()
+
+
+def not_imported(name: str, error: Exception) -> TrainingError:
+    """What is installed may lack something itself, or be built for other versions of that."""
+    return TrainingError(f"report_to: {name} cannot be imported ({error}); pip install {name}, or leave it out")
 
 
 def open_trackers(names: Sequence[str], folder: Path, step: int, run: str, settings: dict[str, Any]) -> list[Any]:

@@ -43,7 +43,7 @@ class Zero:
             os.environ.setdefault(name, value)
         try:
             import deepspeed
-        except ImportError as error:
+        except Exception as error:
             raise TrainingError(f"engine zero{stage} needs deepspeed ({error}); pip install 'longllava[deepspeed]'"
                                 ", or set engine: torch") from None  # fmt: skip
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -163,5 +163,13 @@ def test_a_tracker_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(TrainingError, match="wandb cannot be imported .*; pip install wandb, or leave it out"):
         TrainingLog(tmp_path, step=0, total_steps=3, label="stage1", report_to=["wandb"])
+    broken = tmp_path / "broken" / "tensorboard"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise TypeError('Descriptors cannot be created directly')")
+    monkeypatch.syspath_prepend(broken.parent)
+    for module in [name for name in sys.modules if ".tensorboard." in f".{name}."]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(TrainingError, match="tensorboard cannot be imported .Descriptors cannot .*; pip"):
+        TrainingLog(tmp_path, step=0, total_steps=3, label="stage1")
     with pytest.raises(ConfigError, match="report_to: got 'wanda', allowed: tensorboard, wandb, trackio"):
         load_stage(shipped("configs", "train/nano/stage1.yaml"), ["report_to=[wanda]"])

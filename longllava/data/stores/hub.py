@@ -40,7 +40,7 @@ def hub_store(name: HubName, columns: Columns, files: bool) -> TableStore:
 def loaded(name: HubName, *, streaming: bool) -> Any:
     try:
         import datasets
-    except ImportError as error:  # it may be there, and lack something itself
+    except Exception as error:  # it may be there, and lack something itself, or be built for another numpy
         raise DataError(f"format datasets needs the package ({error}); pip install 'longllava[train]'") from None
     try:
         return datasets.load_dataset(
