@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from longllava.data.features import BATCH, FeatureCache, encode_references, enco
 from longllava.data.images import open_picture
 from longllava.data.packing import Batch, Cursor, Item, Misfit, Plan, build_batch, plan_window
 from longllava.data.recipes import Recipe
+from longllava.data.samples import Sample
 from longllava.errors import ConfigError
 from longllava.inputs.processor import Processor
 from longllava.model import Model
@@ -27,6 +31,10 @@ def uneven_rows(config: TrainConfig, world: int) -> str:
     name, rows = next(iter(uneven.items()))
     settings = " ".join(f"{name}={-(-rows // world) * world}" for name, rows in uneven.items())
     return f"{name}: {rows} rows do not divide among {world} processes; set {settings}, or start fewer processes"
+
+
+class Unwanted(Exception):
+    """The run ends: what is being made for it need not be."""
 
 
 class Feed:
@@ -49,8 +57,11 @@ class Feed:
         except ConfigError as error:
             raise ConfigError(f"phases.{number}.tasks: {error}") from None
 
-    def plan(self, first_step: int, begin: Cursor) -> Plan:
-        """The plan of the window that begins at a step: a pure function of (recipe, seed, step, cursor)."""
+    def plan(self, first_step: int, begin: Cursor, unwanted: Callable[[], Any] = bool) -> Plan:
+        """The plan of the window that begins at a step: a pure function of (recipe, seed, step, cursor).
+
+        Raises: Unwanted, as soon as it is.
+        """
         number, inside = self.config.phase_at(first_step)
         phase, seed = self.config.phases[number], self.config.seed
         starts = (*begin.starts, *[0] * (number - len(begin.starts)))  # older checkpoints have none, and counted so
@@ -60,8 +71,14 @@ class Feed:
         for later, first in zip(self.recipes[1:], starts):
             recipe = later.after(recipe, seed, first)
         held = (sample for sample in begin.held if recipe.counts[recipe.at(seed, sample)[0]])  # a phase leaves some out
+
+        def draw(sample: int) -> tuple[Sample, str]:
+            if unwanted():
+                raise Unwanted
+            return recipe.sample(seed, sample)
+
         return plan_window(
-            lambda sample: recipe.sample(seed, sample),
+            draw,
             self.processor,
             Cursor(begin.next, tuple(held), starts),
             seed=seed,
@@ -72,22 +89,35 @@ class Feed:
             expect=lambda sample: recipe.expect(seed, sample),
         )
 
-    def windows(self) -> Iterator[tuple[int, Plan]]:
-        """(first step, plan) of each window; the next is planned while one is used."""
-        total = self.config.total_steps()
+    def windows(self, stopped: Callable[[], Any] = bool) -> Iterator[tuple[int, Plan]]:
+        """(first step, plan) of each window; the next is planned while one is used.
+
+        stopped: asked before each sample of a plan, which takes minutes where rows hold many pictures; where it is true
+        no window may come.
+        """
+        total, ended = self.config.total_steps(), threading.Event()
+
+        def unwanted() -> bool:
+            return ended.is_set() or bool(stopped())
+
         with ThreadPoolExecutor(1) as thread:
             step, begin = self.first_step, self.begin
-            pending = thread.submit(self.plan, step, begin)
-            while step < total:
-                plan = pending.result()
-                self.first_step, self.begin = step, begin
-                self.misfits += plan.misfits
-                begin = plan.end
-                following = step + len(plan.steps)
-                if following < total:
-                    pending = thread.submit(self.plan, following, begin)
-                yield step, plan
-                step = following
+            pending = thread.submit(self.plan, step, begin, unwanted)
+            try:
+                while step < total:
+                    self.first_step, self.begin = step, begin
+                    plan = pending.result()
+                    self.misfits += plan.misfits
+                    begin = plan.end
+                    following = step + len(plan.steps)
+                    if following < total:
+                        pending = thread.submit(self.plan, following, begin, unwanted)
+                    yield step, plan
+                    step = following
+            except Unwanted:
+                return
+            finally:
+                ended.set()  # whatever ends the run does not wait for the plan that is being made
 
     def batches(self, rows: Sequence[Sequence[Item]], row_length: int, rows_at_once: int) -> list[Batch]:
         """This process's share of a step's rows, `rows_at_once` in a batch (0 = all)."""
@@ -121,15 +151,23 @@ class Pictures:
         if config.feature_cache and not self.trains:
             self.cache = encoder_cache(model, processor, tokens=self.tokens, device=device, dtype=dtype)
 
-    def prepare(self, references: Sequence[str], say: Callable[[str], None]) -> None:
-        """Fill the cache for a window."""
+    def prepare(
+        self, references: Sequence[str], say: Callable[[str], None], stopped: Callable[[], Any] = bool
+    ) -> None:
+        """Fill the cache for a window, or until it is `stopped`: a step fills what it lacks."""
         if self.cache is None or not (wanted := len(self.cache.missing(references))):
             return
         from tqdm import tqdm
 
-        with tqdm(total=wanted, desc="features", unit="picture", leave=False, disable=None) as bar:
-            self.cache.fill(references, lambda done, of: bar.update(done - bar.n))
-        say(f"encoded {wanted} new pictures; {self.cache.n_records} are in {self.cache.folder}")
+        def show(done: int, of: int) -> None:
+            bar.update(done - bar.n)
+            if stopped():
+                raise Unwanted
+
+        bar = tqdm(total=wanted, desc="features", unit="picture", leave=False, disable=None)
+        with contextlib.suppress(Unwanted), bar:
+            self.cache.fill(references, show)
+            say(f"encoded {wanted} new pictures; {self.cache.n_records} are in {self.cache.folder}")
 
     def of(self, references: Sequence[str]) -> Tensor | None:
         """(N, M, C) features; uint8 (N, 3, S, S) pixels while the encoder trains; None without pictures."""

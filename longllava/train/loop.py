@@ -123,21 +123,45 @@ def train(
         log.say(f"{config.stage}: estimated memory of a process {need}; mfu is of {peak:.3g} operations/s, {source}")
         if step:
             log.say(f"{config.stage}: goes on after step {step}")
-        for start, plan in feed.windows():
+        saved = step
+
+        def save() -> None:
+            nonlocal saved
+            state = engine.state(facts, step=step, first_step=feed.first_step, begin=feed.begin)
+            if chief:
+                save_state(checkpoints, state)
+                list_left_out(folder / LEFT_OUT, feed.misfits)
+                recipe.write_rejected(folder / QUARANTINE, add=True)
+            saved = step
+
+        def end_if(stop: int) -> None:
+            """A process was told to end by the signal `stop`, if it is not 0: all end, before the same step."""
+            if not stop:
+                return
+            if step != saved:
+                save()
+            log.say(f"{config.stage}: {f'saved after step {step}' if step else 'ended before the first step'};"
+                    " start it again to go on")  # fmt: skip
+            engine.wait()  # a launcher ends the others when one has ended
+            raise Stopped(stop)
+
+        for start, plan in feed.windows(lambda: signals.number):
+            end_if(max(engine.gather([signals.number])))  # also where no window comes, below
             same_plan(engine, config.stage, start, plan)
             if plan.misfits:
                 log.say(f"{config.stage}: left out before step {start + len(plan.steps)}, listed in {LEFT_OUT}: "
                         f"{plan.told()}")  # fmt: skip
-            pictures.prepare(plan.references(engine.rank, engine.world), log.say)
+            pictures.prepare(plan.references(engine.rank, engine.world), log.say, lambda: signals.number)
             meter.resume()
             for rows in plan.steps[step - start :]:
                 number, inside = config.phase_at(step)
                 phase = config.phases[number]
                 torch.manual_seed(step_seed(config.seed, step, engine.rank))
                 batches = feed.batches(rows, plan.row_length, phase.rows_at_once)
-                # all divide by the same number, and all stop after the same step
+                # all divide by the same number, and all end before the same step
                 counts = engine.gather([(sum(batch.n_labels for batch in batches), signals.number)])
-                n_labels, stop = sum(labels for labels, _ in counts), max(number for _, number in counts)
+                end_if(max(number for _, number in counts))
+                n_labels = sum(labels for labels, _ in counts)
                 bad = []
                 for index, batch in enumerate(batches):
                     inputs = (batch.to(engine.device), pictures.of(batch.refs),
@@ -163,17 +187,9 @@ def train(
                     tensors = engine.trained()
                     if chief:
                         keep_weights(folder / "averaged", tensors, number)
-                if step % config.save_every == 0 or step == total or stop:
-                    state = engine.state(facts, step=step, first_step=feed.first_step, begin=feed.begin)
-                    if chief:
-                        save_state(checkpoints, state)
-                        list_left_out(folder / LEFT_OUT, feed.misfits)
-                        recipe.write_rejected(folder / QUARANTINE, add=True)
-                    state = None
-                if stop:
-                    log.say(f"{config.stage}: saved after step {step}; start it again to go on")
-                    engine.wait()  # a launcher ends the others when one has ended
-                    raise Stopped(stop)
+                if step % config.save_every == 0 or step == total:
+                    save()
+        end_if(max(engine.gather([signals.number])))
     for name, expected in frozen_marks(model, engine.whole).items():
         if frozen[name] != expected:
             raise TrainingError(f"{name} changed although it was frozen; this is an error of the library")
