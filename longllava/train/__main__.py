@@ -12,3 +12,5 @@ if __name__ == "__main__":
         main(sys.argv[1], sys.argv[2:])
     except (LongLLaVAError, OSError) as error:  # a full disk, too
         sys.exit(f"longllava train: {error}")
+    except KeyboardInterrupt:  # while a step runs it is saved first, with the same code
+        sys.exit(130)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import random
+import runpy
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -118,3 +120,16 @@ def test_a_signal_while_the_last_step_is_saved_is_heard(runs, monkeypatch) -> No
     assert ended.value.code == 128 + signal.SIGTERM and not (runs / "stage2" / "model").exists()
     main(path)
     assert (runs / "stage2" / "model" / "training.json").is_file()
+
+
+def test_ctrl_c_outside_the_steps_is_no_traceback(monkeypatch) -> None:
+    """While weights are read, or a model is measured; `longllava train` ends with 130, and so does this."""
+
+    def stopped(path, overrides):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longllava.train.main", stopped)
+    monkeypatch.setattr(sys, "argv", ["train", "stage.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("longllava.train", run_name="__main__")
+    assert ended.value.code == 130
