@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longllava.data.ahead import LOOKS
 from longllava.data.features import BATCH, FeatureCache, encode_references, encoder_cache
 from longllava.data.images import open_picture
 from longllava.data.packing import Batch, Cursor, Item, Misfit, Plan, build_batch, plan_window
@@ -100,24 +101,23 @@ class Feed:
         def unwanted() -> bool:
             return ended.is_set() or bool(stopped())
 
-        with ThreadPoolExecutor(1) as thread:
+        with contextlib.ExitStack() as at_end:  # last first, whatever ends it
+            at_end.callback(lambda: LOOKS.forget(list(LOOKS.pending)))  # Python would wait for what is looked at ahead
+            thread = at_end.enter_context(ThreadPoolExecutor(1))
+            at_end.callback(ended.set)  # this does not wait for the plan that is being made
+            at_end.enter_context(contextlib.suppress(Unwanted))
             step, begin = self.first_step, self.begin
             pending = thread.submit(self.plan, step, begin, unwanted)
-            try:
-                while step < total:
-                    self.first_step, self.begin = step, begin
-                    plan = pending.result()
-                    self.misfits += plan.misfits
-                    begin = plan.end
-                    following = step + len(plan.steps)
-                    if following < total:
-                        pending = thread.submit(self.plan, following, begin, unwanted)
-                    yield step, plan
-                    step = following
-            except Unwanted:
-                return
-            finally:
-                ended.set()  # whatever ends the run does not wait for the plan that is being made
+            while step < total:
+                self.first_step, self.begin = step, begin
+                plan = pending.result()
+                self.misfits += plan.misfits
+                begin = plan.end
+                following = step + len(plan.steps)
+                if following < total:
+                    pending = thread.submit(self.plan, following, begin, unwanted)
+                yield step, plan
+                step = following
 
     def batches(self, rows: Sequence[Sequence[Item]], row_length: int, rows_at_once: int) -> list[Batch]:
         """This process's share of a step's rows, `rows_at_once` in a batch (0 = all)."""

@@ -17,6 +17,7 @@ from PIL import Image
 from longllava.bridges.pool import pool_features
 from longllava.checkpoints import find_folder
 from longllava.config import ModelConfig
+from longllava.data import ahead
 from longllava.data.features import encode_references
 from longllava.data.recipes import Recipe
 from longllava.data.worlds.pictures import PicturePool
@@ -146,3 +147,22 @@ def test_a_picture_that_changes_inside_its_window_is_read_as_it_is(stage: TrainC
     path.unlink()
     with pytest.raises(InputError, match="a.png: no such file"):
         pictures.of([str(path)])
+
+
+def test_what_is_looked_at_ahead_goes_with_the_run(stage: TrainConfig, tmp_path: Path, monkeypatch) -> None:
+    """Python waits for it: a process that had been told to end, and had saved, looked at 1,300 pictures first."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    record = {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]}
+    names = [f"{n}.png" for n in range(100)]
+    for name in names:
+        os.link(tmp_path / "a.png", tmp_path / name)
+    (tmp_path / "own.json").write_text(json.dumps([{**record, "id": name, "image": name} for name in names]))
+    source = {"name": "own", "kind": "llava", "path": "own.json", "licence": "x", "origin": "x"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"name": "own", "sources": [source]}))
+    monkeypatch.setattr(ahead, "n_threads", lambda: 2)
+    phase = dataclasses.replace(stage.phases[0], tasks={}, steps=9, rows=1, row_length=64)
+    windows = Feed(dataclasses.replace(stage, phases=(phase,)), Recipe.load(tmp_path / "own.yaml"), nano()).windows()
+    next(windows)
+    assert ahead.LOOKS.pending
+    windows.close()
+    assert not ahead.LOOKS.pending
