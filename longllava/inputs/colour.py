@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
          7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip  # EXIF orientation -> Image.Transpose
 ORIENTATION = 0x0112
+KEYED = "longllava_keyed"  # in a picture's info, which all frames of an animated PNG share
 STEPS = {"L;2": 85, "L;4": 17}  # what Pillow multiplies grey of 2 and 4 bits by
 
 
@@ -69,8 +70,10 @@ def keyed_(image: Image.Image) -> None:
     Of 16 bits a colour Pillow reads the upper 8: colours that differ in the others alone are white too.
     """
     key, tile = image.info.get("transparency"), getattr(image, "tile", None)
-    stored = tile[0][3] if image.format == "PNG" and tile else None  # nothing once they are decoded
+    if image.format != "PNG" or not tile or KEYED in image.info:  # no tile once they are decoded
+        return
+    stored = tile[0][3]
     if stored in STEPS and isinstance(key, int):
-        image.info["transparency"] = key * STEPS[stored]
+        image.info |= {"transparency": key * STEPS[stored], KEYED: True}
     elif stored == "RGB;16B" and isinstance(key, tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in key)
+        image.info |= {"transparency": tuple(value >> 8 for value in key), KEYED: True}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from longllava.errors import InputError
 from longllava.files import expanded
-from longllava.inputs.colour import rgb
+from longllava.inputs.colour import keyed_, rgb
 from longllava.inputs.image import check_size, content_of, is_open_file
 from longllava.inputs.video_file import VideoFile, open_video
 from longllava.settings import check_count, is_real
@@ -179,6 +179,7 @@ def page_frames(file: Any, fps: float) -> Iterator[Shown]:
             second = 0.0
             for number, page in enumerate(ImageSequence.Iterator(pages), 1):
                 check_size(*page.size)
+                keyed_(page)
                 page.load()  # a WebP says its durations no sooner
                 length = (page.info.get("duration") or 100) / 1000  # browsers show a frame of 0 ms for 100 ms
                 # a TIFF's as Sampler counts: of a sum of 1,000 roundings it would see a page twice

@@ -21,7 +21,7 @@ from longllava.inputs.colour import rgb
 from longllava.inputs.image import named, open_image, square, square_pixels, upright_size
 from longllava.inputs.media import listed
 from longllava.inputs.processor import Processor
-from tests.inputs.pictures import encoded, picture, pixels
+from tests.inputs.pictures import chunk, encoded, picture, pixels
 from tests.tiny import tiny_config, tiny_tokenizer
 
 MEAN = (0.5, 0.25, 0.75)
@@ -105,9 +105,6 @@ def test_alpha_that_no_band_holds_lies_on_white():
     ],
 )
 def test_a_colour_that_stands_for_nothing_is_white_at_any_depth(bits, colour, row, key, expected):
-    def chunk(kind, data):
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
     width = len(row) * 8 // (bits * (3 if colour else 1))
     header = width.to_bytes(4, "big") + (1).to_bytes(4, "big") + bytes([bits, colour, 0, 0, 0])
     transparent = b"".join(value.to_bytes(2, "big") for value in key)

@@ -2,13 +2,16 @@
 
 import io
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from longllava.errors import InputError
 from longllava.inputs import video
+from longllava.inputs.colour import rgb
 from longllava.inputs.video import leading_frames, read_frames
 from tests.inputs.films import grey, levels, write_video
+from tests.inputs.pictures import animated_png
 
 
 @pytest.fixture
@@ -79,6 +82,22 @@ def test_animated_png(tmp_path):
     frames = [grey(60 * i) for i in range(4)]
     frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:], duration=500)
     assert levels(read_frames(tmp_path / "a.png")) == [0, 120]
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour", "rows", "key", "expected"),
+    [
+        (2, 0, (b"\x1b", b"\x05"), (1,), [[0, 255, 170, 255], [0, 0, 255, 255]]),
+        (4, 0, (b"\x12", b"\x11"), (1,), [[255, 34], [255, 255]]),
+        (16, 2, (bytes(range(12)), bytes(12)), (0x0001, 0x0203, 0x0405), [[255, 8], [0, 0]]),
+    ],
+)
+def test_the_transparent_colour_of_an_animated_png_is_white_in_all_frames(bits, colour, rows, key, expected):
+    data = animated_png(bits, colour, rows, key)
+    assert [np.asarray(frame)[0, :, 1].tolist() for frame in read_frames(data)] == expected
+    with Image.open(io.BytesIO(data)) as opened:  # each frame by itself, as the caller goes through them
+        found = [np.asarray(rgb(page))[0, :, 1].tolist() for page in ImageSequence.Iterator(opened)]
+    assert found == expected
 
 
 def test_an_empty_name_is_not_the_folder_one_stands_in(tmp_path, monkeypatch):
