@@ -100,6 +100,12 @@ def test_the_transparent_colour_of_an_animated_png_is_white_in_all_frames(bits, 
     assert found == expected
 
 
+def test_a_png_whose_first_picture_is_no_frame():
+    """The APNG specification: without an fcTL chunk before it, it is for programs that show no animation."""
+    data = animated_png(8, 0, (b"\x10", b"\x20", b"\x30"), default_first=True)
+    assert levels(read_frames(data)) == [0x20, 0x30]
+
+
 def test_an_empty_name_is_not_the_folder_one_stands_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     grey(0).save("a.png")
