@@ -66,10 +66,10 @@ class VideoFile:
     """One pass over the frames of an open container."""
 
     def __init__(self, container: Any):
-        if not container.streams.video:
+        self.stream = container.streams.best("video")  # which a cover, one picture, is not where there are others
+        if self.stream is None:
             raise InputError("the file has no video stream")
         self.container = container
-        self.stream = container.streams.video[0]
         if self.stream.codec_context is None:
             raise InputError("its video is of a codec that PyAV cannot decode")
         self.stream.thread_type = "AUTO"

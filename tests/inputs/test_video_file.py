@@ -131,6 +131,23 @@ def test_frames_without_times_come_one_after_the_other(tmp_path):
     assert seconds == [0, 0.25, 0.5, 0.75]
 
 
+@pytest.mark.parametrize("n_frames", [3, 12])
+def test_a_cover_is_no_film(tmp_path, n_frames):
+    """As the first of two streams, one picture, it was all that was read of a film of less than a second."""
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        cover, film = container.add_stream("mjpeg", rate=1), container.add_stream("mpeg4", rate=4)
+        for stream in (cover, film):
+            stream.width = stream.height = 32
+            stream.pix_fmt = "yuvj420p" if stream is cover else "yuv420p"
+        for stream, values in ((cover, [255]), (film, [20 * i for i in range(n_frames)])):
+            for value in values:
+                container.mux(stream.encode(av.VideoFrame.from_image(grey(value))))
+            container.mux(stream.encode())
+    found = levels(read_frames(tmp_path / "a.mkv", fps=4))
+    assert found == pytest.approx([20 * i for i in range(n_frames)], abs=6)
+
+
 def test_a_codec_that_cannot_be_decoded(tmp_path):
     path = write_video(tmp_path / "a.mkv", [20 * i for i in range(12)])
     path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/ASP", b"V_NOBODY/KNOWS/"))
