@@ -195,6 +195,17 @@ def test_pipeline_of_text_for_a_model_without_eyes(tmp_path):
         pipe.model(input_ids=torch.zeros(1, 4, dtype=torch.long), pixel_values=torch.zeros(1, 3, 16, 16))
 
 
+def test_bytes_of_another_dtype_are_not_taken_as_normalised(model, processor):
+    """datasets' torch format makes int64 of what the processor gave; .float() is soon written."""
+    inputs = prepared(processor, TALKS)
+    pixels = inputs["pixel_values"]
+    normalised = (pixels - model.encoder.mean) / model.encoder.std
+    assert answers(model, processor, {**inputs, "pixel_values": normalised}) == answers(model, processor, inputs)
+    for dtype in (torch.int64, torch.float32, torch.bfloat16):
+        with pytest.raises(InputError, match=rf"pixel_values: got {dtype} from 0 to 255, expected uint8, as the proc"):
+            answers(model, processor, {**inputs, "pixel_values": pixels.to(dtype)})
+
+
 def test_pictures_and_places_must_agree(model, processor):
     inputs = prepared(processor, TALKS)
     pixels = inputs["pixel_values"]

@@ -22,6 +22,7 @@ from longllava.checkpoints.folders import WEIGHTS
 from longllava.checkpoints.int8 import write_manifest
 from longllava.checkpoints.write import SHARDS, remove_stale
 from longllava.errors import InputError
+from longllava.generation.prefill import MAX_BATCH, PIXELS_PER_BATCH
 from longllava.integrations.transformers.cache import CACHE, LongLLaVACache, context
 from longllava.integrations.transformers.configuration import LongLLaVAConfig, token_ids
 from longllava.integrations.transformers.loading import (
@@ -31,14 +32,13 @@ from longllava.integrations.transformers.loading import (
     folder_of,
     generation_of,
 )
+from longllava.integrations.transformers.processing import check_pixels
 from longllava.model import Model
 from longllava.nn import Context
 from longllava.quant import quantize_
 from longllava.train.loss import answer_loss
 
 CHUNK_TOKENS = 2048  # of all rows, prefilled at a time: 144,000 tokens of a 9B at once are 4.7 GB in each Mamba layer
-PIXELS_PER_BATCH = 1 << 20  # encoder batch: 9 pictures of 336 x 336
-MAX_BATCH = 32
 
 
 class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -204,6 +204,7 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixels_N3PP is None or len(pixels_N3PP) == 0:
             return text_BLD
         slots_BL, _ = self.slots(ids_BL, mask_BS, past, len(pixels_N3PP), n_tokens)
+        check_pixels(pixels_N3PP, self.config.encoder)
         tokens_NMD = self.image_tokens(pixels_N3PP, n_tokens)
         place_T2 = slots_BL.nonzero()
         ones_T = torch.ones_like(place_T2[:, 0])

@@ -225,6 +225,18 @@ class LongLLaVAProcessor(ProcessorMixin):
             return torch.stack(list(pool.map(decode, range(len(sources)))))
 
 
+def check_pixels(pixels_N3SS: torch.Tensor, encoder: Mapping[str, Any]) -> None:
+    """Raises: InputError for bytes of another dtype, which the encoder would take as normalised."""
+    if pixels_N3SS.dtype == torch.uint8:
+        return
+    brightest = max(max(mean, 1 - mean) / std for mean, std in zip(encoder["mean"], encoder["std"]))
+    if not pixels_N3SS.is_floating_point() or bool(pixels_N3SS.abs().max() > 2 * brightest):
+        raise InputError(
+            f"pixel_values: got {pixels_N3SS.dtype} from {pixels_N3SS.min():g} to {pixels_N3SS.max():g}, expected"
+            f" uint8, as the processor gives them, or normalised floats, which end at {brightest:.2g}"
+        )
+
+
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options that were given. Raises: InputError for one that is unknown, or that this library does otherwise."""
     given = {name: value for name, value in options.items() if value is not None}
