@@ -59,7 +59,7 @@ def held(address: str) -> bytes:
     content = urllib.parse.unquote_to_bytes(text)
     try:
         if comma:
-            return base64.b64decode(content, validate=True) if head.endswith(";base64") else content
+            return base64.b64decode(content, validate=True) if head.lower().endswith(";base64") else content
     except ValueError:
         pass
     raise InputError("it is torn; expected data:image/png;base64, and the base64 text of a file")

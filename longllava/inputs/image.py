@@ -129,8 +129,8 @@ def is_address(text: str) -> bool:
 
 
 def is_data(text: str) -> bool:
-    """Whether `text` holds a file's bytes: "data:image/png;base64,..."."""
-    return text.startswith("data:") and is_reference(text)
+    """Whether `text` holds a file's bytes: "data:image/png;base64,..."; schemes are written large or small."""
+    return text[:5].lower() == "data:" and is_reference(text)
 
 
 def is_reference(text: str) -> bool:
@@ -243,6 +243,6 @@ def named(index: int, total: int, source: Any) -> Iterator[None]:
 
 def label(source: Any) -> str:
     """What a sentence about a source begins with: "album/417.jpg: ", or nothing where it has no name."""
-    if isinstance(source, str) and source.startswith("data:"):
+    if isinstance(source, str) and source[:5].lower() == "data:":
         return f"{source.partition(',')[0]:.40}: "  # not the megabytes that it holds
     return f"{os.fsdecode(source)}: " if isinstance(source, (str, os.PathLike)) else ""

@@ -149,13 +149,15 @@ def test_an_address_may_hold_its_picture():
     picture, film = (f"data:image/x;base64,{base64.b64encode(make()).decode()}" for make in (png, gif))
     expected = model.generate("a", PICTURE, **short)
     asked = [{"type": "image", "url": picture}, {"type": "text", "text": "a"}]
-    assert model.generate("a", picture, **short) == expected
+    for same in (picture, picture.replace("data:", "DATA:"), picture.replace("base64", "Base64")):
+        assert model.generate("a", same, **short) == expected
     assert model.generate([{"role": "user", "content": asked}], **short) == expected
-    assert model.generate("a", video=film, **short) == model.generate("a", video=gif(), **short)
-    for bad in (picture[:-1], "data:" + "a" * 10**6, "data:image/png;base64," + "a" * 10**6):
+    for same in (film, film.replace("data:", "Data:")):
+        assert model.generate("a", video=same, **short) == model.generate("a", video=gif(), **short)
+    for bad in (picture[:-1], "data:" + "a" * 10**6, "DATA:" + "a" * 10**6, "data:image/png;base64," + "a" * 10**6):
         for given, name in (({"images": bad}, "image 1 of 1: data:"), ({"video": bad}, "data:")):
             reasons = "(it is torn|not a picture|broken video|reading video)"
-            with pytest.raises(InputError, match=f"^{name}.{{,40}}: {reasons}") as error:
+            with pytest.raises(InputError, match=f"(?i)^{name}.{{,40}}: {reasons}") as error:
                 model.generate("a", **given)
             assert len(str(error.value)) < 200
 
