@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB of RGB
 MAX_RATIO = 200
+MAX_NAME = 4096  # characters of a path, in Linux
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 SLAB = 1 << 22  # pixels that are copied out of a picture at a time
 LOADING = threading.Lock()  # Pillow's, of one picture in two threads, fails
@@ -245,4 +246,7 @@ def label(source: Any) -> str:
     """What a sentence about a source begins with: "album/417.jpg: ", or nothing where it has no name."""
     if isinstance(source, str) and source[:5].lower() == "data:":
         return f"{source.partition(',')[0]:.40}: "  # not the megabytes that it holds
-    return f"{os.fsdecode(source)}: " if isinstance(source, (str, os.PathLike)) else ""
+    if not isinstance(source, (str, os.PathLike)):
+        return ""
+    name = os.fsdecode(source)
+    return f"{name}: " if len(name) <= MAX_NAME else f"{name[:80]}...: "  # a file in base64 that is taken for a path

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from longllava.errors import InputError
 from longllava.files import expanded
 from longllava.inputs.colour import keyed_, rgb
-from longllava.inputs.image import check_size, content_of, is_open_file
+from longllava.inputs.image import check_size, content_of, is_open_file, label
 from longllava.inputs.video_file import VideoFile, open_video
 from longllava.settings import check_count, is_real
 
@@ -54,7 +54,7 @@ def read_frames(source: Any, *, fps: float = 1.0, max_frames: int = MAX_FRAMES, 
         raise InputError("video: the name is empty; give a file or a folder of frames")
     path = expanded(os.fsdecode(source))
     if not os.path.exists(path):  # not Path.exists, which raises where a name is too long
-        raise InputError(f"{path}: no such video file or folder of frames")
+        raise InputError(f"{label(path)}no such video file or folder of frames")
     try:
         if path.is_dir():
             frames = folder_frames(path)
