@@ -158,6 +158,8 @@ def test_videos(tmp_path):
         (lambda: MODEL.generate_batch({"a": "b"}), "prompts: got one dict; expected a list"),
         (lambda: MODEL.generate_batch(["a"], {"a": "b"}), "images: got one dict; expected a list"),
         (lambda: MODEL.generate("a", {"bytes": b""}), "images: got a dictionary of .'bytes'.; expected one image"),
+        (lambda: MODEL.generate("a", {"a.png", "b.png"}), "images: got set; expected one image or a list"),
+        (lambda: MODEL.session(frozenset()), "images: got frozenset; expected one image or a list"),
         (lambda: MODEL.session({"bytes": b""}), "images: got a dictionary of .'bytes'.; expected one image"),
         (lambda: LongLLaVA(MODEL.model, tiny_tokenizer(), tokens_per_image=7), "tokens_per_image: got 7"),
     ],

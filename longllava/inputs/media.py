@@ -93,10 +93,13 @@ class MediaReader:
 
 
 def listed(images: Any) -> list[Any]:
-    """One image or several, as a list. Raises: InputError for a dictionary, of which the keys would be taken."""
+    """One image or several, as a list.
+
+    Raises: InputError for a dictionary, of which the keys would be taken, and a set, which has no order.
+    """
     if images is None:
         return []
-    if isinstance(images, Mapping):
+    if isinstance(images, (Mapping, set, frozenset)):
         raise InputError(f"images: got {outline(images)}; expected one image or a list of them")
     import torch
 
