@@ -6,6 +6,7 @@ Shapes: B rows, C places for new tokens, P segments of the prefix, V vocabulary.
 from __future__ import annotations
 
 import functools
+import threading
 from collections import deque
 from collections.abc import Iterator
 
@@ -19,6 +20,7 @@ from longllava.nn.cache import AttentionState
 from longllava.nn.mlp import MixtureOfExperts
 
 PLACES = 512  # for new tokens at first, doubled when they are full: an answer's end is not known before
+CAPTURING = threading.Lock()  # one answer's thread at a time: they share a device's stream for it
 AHEAD = 4  # steps that a GPU is given before the oldest one's tokens are looked at
 
 
@@ -146,14 +148,15 @@ def captured(step, device: torch.device) -> torch.cuda.CUDAGraph:  # type: ignor
     """A graph of what `step` launches. Not torch.cuda.graph, which empties the allocator's cache each time."""
     graph = torch.cuda.CUDAGraph()
     current, stream = torch.cuda.current_stream(device), capture_stream(device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            step()
-        finally:  # where the step ran out of memory, too: the stream is that of all later answers
-            graph.capture_end()
-    current.wait_stream(stream)
+    with CAPTURING:
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                step()
+            finally:  # where the step ran out of memory, too: the stream is that of all later answers
+                graph.capture_end()
+        current.wait_stream(stream)
     return graph
 
 

@@ -1,5 +1,8 @@
 """Decoding in place gives what decoding with growing states gives: on a CPU step by step, on a GPU from a graph."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -110,6 +113,38 @@ def test_a_step_that_fails_leaves_no_capture_open(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         decoding.captured(step, torch.device("cuda"))
     assert told == ["begin", "step", "end"]
+
+
+def test_threads_capture_one_after_the_other(monkeypatch):
+    """Two that answer at a time share the stream on which steps are captured; CUDA refuses to begin on it, or to let it
+    wait for another, before the capture under way has ended."""
+    under_way, begun, faults = [], threading.Barrier(2), []
+
+    class Stream:
+        def wait_stream(self, other):
+            faults.extend(under_way if self is captures else ())
+
+    class Graph:
+        def capture_begin(self, **_):
+            faults.extend(under_way)
+            under_way.append(threading.get_ident())
+
+        def capture_end(self):
+            under_way.remove(threading.get_ident())
+
+    captures = Stream()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(decoding, "capture_stream", lambda device: captures)
+
+    def capture(_):
+        begun.wait()
+        decoding.captured(lambda: time.sleep(0.05), torch.device("cuda"))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(capture, range(2)))
+    assert not faults
 
 
 @pytest.mark.gpu
