@@ -133,6 +133,18 @@ def test_a_cache_goes_on_where_it_was(library, model, processor):
             **begun, use_cache=True)[CACHE]}, max_new_tokens=1)  # fmt: skip
 
 
+def test_a_prompt_that_the_cache_holds_already_is_not_read_again(model, processor):
+    """generate would hand over all of it, or, of a shorter one, a part: an answer to a prompt and a half."""
+    inputs = prepared(processor, TALKS[1])
+    with torch.no_grad():
+        cache, length = model(**inputs)[CACHE], inputs["input_ids"].shape[1]
+        for cut in (length, length - 3):
+            shorter = {"input_ids": inputs["input_ids"][:, :cut], CACHE: cache, "max_new_tokens": 2}
+            for more in ({}, {"attention_mask": inputs["attention_mask"][:, :cut]}, {"num_beams": 1}):
+                with pytest.raises(InputError, match=f"{CACHE}: it holds {length} tokens, the prompt has {cut}; give"):
+                    model.generate(**shorter, **more)
+
+
 def test_a_cache_has_a_row_for_each_beam(model, processor):
     inputs = prepared(processor, TALKS[1])
     ids, cut = inputs["input_ids"], inputs["input_ids"].shape[1] - 4

@@ -110,6 +110,20 @@ def select_rows(layer: LayerState, rows_B: Tensor) -> LayerState:
     return new
 
 
+def check_padding(mask_BS: Tensor | None) -> None:
+    """Raises: InputError for rows that end in padding."""
+    if mask_BS is not None and mask_BS.ndim == 2 and not bool((mask_BS[:, -1] != 0).all()):
+        raise InputError("attention_mask: rows end in padding, and an answer would follow that; pad on the left"
+                         " (padding_side='left')")  # fmt: skip
+
+
+def check_prompt(length: int, cache: object) -> None:
+    """Raises: InputError for a prompt that is in the cache to its end, of which generate would hand over all again."""
+    if isinstance(cache, LongLLaVACache) and cache.n_tokens >= length:
+        raise InputError(f"{CACHE}: it holds {cache.n_tokens} tokens, the prompt has {length}; give all tokens so far,"
+                         " and at least one that the cache does not hold")  # fmt: skip
+
+
 def context(mask_BS: Tensor | None, start: int, batch: int, length: int) -> Context:
     """What a mask over cached and new tokens says about the new ones; nothing where no token is padding."""
     if mask_BS is not None and (mask_BS.ndim != 2 or mask_BS.shape != (batch, start + length)):

@@ -23,7 +23,7 @@ from longllava.checkpoints.int8 import write_manifest
 from longllava.checkpoints.write import SHARDS, remove_stale
 from longllava.errors import InputError
 from longllava.generation.prefill import MAX_BATCH, PIXELS_PER_BATCH
-from longllava.integrations.transformers.cache import CACHE, LongLLaVACache, context
+from longllava.integrations.transformers.cache import CACHE, LongLLaVACache, check_padding, check_prompt, context
 from longllava.integrations.transformers.configuration import LongLLaVAConfig, token_ids
 from longllava.integrations.transformers.loading import (
     as_one_dtype_,
@@ -257,10 +257,7 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict, *rest: Any
     ) -> None:
         """Room for the prompt and all that is to come, at once. Raises: InputError for rows that end in padding."""
-        mask_BS = model_kwargs.get("attention_mask")
-        if mask_BS is not None and mask_BS.ndim == 2 and not bool((mask_BS[:, -1] != 0).all()):
-            raise InputError("attention_mask: rows end in padding, and an answer would follow that; pad on the left"
-                             " (padding_side='left')")  # fmt: skip
+        check_padding(model_kwargs.get("attention_mask"))
         if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE] = LongLLaVACache(generation_config.max_length)
 
@@ -278,11 +275,13 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return ids, {**kwargs, "pixel_values": pixels_N3PP}
 
     def prepare_inputs_for_generation(
-        self, *arguments: Any, inputs_embeds: Any = None, pixel_values: Any = None, **kwargs: Any
+        self, input_ids: Any, *arguments: Any, inputs_embeds: Any = None, pixel_values: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Pictures are read with the prompt, once. generate looks here for the name of inputs_embeds."""
+        if kwargs.get("is_first_iteration"):
+            check_prompt((input_ids if inputs_embeds is None else inputs_embeds).shape[1], kwargs.get(CACHE))
         given = {**kwargs, "inputs_embeds": inputs_embeds}
-        inputs = super().prepare_inputs_for_generation(*arguments, **given)  # type: ignore[misc]
+        inputs = super().prepare_inputs_for_generation(input_ids, *arguments, **given)  # type: ignore[misc]
         if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
         # the mask and the cache know places; the others are of generate itself
