@@ -180,9 +180,9 @@ def page_frames(file: Any, fps: float) -> Iterator[Shown]:
             for number, page in enumerate(ImageSequence.Iterator(pages), 1):
                 check_size(*page.size)
                 keyed_(page)
-                page.load()
+                page.load()  # a WebP says its durations no sooner
                 if number == 1 and getattr(pages, "default_image", False):
-                    continue  # a PNG's for programs that show no animation  # a WebP says its durations no sooner
+                    continue  # a PNG's for programs that show no animation
                 length = (page.info.get("duration") or 100) / 1000  # browsers show a frame of 0 ms for 100 ms
                 # a TIFF's as Sampler counts: of a sum of 1,000 roundings it would see a page twice
                 second = number * (1 / fps) if pages.format == "TIFF" else second + length
