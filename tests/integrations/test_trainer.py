@@ -130,6 +130,14 @@ def test_trainer_trains_saves_and_goes_on(folder, model, processor, tmp_path):
     assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
 
 
+def test_smoothed_labels_are_those_of_the_next_tokens(model, processor, tmp_path):
+    """Trainer makes this loss itself, and shifts the labels of classes alone that it has in a table."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=1e-6, use_cpu=True, report_to=[])
+    trainer = Trainer(model, arguments, processing_class=processor)
+    batch = collated(processor)(TALKS)
+    torch.testing.assert_close(trainer.compute_loss(model.train(), dict(batch)), model(**batch).loss, rtol=0, atol=1e-4)
+
+
 def test_an_encoder_may_be_told_to_train(model, processor):
     batch = collated(processor)(TALKS)
     model.encoder.requires_grad_(True)

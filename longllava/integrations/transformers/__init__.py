@@ -15,6 +15,7 @@ llava_jamba). Plain Jamba and stock Llava folders stay transformers' own. No cod
 from __future__ import annotations
 
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longllava.integrations.transformers.cache import LongLLaVACache
 from longllava.integrations.transformers.configuration import LongLLaVAConfig, PublishedConfig
@@ -34,5 +35,7 @@ for config in (LongLLaVAConfig, PublishedConfig):
     transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
 for name in ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"):
     getattr(transformers, name).register(LongLLaVAConfig, LongLLaVAForConditionalGeneration, exist_ok=True)
+# a table of names: Trainer, where it smooths labels, shifts those of these classes, and text-generation expects them
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LongLLaVAConfig.model_type] = LongLLaVAForConditionalGeneration.__name__
 transformers.AutoTokenizer.register(LongLLaVAConfig, fast_tokenizer_class=LongLLaVATokenizer, exist_ok=True)
 transformers.AutoProcessor.register(LongLLaVAConfig, LongLLaVAProcessor, exist_ok=True)
