@@ -201,12 +201,11 @@ def start_folders(config: TrainConfig, model_config: ModelConfig) -> dict[str, P
     folders = {}
     for part in PARTS:
         stage = config.start_from.get(part) or config.start_from.get("all")
-        if stage is None:
+        if stage is None or getattr(model_config, part) is None:  # "all" of a stage of text is its language model
             continue
         named = config.init_from.get(part) or config.init_from.get("all")
         if stage == PRETRAINED:
-            if getattr(model_config, part, None) is not None:
-                folders[part] = pretrained_folder(part, named, model_config, config.stage)
+            folders[part] = pretrained_folder(part, named, model_config, config.stage)
             continue
         own = own_folder(config, model_config, stage, part)
         foundation = f"{model_config.name}-foundation"

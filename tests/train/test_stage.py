@@ -131,6 +131,16 @@ def test_a_stage_of_text_wants_no_pictures(runs, changes: dict, message: str) ->
     assert not (runs / "stage2").exists()
 
 
+@pytest.mark.parametrize("start", [{"all": "base"}, {"encoder": "foundation-vision", "backbone": "base"}])
+def test_a_stage_of_text_goes_on_from_all_of_one_before(runs, start: dict) -> None:
+    """Of which it reads what it has."""
+    keys = {"recipe": "nano/foundation-text", "text_only": True, "train_only": ["backbone"],
+            "phases": [{"steps": 1, "row_length": 256}]}  # fmt: skip
+    run_stage(load_stage(write_stage(runs, stage="base", start_from={}, **keys)))
+    final = run_stage(load_stage(write_stage(runs, start_from=start, **keys)))
+    assert list(json.loads((final / "training.json").read_text())["started_from"]) == ["backbone"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
