@@ -20,7 +20,7 @@ from longllava.checkpoints.int8 import write_manifest
 from longllava.checkpoints.load import Places, find_places, read, stored_dtype
 from longllava.checkpoints.published import read_config, write_config
 from longllava.checkpoints.save import NATIVE, config_fields, renamed
-from longllava.checkpoints.stored import header
+from longllava.checkpoints.stored import check_same, header, stamp
 from longllava.checkpoints.write import SHARD_BYTES, Output, write_folder
 from longllava.config import ModelConfig
 from longllava.errors import CheckpointError
@@ -129,11 +129,12 @@ def open_source(source: str | Path, text_only: bool = False) -> Source:
         raise CheckpointError(f"{folder}: it holds an adapter, not a model; longllava merge makes one of both")
     from longllava.quant import text_part
 
-    config = read_config(folder)
+    began, config = stamp(folder / CONFIG), read_config(folder)
     model = on_meta(text_part(config) if text_only else config)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     parts = ("backbone.",) if text_only else ()
     places = find_places(folder, model, shapes, parts)
+    check_same(folder / CONFIG, began)
     places.check(folder, (), whole=not text_only)
     return Source(folder, model, places)
 

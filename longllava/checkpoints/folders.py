@@ -47,11 +47,7 @@ def find_folder(name: str | Path, **hub: Any) -> Path:
             raise CheckpointError(
                 f"{path}: no {CONFIG} in it; a model folder holds {CONFIG}, tokenizer.json and {WEIGHTS}"
             )
-        if unfinished := sorted(path.glob(f"{UNFINISHED}*")):
-            raise CheckpointError(
-                f"{path}: a save stopped between two files, old ones and new ones are mixed; save again, or move what"
-                f" {unfinished[0].name} holds into the folder and remove it"
-            )
+        check_finished(path)
         return path
     if path.suffix in PICKLES or path.suffix == ".safetensors":
         raise CheckpointError(f"{path}: give the folder that holds {CONFIG} and {WEIGHTS}, not a file of weights")
@@ -61,6 +57,15 @@ def find_folder(name: str | Path, **hub: Any) -> Path:
         f"{name}: no such model; give a folder, a hub name (owner/model)"
         f" or one of those shipped: {', '.join(shipped_models()) or 'none'}"
     )
+
+
+def check_finished(folder: Path) -> None:
+    """Raises: CheckpointError where files of two saves may stand side by side."""
+    if unfinished := sorted(folder.glob(f"{UNFINISHED}*")):
+        raise CheckpointError(
+            f"{folder}: a save stopped between two files, old ones and new ones are mixed; save again, or move what"
+            f" {unfinished[0].name} holds into the folder and remove it"
+        )
 
 
 def download(name: str, **hub: Any) -> Path:

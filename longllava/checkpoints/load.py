@@ -24,7 +24,7 @@ from longllava.checkpoints.names import Naming, Source, recognise
 from longllava.checkpoints.placing import FP32_NAMES as FP32_NAMES
 from longllava.checkpoints.placing import check_room, most_stored, placement_of, stored_dtype
 from longllava.checkpoints.published import read_config
-from longllava.checkpoints.stored import Stored, read_entries
+from longllava.checkpoints.stored import Stored, check_same, read_entries, stamp
 from longllava.checkpoints.towers import tower_entries
 from longllava.config import Int8Config
 from longllava.errors import CheckpointError, InputError
@@ -67,7 +67,7 @@ def load_model(
     if is_adapter(folder):
         return load_adapted(folder, int8=int8, device=device, dtype=dtype, allow_missing=allow_missing,
                             device_map=device_map)  # fmt: skip
-    stored = read_config(folder)
+    began, stored = stamp(folder / CONFIG), read_config(folder)
     config = int8_config(stored, folder, int8)
     if config.int8 is not None and dtype == torch.float16:
         raise InputError("dtype: float16 ends at 65504, sums of int8 layers do not; take bfloat16 or float32")
@@ -86,6 +86,7 @@ def load_model(
         check_room(model, planned, placement)
     quantise = stored.int8 is None and config.int8 is not None
     load_weights_(model, folder, device=placement, dtype=dtype, allow_missing=allow_missing, quantise=quantise)
+    check_same(folder / CONFIG, began)
     model.place_(placement.first, placement.layers)  # also what no checkpoint holds
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers())
             if tensor.is_meta and placement.device_of(name) != "meta"]  # fmt: skip

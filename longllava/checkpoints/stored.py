@@ -7,12 +7,13 @@ this process's memory until it is closed: the whole model a second time.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from longllava.checkpoints.folders import INDEX, PICKLES, WEIGHTS, listed, refusal_of_pickle
+from longllava.checkpoints.folders import INDEX, PICKLES, WEIGHTS, check_finished, listed, refusal_of_pickle
 from longllava.errors import CheckpointError, ConfigError
 from longllava.settings import unique_keys
 
@@ -46,6 +47,7 @@ class Entry:
     key: str
     shape: tuple[int, ...]
     code: str
+    stamp: tuple[int, ...]  # of the file whose header it is from
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,7 +62,9 @@ class Entry:
 
         try:
             with safe_open(self.file, framework="pt", device="cpu") as tensors:
-                return tensors.get_tensor(self.key)
+                tensor = tensors.get_tensor(self.key)
+            check_same(self.file, self.stamp)
+            return tensor
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.file}: cannot be read: {' '.join(str(error).split())}") from None
 
@@ -93,14 +97,16 @@ def read_entries(path: Path) -> dict[str, Entry]:
     if not index.is_file():
         if not single.is_file():
             raise CheckpointError(f"{path}: {no_weights(path)}")
-        return dict(header(single))
+        entries = dict(header(single))
+        check_finished(path)  # a save may have begun since the folder was found
+        return entries
     weight_map = read_index(index)
     files = {name: path / name for name in sorted(set(weight_map.values()))}
     if single.is_file() and WEIGHTS not in files:
         raise CheckpointError(f"{path}: both {WEIGHTS} and {INDEX} are there; remove the one that is not meant")
     if missing := [name for name, file in files.items() if not file.is_file()]:
         raise CheckpointError(f"{path}: missing {listed(missing)} of {len(files)} weight files; copy the folder again")
-    entries: dict[str, Entry] = {}
+    entries = {}
     for name, file in files.items():
         found = dict(header(file))
         expected = {key for key, of_file in weight_map.items() if of_file == name}
@@ -110,6 +116,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
                 f" {listed(sorted(expected ^ set(found)))}"
             )
         entries |= found
+    check_finished(path)
     return entries
 
 
@@ -130,14 +137,30 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """Size and time: others once another file stands there. Not its inode, which some network file systems renumber."""
+    try:
+        found = os.stat(path)
+    except OSError:  # whoever opens it says so
+        return ()
+    return found.st_size, found.st_mtime_ns
+
+
+def check_same(path: Path, before: tuple[int, ...]) -> None:
+    """Raises: CheckpointError where a file has another stamp than before: what was read is of two saves."""
+    if stamp(path) != before:
+        raise CheckpointError(f"{path}: was replaced while the folder was read; try again")
+
+
 def header(path: Path) -> Iterator[tuple[str, Entry]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        opened = stamp(path)
         with safe_open(path, framework="pt", device="cpu") as tensors:
             for key in tensors.keys():
                 found = tensors.get_slice(key)
-                yield key, Entry(path, key, tuple(found.get_shape()), found.get_dtype())
+                yield key, Entry(path, key, tuple(found.get_shape()), found.get_dtype(), opened)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
 

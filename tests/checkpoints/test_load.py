@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longllava.checkpoints import find_folder, load_model, load_weights_
+from longllava.checkpoints import convert, find_folder, load, load_model, load_weights_, save_model, stored
 from longllava.errors import CheckpointError, ConfigError
 from tests.checkpoints import published
 from tests.checkpoints.folders import TINY, change, same, save
@@ -237,3 +237,44 @@ def test_config_faults_name_file_and_key(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"config\.json: backbone: unknown key 'n_layer'; did you mean 'n_layers'"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_a_folder_that_is_saved_over_while_it_is_read_is_no_mixture(tmp_path, monkeypatch, shard_bytes):
+    """Both saves have the same names, shapes and dtypes: only the time tells them apart."""
+    other = tiny_model(3, seed=5)
+
+    def over(folder):
+        save_model(other.model, other.tokenizer, folder, shard_bytes=shard_bytes)
+
+    def saved_between(module, name, when):
+        """Another model is saved before the call number `when` of a function that reads."""
+        folder, original, calls = tmp_path / f"{name}{when}", getattr(module, name), []
+
+        def call(*arguments):
+            calls.append(arguments)
+            if len(calls) == when:
+                over(folder)
+            return original(*arguments)
+
+        save(folder, shard_bytes=shard_bytes)
+        monkeypatch.setattr(module, name, call)
+        return folder
+
+    for when in (2, 40):
+        with pytest.raises(CheckpointError, match=r"\.safetensors: was replaced while the folder was read; try again"):
+            load_model(saved_between(stored.Entry, "read", when))
+        monkeypatch.undo()
+    for module, read in ((load, load_model), (convert, convert.open_source)):
+        with pytest.raises(CheckpointError, match="config.json: was replaced while the folder was read; try again"):
+            read(saved_between(module, "find_places", 1))
+        monkeypatch.undo()
+    folder, header = save(tmp_path / "killed", shard_bytes=shard_bytes), stored.header
+
+    def after_a_killed_save(path):
+        (folder / ".unfinished-0").mkdir(exist_ok=True)
+        return header(path)
+
+    monkeypatch.setattr(stored, "header", after_a_killed_save)
+    with pytest.raises(CheckpointError, match="a save stopped between two files"):
+        load_weights_(TINY.model, folder)
