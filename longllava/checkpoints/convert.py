@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from longllava.checkpoints.adapters import is_adapter
 from longllava.checkpoints.folders import CONFIG, INDEX, PICKLES, WEIGHTS, find_folder, listed
-from longllava.checkpoints.int8 import write_manifest
+from longllava.checkpoints.int8 import int8_config, write_manifest
 from longllava.checkpoints.load import Places, find_places, read, stored_dtype
 from longllava.checkpoints.published import read_config, write_config
 from longllava.checkpoints.save import NATIVE, config_fields, renamed
@@ -129,7 +129,7 @@ def open_source(source: str | Path, text_only: bool = False) -> Source:
         raise CheckpointError(f"{folder}: it holds an adapter, not a model; longllava merge makes one of both")
     from longllava.quant import text_part
 
-    began, config = stamp(folder / CONFIG), read_config(folder)
+    began, config = stamp(folder / CONFIG), int8_config(read_config(folder), folder, None)
     model = on_meta(text_part(config) if text_only else config)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     parts = ("backbone.",) if text_only else ()
