@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 from longllava.errors import ConfigError, InputError
 from longllava.plan.memory import sized
@@ -95,6 +95,6 @@ def filled(layer_bytes: Sequence[int], first_bytes: int, room: Sequence[int], sh
 
 
 def fits(layer_bytes: Sequence[int], first_bytes: int, each_bytes: int, free: Mapping[str, int]) -> bool:
-    """Whether all the devices together hold it."""
-    room = [size - each_bytes for size in free.values()]
-    return min(room) > 0 and filled(layer_bytes, first_bytes, room, 1.0) is not None
+    """Whether `split` finds devices that hold it: of those before the first without room."""
+    room = list(takewhile(lambda size: size > 0, (size - each_bytes for size in free.values())))
+    return bool(room) and filled(layer_bytes, first_bytes, room, 1.0) is not None

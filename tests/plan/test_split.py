@@ -6,7 +6,7 @@ import random
 import pytest
 
 from longllava.errors import ConfigError, InputError
-from longllava.plan.split import Placement, placed, split
+from longllava.plan.split import Placement, fits, placed, split
 
 GB = 10**9
 
@@ -61,6 +61,22 @@ def test_no_split_is_more_even():
         assert list(placement.layers) == sorted(placement.layers)
         assert max(held[name] / free[name] for name in list(free)[:fewest]) == pytest.approx(best[fewest])
         assert all(held[name] == 0 for name in list(free)[fewest:])
+
+
+def test_what_fits_is_what_can_be_split():
+    """Also beside devices that are full: what others use them for is nothing to a model that needs one or two."""
+    draw = random.Random(0)
+    for _ in range(500):
+        sizes = [draw.randrange(1, 20) for _ in range(draw.randrange(1, 5))]
+        free = {f"d{i}": draw.randrange(5, 60) for i in range(draw.randrange(1, 5))}
+        costs = sizes, draw.randrange(8), draw.randrange(20)
+        try:
+            split(*costs, free)
+        except InputError:
+            assert not fits(*costs, free)
+        else:
+            assert fits(*costs, free)
+    assert fits([1], 0, 5, {"cuda:0": 10, "cuda:1": 5})
 
 
 def test_what_cannot_fit_is_one_sentence():
