@@ -121,11 +121,13 @@ def first_frames(source: str, n: int) -> list[Any]:
 
 
 def digest(settings: Settings) -> str:
-    """Of the pictures and questions: a changed world is another evaluation."""
-    if settings.haystack is None:
-        hay = draw_haystack(settings, DIGEST_OF)
-    elif (path := Path(settings.haystack)).is_dir():
-        hay = [(frame.name, frame.stat().st_size) for frame in folder_frames(path)]
-    else:
-        hay = [path.stat().st_size] if path.exists() else []
+    """Of the pictures and questions: a changed world is another evaluation. Files count by name, size and time."""
+    files = [Path(style) for style in settings.styles if style not in STYLES]
+    hay = draw_haystack(settings, DIGEST_OF) if settings.haystack is None else []
+    if settings.haystack is not None:
+        path = Path(settings.haystack)
+        files += folder_frames(path) if path.is_dir() else [path]
+    for file in files:
+        status = file.stat()
+        hay.append((file.name, status.st_size, status.st_mtime_ns))
     return hashlib.sha256(repr((draw_needles(settings), hay)).encode()).hexdigest()[:16]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 from longllava.cli import evaluate
 from longllava.data.worlds.pictures import combinations, parse_reference
+from longllava.data.worlds.sheets import FOLDER
 from longllava.errors import LongLLaVAError
 from longllava.evals.vniah_options import depths_of, settings_of
 from longllava.evals.vniah_task import Settings, digest, draw_haystack, draw_needles, position
@@ -62,10 +65,27 @@ def test_a_folder_is_a_haystack(folder_of_pictures: Path) -> None:
     settings = replace(SMALL, haystack=str(folder_of_pictures))
     assert [path.name for path in draw_haystack(settings, 11)] == [f"frame{i}.png" for i in range(11)]
     before = digest(settings)
+    assert digest(settings) == before
     Image.new("RGB", (30, 20)).save(folder_of_pictures / "frame3.png")
     assert digest(settings) != before
     with pytest.raises(LongLLaVAError, match=r"12 pictures, 13 are needed; ask for fewer with --images"):
         draw_haystack(settings, 13)
+
+
+@pytest.mark.parametrize("kind", ["folder", "film", "sheet"])
+def test_other_pictures_of_the_same_size_are_another_evaluation(tmp_path: Path, kind: str) -> None:
+    """Frames without compression all have one: with the names alone, old prompts were taken for those of new frames."""
+    file = tmp_path / "frame.bmp"
+    if kind == "sheet":
+        shutil.copy(FOLDER / "noto.png", file)
+        settings = replace(SMALL, styles=(str(file),))
+    else:
+        Image.new("RGB", (20, 20), "red").save(file)
+        settings = replace(SMALL, haystack=str(tmp_path if kind == "folder" else file))
+    before, size = digest(settings), file.stat().st_size
+    time.sleep(0.02)  # a tick of the file system's clock
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert file.stat().st_size == size and digest(settings) != before
 
 
 def test_a_film_is_a_haystack_at_one_frame_a_second(tmp_path: Path) -> None:
