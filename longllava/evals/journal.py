@@ -29,6 +29,8 @@ class Journal:
         settings = json.loads(header)["settings"]
         lines = self.whole_lines()
         old = lines[0].get("settings") if lines else None
+        if lines and not isinstance(old, dict):
+            raise DataError(f"{self.path}: line 1 is no table of settings; move the file away to start anew")
         if old == settings:
             self.records = lines[1:]
             self.rewrite([header, *(json.dumps(line, ensure_ascii=False) for line in lines[1:])])
@@ -62,7 +64,7 @@ class Journal:
         for number, line in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines(), 1):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
                 raise DataError(f"{self.path}: line {number} is no record; move the file away to start anew")

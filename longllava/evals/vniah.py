@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from longllava.errors import DataError
 from longllava.evals.journal import Journal
 from longllava.evals.memory import PeakMemory
 from longllava.evals.vniah_task import Needle, Settings, draw_haystack, draw_needles, position
@@ -79,7 +80,10 @@ def journal_settings(settings: Settings, digest: str, **model: Any) -> dict[str,
 
 def finished(journal: Journal) -> dict[tuple[int, float, int], Cell]:
     """Cells by (images, depth, needle)."""
-    cells = [Cell(**record) for record in journal.records]
+    try:
+        cells = [Cell(**record) for record in journal.records]
+    except TypeError:  # edited, or another's
+        raise DataError(f"{journal.path}: holds what is no prompt of V-NIAH; move it away to start anew") from None
     return {(cell.images, cell.depth, cell.needle): cell for cell in cells}
 
 

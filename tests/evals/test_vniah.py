@@ -195,10 +195,26 @@ def test_another_setting_starts_anew_and_says_so(
     assert (tmp_path / "cells.previous.jsonl").read_bytes() == before
 
 
-def test_a_journal_that_is_none_is_named(tmp_path: Path) -> None:
-    (tmp_path / "cells.jsonl").write_text("hello\n")
-    with pytest.raises(LongLLaVAError, match=r"cells.jsonl: line 1 is no record; move the file away"):
-        journal(tmp_path)
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("hello\n", "line 1 is no record; move the file away"),
+        ("[" * 100_000 + "\n", "line 1 is no record; move the file away"),
+        ('{"images": 5}\n{"images": 5}\n', "line 1 is no table of settings; move the file away"),
+        ('{"settings": 3}\n{"images": 5}\n', "line 1 is no table of settings; move the file away"),
+        (None, "holds what is no prompt of V-NIAH; move it away"),
+    ],
+)
+def test_a_journal_that_is_none_is_named(tmp_path: Path, text: str | None, sentence: str) -> None:
+    file = tmp_path / "cells.jsonl"
+    if text is None:
+        journal(tmp_path).append({"images": 5})
+    else:
+        file.write_text(text)
+    before = file.read_bytes()
+    with pytest.raises(LongLLaVAError, match=f"cells.jsonl: {sentence}"):
+        vniah.finished(journal(tmp_path))
+    assert file.read_bytes() == before
 
 
 def test_files_have_longvas_format(tmp_path: Path) -> None:
