@@ -15,7 +15,7 @@ from shutil import copyfile
 from typing import TYPE_CHECKING
 
 from longllava.checkpoints.adapters import is_adapter
-from longllava.checkpoints.folders import CONFIG, INDEX, PICKLES, WEIGHTS, find_folder, listed
+from longllava.checkpoints.folders import BESIDE, CONFIG, INDEX, PICKLES, WEIGHTS, find_folder, listed
 from longllava.checkpoints.int8 import int8_config, write_manifest
 from longllava.checkpoints.load import Places, find_places, read, stored_dtype
 from longllava.checkpoints.published import read_config, write_config
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
 
     from longllava.model import Model
 
-# what a model folder holds besides weights and config.json, and what every layout keeps as it is
-BESIDE = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-          "chat_template.jinja", "generation_config.json", "preprocessor_config.json",
-          "processor_config.json")  # fmt: skip
 TRAINERS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 

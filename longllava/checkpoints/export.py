@@ -10,8 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longllava.checkpoints.convert import BESIDE, maker, open_source
-from longllava.checkpoints.folders import CONFIG
+from longllava.checkpoints.convert import maker, open_source
+from longllava.checkpoints.folders import BESIDE, CONFIG
 from longllava.checkpoints.save import config_fields, renamed
 from longllava.checkpoints.towers import PREPROCESSOR, preprocessor_fields
 from longllava.checkpoints.write import SHARD_BYTES, Output, write_folder

@@ -16,6 +16,10 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 RECORD = "training.json"  # of which stage a model is, for the stage that starts from it
+# what a model folder holds besides weights and config.json, and what every layout keeps as it is
+BESIDE = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+          "chat_template.jinja", "generation_config.json", "preprocessor_config.json",
+          "processor_config.json")  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 UNFINISHED = ".unfinished-"  # a folder in a model's folder that holds what a save has yet to put in place
 LISTED = 8  # names shown of each kind of fault

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longllava.checkpoints.folders import listed
+from longllava.checkpoints.folders import BESIDE, listed
 from longllava.checkpoints.int8 import write_manifest
 from longllava.checkpoints.load import stored_dtype
 from longllava.checkpoints.names import SCHEMES, Source
 from longllava.checkpoints.published import published_config, write_config
-from longllava.checkpoints.towers import PREPROCESSOR
 from longllava.checkpoints.write import SHARD_BYTES, Output, write_folder
 from longllava.config import ModelConfig
 from longllava.errors import CheckpointError
@@ -63,7 +62,7 @@ def save_model(
         if model.config.int8 is not None:
             write_manifest(staged)
 
-    return write_folder(folder, named, rest, shard_bytes, () if scheme == NATIVE else (PREPROCESSOR,))
+    return write_folder(folder, named, rest, shard_bytes, BESIDE)
 
 
 def output(tensor: Tensor, dtype: torch.dtype) -> Output:

@@ -64,7 +64,8 @@ def test_round_trip_in_shards(tmp_path):
 def test_saving_again_leaves_nothing_of_the_old(tmp_path):
     save(tmp_path, shard_bytes=20_000)
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "training.json").write_text('{"stage": "stage3"}')  # of the model that goes
+    for name in ("training.json", "generation_config.json", "processor_config.json", "tokenizer.model"):
+        (tmp_path / name).write_text('{"suppress_tokens": [7]}')  # of the model that goes; transformers would heed it
     save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json", "model.safetensors", "notes.txt", "tokenizer.json",
