@@ -30,9 +30,10 @@ def options() -> argparse.Namespace:
         ("--questions", int, 300, "N", "questions per task; three times as many about single pictures"),
         ("--generated", int, 4, "N", "per task, samples that the last model answers through generate too"),
         ("--seed", int, 0, "N", "draws the questions"),
-        ("--output", str, str(RESULTS), "DIR", "receives curriculum-DEVICE.json and .png"),
     ):
         add(name, type=kind, default=default, metavar=metavar, help=f"{meaning} (default: %(default)s)")
+    add("--output", metavar="DIR", help="receives curriculum-DEVICE.json and .png (default: benchmarks/results, with "
+                                        "--tasks or --folders none)")  # fmt: skip
     add("--tasks", metavar="NAME,NAME", help="some of the tasks (default: all)")
     add("--device", help="cpu, cuda ... (default: a GPU if there is one)")
     return parser.parse_args()
@@ -47,7 +48,8 @@ def main() -> bool:
     from longllava.evals.curriculum_task import TASKS, tasks_named
     from longllava.files import writable_folder, write_atomic, write_json
 
-    target = writable_folder(chosen.output)  # said now, not after the measuring
+    output = chosen.output or (None if chosen.tasks or chosen.folders else RESULTS)  # which are of all of them
+    target = writable_folder(output) if output else None  # said now, not after the measuring
     tasks = tasks_named(chosen.tasks.split(",")) if chosen.tasks else list(TASKS)
     folders = folders_of(chosen)
     columns: list[Column] = []
@@ -55,6 +57,8 @@ def main() -> bool:
         n_generated = chosen.generated if number == len(folders) - 1 else 0
         columns.append(column_of(chosen, label, folder, tasks, n_generated))
     everything_holds = print_report(columns)
+    if target is None:
+        return everything_holds
 
     from longllava.train.record import environment
 

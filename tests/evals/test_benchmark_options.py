@@ -104,6 +104,17 @@ def test_counts_of_some_kernels_do_not_take_the_place_of_all(script: str, monkey
         module.report(kernel="nosuch")
 
 
+@pytest.mark.parametrize("options", [["--tasks", "facts"], ["--folders", "nano"]])
+def test_some_tasks_or_models_do_not_take_the_place_of_the_curriculum(options: list[str], monkeypatch) -> None:
+    module = load_script("curriculum")
+    monkeypatch.setattr(sys, "argv", ["curriculum", *options])
+    monkeypatch.setattr(module, "column_of", lambda *_: SimpleNamespace(about={"device": "cpu"}))
+    monkeypatch.setattr("longllava.evals.curriculum_report.print_report", lambda columns: True)
+    monkeypatch.setattr("longllava.evals.curriculum_report.as_json", lambda *_, **__: {})
+    monkeypatch.setattr("longllava.files.write_json", lambda *_: pytest.fail("the results were written over"))
+    assert module.main()
+
+
 def test_what_nvcc_says_is_passed_on() -> None:
     module = load_script("cuda_report")
     with pytest.raises(LongLLaVAError, match=r"^ls: .*--nosuch"):
