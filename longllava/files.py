@@ -57,7 +57,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        file = next(path for path in (folder, *folder.parents) if path.exists())
+        file = next(path for path in (folder, *folder.parents) if os.path.lexists(path))  # a link to nothing is there
         raise InputError(IS_A_FILE.format(file)) from None
 
 

@@ -55,6 +55,13 @@ def test_a_folder_that_cannot_be_written_into_is_refused_before_it_is_needed(tmp
         writable_folder(tmp_path / "a")
 
 
+def test_a_link_to_nothing_is_named_not_the_folder_it_lies_in(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name in ("link", "link/below"):
+        with pytest.raises(InputError, match=r"/link: it is a file; name a folder to write into$"):
+            tiny_model().save_pretrained(tmp_path / name)
+
+
 @pytest.fixture
 def closed_to_others() -> Iterator[None]:
     before = os.umask(0o077)
