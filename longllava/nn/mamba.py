@@ -93,6 +93,10 @@ class Mamba(nn.Module):
             self.known_A = (key, -log_EN.float().exp(), log_EN.detach())
         return self.known_A[1]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles. They hold no A_log that lies where known_A says, so another may come to lie there."""
+        return {**super().__getstate__(), "known_A": None}
+
     def train(self, mode: bool = True) -> Mamba:
         if mode != self.training:  # steps that write to A_log.data, as DeepSpeed's, leave its version as it was
             self.known_A = None

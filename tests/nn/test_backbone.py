@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -283,3 +286,17 @@ def test_weights_that_take_the_place_of_others_are_seen():
             for _ in range(2):
                 mixer.A_log_EN = torch.nn.Parameter(mixer.A_log_EN + 0.01)
             torch.testing.assert_close(mixer.A(), -mixer.A_log_EN.exp(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda mixer: pickle.loads(pickle.dumps(mixer))])
+def test_a_copy_knows_nothing_by_the_address_of_what_it_was_copied_from(copied):
+    """Where that lay, once it is gone, weights given to the copy may lie; here they take the very place."""
+    mixer = tiny("jamba").layers[0].mixer
+    mixer.A_log_EN = torch.nn.Parameter(mixer.A_log_EN.detach().clone())  # as read from a file: never written to
+    with torch.no_grad():
+        mixer.A()
+        other, place = copied(mixer), mixer.A_log_EN.data
+        del mixer
+        place.add_(1.0)
+        other.A_log_EN = torch.nn.Parameter(place.data)
+        torch.testing.assert_close(other.A(), -place.exp(), rtol=0, atol=0)
