@@ -118,7 +118,7 @@ class AttentionState:
 
     `append` writes into the buffer in place and returns the longer state. Appending twice to the same state
     would overwrite the first continuation's tokens, so the second one copies the buffer; `fork` avoids the copy
-    by turning the tokens so far into a segment that both sides only read.
+    by turning the tokens so far into a segment that both sides only read. Where gradients are wanted each copies it.
     """
 
     prefix: tuple[Segment, ...]
@@ -139,7 +139,9 @@ class AttentionState:
     def extended(self, new: Segment) -> AttentionState:
         end = self.length + new.keys_BSGK.shape[1]
         buffer, capacity = self.buffer, self.buffer.keys_BSGK.shape[1]
-        if buffer.filled != self.length or end > capacity:
+        # gradients of earlier calls read what these saw, which a write in place would change
+        watched = self.length > 0 and (torch.is_grad_enabled() or buffer.keys_BSGK.requires_grad)
+        if buffer.filled != self.length or end > capacity or watched:
             buffer = buffer.with_capacity(capacity if end <= capacity else end + GROWTH, self.length)
         buffer.write(new, self.length)
         return replace(self, buffer=buffer, length=end)

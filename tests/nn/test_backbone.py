@@ -98,6 +98,18 @@ def test_packed_samples_equal_each_alone_gradients_included(variant):
     assert packed.grad[:, :6].abs().max() == 0
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_of_a_sequence_cut_anywhere_are_those_of_the_whole(variant):
+    backbone, gradients = tiny(variant), []
+    for cuts in ([], [5, 6]):
+        x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        hidden, _ = run(backbone, x, cuts)
+        backbone.zero_grad()
+        (hidden * torch.arange(9)[:, None]).square().mean().backward()
+        gradients.append([x.grad, *(p.grad for p in backbone.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 def test_forks_continue_independently_and_leave_the_trunk_alone():
     backbone = tiny("nano")
     x, left, right = torch.randn(1, 9, 32), torch.randn(1, 4, 32), torch.randn(1, 3, 32)
