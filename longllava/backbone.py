@@ -49,7 +49,8 @@ class Backbone(nn.Module, Recomputing):
             return self.without_gradients(x_BLD, ctx, state, last_only)
         new_state: State = []
         for i, layer in enumerate(self.layers):
-            if self.gradient_checkpointing and (self.training or x_BLD.requires_grad) and state is None:
+            learns = torch.is_grad_enabled() and (self.training or x_BLD.requires_grad)
+            if self.gradient_checkpointing and learns and state is None:
                 x_BLD, layer_state = recomputed(partial(layer, ctx=ctx), x_BLD, self.offload_activations)
             else:
                 own = None if state is None else state[i]

@@ -75,6 +75,16 @@ def test_a_frozen_model_through_which_gradients_go_runs_its_layers_again_too(mon
     assert len(taken) == 2 * len(made.layers)
 
 
+@torch.no_grad()
+def test_without_gradients_no_input_is_put_away_and_the_last_hidden_state_comes_alone(monkeypatch) -> None:
+    """Also of a model in training mode: it made all hidden states, and copied each layer's input to the host."""
+    monkeypatch.setattr(Kept, "put_away", lambda self: pytest.fail("an input was put away"))
+    made, x_BLD = backbone(), torch.randn(2, 9, 32)
+    expected = made(x_BLD, Context())[0][:, -1:]
+    made.gradient_checkpointing = made.offload_activations = True
+    torch.testing.assert_close(made(x_BLD, Context(), None, True)[0], expected)
+
+
 def test_every_expert_has_a_gradient_while_training() -> None:
     """One of zeros, where no token chose it: processes that share experts must call the same modules."""
     made, x_BLD = backbone(), torch.randn(1, 1, 32)
