@@ -47,11 +47,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b; on a CPU products of 16 bits get more rows, of zeros, so that only few numbers of rows are met.
 
     generate() of 1 to 600 words left nano's process with 1.4 GB, now with 0.5 (torch 2.13, AMX). Not where gradients
-    are wanted, which would keep those rows; a stage's rows are of one length.
+    are wanted, which would keep those rows; a stage's rows are of one length. Nor where torch.compile looks on,
+    which would trace the layer anew for each number of rows.
     """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
     rows = x.shape[:-1].numel()
     more = rounded_up(rows) - rows
-    if more == 0 or x.device.type != "cpu" or product_dtype(x).itemsize > 2 or torch.is_grad_enabled():
+    if more == 0 or x.device.type != "cpu" or product_dtype(x).itemsize > 2:
         return F.linear(x, weight, bias)
     y = F.linear(F.pad(x.reshape(rows, -1), (0, 0, 0, more)), weight, bias)
     return y[:rows].view(*x.shape[:-1], -1)

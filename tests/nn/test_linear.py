@@ -65,6 +65,19 @@ def test_compiles_in_one_graph_without_gradients(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_is_compiled_once_for_all_numbers_of_rows(dtype, gradients) -> None:
+    torch.compiler.reset()
+    layer, traced = Linear(8, 5).to(dtype), []
+    compiled = torch.compile(layer, backend=lambda graph, _: traced.append(graph) or graph.forward, dynamic=True)
+    with torch.set_grad_enabled(gradients):
+        for rows in (MANY + 1, MANY + 2, 3 * MANY + 7):
+            x = torch.randn(2, rows, 8, dtype=dtype)
+            torch.testing.assert_close(compiled(x), layer(x))
+    assert len(traced) == 1
+
+
 @pytest.fixture
 def rows_met(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     met, linear_of_torch = set(), F.linear
