@@ -166,6 +166,21 @@ def test_traces_without_graph_breaks() -> None:
     assert weight.grad is not None
 
 
+def test_is_exported_for_any_length() -> None:
+    """A bound on the tokens that means something on GPUs alone became one of the program."""
+    _, weight, *_ = Case("exported", channels=8).inputs()
+    skip_if_it_cannot(CPU, (weight[None], weight))
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return causal_conv1d(x, weight)[0]
+
+    length = torch.export.Dim("length", min=2, max=4096)
+    program = torch.export.export(Layer(), (torch.randn(2, 12, 8),), dynamic_shapes=({1: length},)).module()
+    x = torch.randn(2, 300, 8)
+    assert torch.equal(program(x), Layer()(x))
+
+
 def test_the_callers_default_dtype_and_device_change_nothing() -> None:
     args = Case("defaults", length=5).inputs()
     skip_if_it_cannot(CPU, args)
