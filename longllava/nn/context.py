@@ -13,6 +13,8 @@ class Context:
     """Facts about the tokens of one call.
 
     seq_idx_BL: int32; -1 is padding, a change of value starts another packed sample. None: one sequence a row.
+    A state that is given continues the sample of the row's first real token, whatever its value: packed rows are cut
+    within a sample, never between two.
     positions_BL: int64, counted from 0 in each sequence; None: start, start + 1, ... (only the log-length scale
     of attention reads positions). start: tokens already in the state.
     grounding_G4: int64 rows of (row, query position, first key, end key): training aid, see nn/attention.py.
