@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FLOAT = 4  # bytes
 # glibc takes blocks below this from its heap, where freed ones stay and others do not fit into their places: measured
-# with nano, 1.4 to 3 times what lives at once, mostly 1.8 (chunks of 2,048). Larger ones are returned when freed.
+# with nano, 1.4 to 3 times what lives at once, in half of twelve runs less than 1.7. Larger ones are given back.
 HEAP_BLOCK, HEAP_FACTOR = 32 << 20, 2.0
 # Of plain torch, where there are no compiled kernels: the blocked scan's span, of which five tensors are held; and a
 # block of attention's queries, whose masks are held three times in bool and once in fp32.
