@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from longllava.errors import TrainingError
-from longllava.files import where_there_are_locks
+from longllava.files import make_folder, where_there_are_locks
 
 LOCK = "lock"
 
@@ -22,12 +22,12 @@ def run_lock(folder: Path, active: bool = True) -> Iterator[None]:
 
     active: False on all but the first process of a run. A folder that the block wrote nothing into is not left behind.
     Where there are no such locks (Windows, some network file systems) the run goes on without.
-    Raises: TrainingError naming the process that holds it.
+    Raises: TrainingError naming the process that holds it; InputError where a file has the folder's name.
     """
     if not active:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / LOCK
     with path.open("a+", encoding="utf-8") as file:  # the holder's words stay until the lock is ours
         take(file, path)

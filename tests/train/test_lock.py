@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from longllava.cli import run
-from longllava.errors import TrainingError
+from longllava.errors import InputError, TrainingError
 from longllava.train import stage, vision
 from longllava.train.config import load_stage
 from longllava.train.lock import run_lock
@@ -87,6 +87,13 @@ def test_other_ranks_take_no_lock_and_an_unused_folder_goes(tmp_path: Path) -> N
         assert (tmp_path / "run/lock").is_file()
         raise TrainingError("wrong settings")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_where_the_folder_should_be_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(InputError, match="file: it is a file; name a folder to write into"), run_lock(folder):
+            pass
 
 
 @pytest.mark.parametrize(("number", "goes_on"), [(errno.ENOLCK, True), (errno.ENOTSUP, True), (errno.EIO, False)])
