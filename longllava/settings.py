@@ -177,6 +177,11 @@ def not_negative(config: Any, *names: str) -> None:
             raise ConfigError(f"{name}: got {getattr(config, name)}, must be 0 or above")
 
 
+def at_most(config: Any, name: str, limit: int) -> None:
+    if getattr(config, name) > limit:
+        raise ConfigError(f"{name}: got {getattr(config, name)}, must be {limit:,} or below")
+
+
 def divides(config: Any, small: str, large: str) -> None:
     if getattr(config, large) % getattr(config, small):
         raise ConfigError(

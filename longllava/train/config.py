@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from longllava.errors import ConfigError
+from longllava.settings import at_most, convert, divides, not_negative, one_of, positive, read_mapping, set_override
 from longllava.settings import build as build_config
-from longllava.settings import convert, divides, not_negative, one_of, positive, read_mapping, set_override
 from longllava.train.lora import LoraConfig
 
 PARTS = ("encoder", "bridge", "backbone")
+MAX_THREADS = 1024  # where the system has no more, OpenMP ends the process in a crash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +162,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive(self, "window", "save_every", "log_every", "eval_questions")
         not_negative(self, "threads")
+        at_most(self, "threads", MAX_THREADS)
         if abs(self.seed) >= 1 << 63:
             raise ConfigError(f"seed: got {self.seed}, must be smaller than 2^63")
         one_of(self, "dtype", ("auto", "bfloat16", "float32"))

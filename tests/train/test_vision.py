@@ -143,7 +143,7 @@ def test_processes_beside_the_first_leave_it_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "wrong",
     [{"batch": 0}, {"crop_steps": -1}, {"max_tokens_read": 0}, {"max_tokens_read": 37}, {"name_learning_rate": -1.0},
-     {"n_threads": -1}, {"easy_share": 2.0}, {"pool_tokens": 35}, {"seed": 1 << 63}],
+     {"n_threads": -1}, {"n_threads": 100_000}, {"easy_share": 2.0}, {"pool_tokens": 35}, {"seed": 1 << 63}],
 )  # fmt: skip
 def test_numbers_that_cannot_be_are_told_before_the_first_step(tmp_path, monkeypatch, wrong):
     monkeypatch.setattr(vision, "run_phase", None)
