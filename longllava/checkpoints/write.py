@@ -61,10 +61,7 @@ def write_folder(
     of how that model was trained goes always, and whoever trained this one writes it after.
     """
     folder = expanded(folder)  # as find_folder reads it
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: a file of that name exists; give a folder")
-    if is_adapter(folder):
-        raise CheckpointError(f"{folder}: it holds an adapter, which would be read instead of the model; give another")
+    check_place(folder)
     shards = split(outputs, shard_bytes)
     with made_folder(folder), staged_in(folder, STAGED) as staged:
         names = shard_names(len(shards))
@@ -79,6 +76,14 @@ def write_folder(
             exchange(folder, staged, names, replaced)
     sync(folder)
     return folder
+
+
+def check_place(folder: Path) -> None:
+    """Raises: CheckpointError where no model can be written. A run of hours asks before its first step."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: a file of that name exists; give a folder")
+    if is_adapter(folder):
+        raise CheckpointError(f"{folder}: it holds an adapter, which would be read instead of the model; give another")
 
 
 def exchange(folder: Path, staged: Path, names: list[str], replaced: Sequence[str]) -> None:

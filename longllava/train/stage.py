@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longllava.checkpoints import find_folder, load_model, save_model, shipped_models
+from longllava.checkpoints.write import check_place
 from longllava.config import ModelConfig
 from longllava.data.recipes import Recipe
 from longllava.errors import ConfigError, TrainingError
@@ -100,6 +101,8 @@ def run_locked(config: TrainConfig, tasks: Sequence[Task], model_config: ModelCo
     from longllava.train.loop import train
 
     final = folder / "model"
+    if config.lora is None:
+        check_place(final)
     if is_chief():  # what was being written when a run was killed: as large as the parts that train
         for place in (folder, folder / "averaged", final):
             remove_unfinished(place)

@@ -166,6 +166,14 @@ def test_what_cannot_be_trained_so_is_one_sentence(runs, changes: dict, message:
     assert "\n" not in str(raised.value) and not (runs / "own").exists()
 
 
+def test_a_whole_model_does_not_take_the_place_of_adapters(runs, monkeypatch) -> None:
+    (runs / "own/model").mkdir(parents=True)
+    (runs / "own/model/adapter_config.json").write_text("{}")  # of a run whose record and checkpoints are gone
+    monkeypatch.setattr(stage_module, "build_start", lambda *_: pytest.fail("it went to work"))
+    with pytest.raises(CheckpointError, match="own/model: it holds an adapter, which would be read instead"):
+        run_stage(load_stage(lora_stage(runs, lora=None)))
+
+
 def test_adapters_that_do_not_fit_change_nothing(runs, monkeypatch, tmp_path: Path) -> None:
     _, folder = trained_model(runs, monkeypatch)
     base = load_model(runs / "base/model")
