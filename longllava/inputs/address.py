@@ -59,10 +59,16 @@ def held(address: str) -> bytes:
     content = urllib.parse.unquote_to_bytes(text)
     try:
         if comma:
-            return base64.b64decode(content, validate=True) if head.lower().endswith(";base64") else content
+            return from_base64(content) if head.lower().endswith(";base64") else content
     except ValueError:
         pass
     raise InputError("it is torn; expected data:image/png;base64, and the base64 text of a file")
+
+
+def from_base64(text: str | bytes) -> bytes:
+    """What base64 text holds, which is often cut into lines. Raises: ValueError; AttributeError for what is no text."""
+    raw = text.encode("ascii") if isinstance(text, str) else text
+    return base64.b64decode(b"".join(raw.split()), validate=True)
 
 
 def ask(

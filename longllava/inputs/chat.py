@@ -6,13 +6,13 @@ Plain text is what a person wrote and is never read as anything else. Template t
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from longllava.config import PromptConfig
 from longllava.errors import InputError
+from longllava.inputs.address import from_base64
 from longllava.inputs.tokenizer import check_text
 
 IMAGE_MARK = "<image>"
@@ -214,6 +214,6 @@ def source_of(part: Mapping[str, Any], kind: str) -> Any:
     if part.get("base64") is None:
         return next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
     try:
-        return base64.b64decode(part["base64"], validate=True)
-    except (ValueError, TypeError):
+        return from_base64(part["base64"])
+    except (ValueError, AttributeError):
         raise InputError(f"base64: got {part['base64']!r:.80}, which is not the base64 text of a file") from None

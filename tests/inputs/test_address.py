@@ -149,7 +149,10 @@ def test_an_address_may_hold_its_picture():
     picture, film = (f"data:image/x;base64,{base64.b64encode(make()).decode()}" for make in (png, gif))
     expected = model.generate("a", PICTURE, **short)
     asked = [{"type": "image", "url": picture}, {"type": "text", "text": "a"}]
-    for same in (picture, picture.replace("data:", "DATA:"), picture.replace("base64", "Base64")):
+    wrapped = f"data:image/png;base64,{base64.encodebytes(png()).decode()}"  # 76 characters a line, and one at the end
+    assert wrapped.count("\n") > 1
+    for same in (picture, picture.replace("data:", "DATA:"), picture.replace("base64", "Base64"), wrapped,
+                 wrapped.replace("\n", "\r\n"), wrapped.replace("\n", "%0A")):  # fmt: skip
         assert model.generate("a", same, **short) == expected
     assert model.generate([{"role": "user", "content": asked}], **short) == expected
     for same in (film, film.replace("data:", "Data:")):

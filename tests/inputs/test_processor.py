@@ -140,8 +140,8 @@ def test_messages_with_a_video_number_frames_after_images():
 
 
 def test_sources_of_parts_by_any_of_their_names():
-    parts = [{"type": "image", "image": None, "url": "https://a.org/a.png"}, {"type": "image", "base64": "aGVhcnQ="},
-             {"type": "video", "url": "v.mp4"}]  # fmt: skip
+    parts = [{"type": "image", "image": None, "url": "https://a.org/a.png"},
+             {"type": "image", "base64": "aGVh\r\ncnQ=\n"}, {"type": "video", "url": "v.mp4"}]  # fmt: skip
     _, sources = parse([{"role": "user", "content": parts}])
     assert sources == ["https://a.org/a.png", b"heart", "v.mp4", "v.mp4"]
 
@@ -167,6 +167,7 @@ def test_a_conversation_may_end_with_its_answer():
             "message 1: a video part has neither 'video' nor 'path'",
         ),
         ([{"role": "user", "content": [{"type": "image", "base64": "a b"}]}], "base64: got 'a b', which is not"),
+        ([{"role": "user", "content": [{"type": "image", "base64": 5}]}], "base64: got 5, which is not"),
         ([{"role": "user", "content": " "}], "the last message is empty"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "message 2: role 'user'"),
         (
