@@ -92,7 +92,8 @@ def open_journal(folder: Path, settings: Settings, model: str, talker: LongLLaVA
     from longllava.evals.vniah_task import digest
     from longllava.generation.saving import fingerprint
 
-    weights = {"model": model, "weights": fingerprint(talker.model), "tokens_per_image": n_tokens}
+    weights = {"model": model, "weights": fingerprint(talker.model), "tokens_per_image": n_tokens,
+               "device": talker.model.backbone.embed_tokens.weight.device.type}  # fmt: skip
     journal = Journal(folder / "cells.jsonl", journal_settings(settings, digest(settings), **weights))
     if journal.news:
         print(journal.news)

@@ -96,6 +96,10 @@ def test_the_command_line_from_start_to_picture(tiny, tmp_path: Path, capsys: py
     assert again.startswith(f"8 finished prompts in {out / 'cells.jsonl'}; going on from there")
     assert " images, depth " not in again
     assert (out / "cells.csv").read_bytes() == before
+    kept = (out / "cells.jsonl").read_text()
+    (out / "cells.jsonl").write_text(kept.replace('"device": "cpu"', '"device": "cuda"'))
+    evaluate.vniah(["3,6"], **options)
+    assert capsys.readouterr().out.startswith("starting anew: device was 'cuda', is 'cpu'; the finished part is kept")
 
 
 def test_two_evaluations_do_not_write_one_journal(tiny, tmp_path: Path) -> None:
