@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tests.evals.scripts import BENCHMARKS, load_script
+from tests.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,27 @@ def test_a_name_in_a_title_is_no_formula(script: str) -> None:
                 "images": 1, "tokens_per_image": 4, "seconds_to_read": 1.0, "milliseconds_per_image": 1e3,
                 "key_value_bytes": 1}  # fmt: skip
     load_script(script).chart([measured], r"a$\frac$", io.BytesIO())
+
+
+def test_a_random_peer_is_made_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the fp32 weights that it is cast from count as its memory, beside ours, which are never there."""
+    import torch
+    from transformers import JambaForCausalLM
+
+    made: list[torch.dtype] = []
+    real = JambaForCausalLM.to
+
+    def cast(model: JambaForCausalLM, *arguments: object) -> JambaForCausalLM:
+        made.extend(parameter.dtype for parameter in model.parameters())
+        return real(model, *arguments)
+
+    module = load_script("efficiency")
+    monkeypatch.setattr(JambaForCausalLM, "to", cast)
+    monkeypatch.setattr(module, "is_random", lambda name: True)
+    monkeypatch.setattr(module, "open_config", lambda name: tiny_config())
+    task = {"model": "random", "device": "cpu", "dtype": "bfloat16", "tokens": 9, "new_tokens": 2, "highest": 60}
+    module.measure_transformers(task)
+    assert made and set(made) == {torch.bfloat16} and torch.get_default_dtype() == torch.float32
 
 
 def test_wrong_numbers_are_one_sentence() -> None:
