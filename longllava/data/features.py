@@ -24,6 +24,7 @@ from longllava.data.cache import cache_folder
 from longllava.data.embedded import file_of, place_in_table
 from longllava.data.images import open_picture, under
 from longllava.data.worlds.pictures import PREFIX
+from longllava.data.worlds.sheets import STYLES
 from longllava.errors import InputError
 from longllava.files import naming, where_there_are_locks
 from longllava.inputs.processor import Processor
@@ -33,14 +34,22 @@ BATCH = 64
 
 
 def picture_key(reference: str) -> str:
-    """What a record is known by, in one line: world references describe themselves; files by path, size and time."""
-    key = reference
-    if not reference.startswith(PREFIX):
-        with contextlib.suppress(OSError):  # opening it will say what is wrong
-            path = file_of(under(reference))
-            status = os.stat(path)
-            key = f"{reference[: -len(path)]}{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
+    """What a record is known by, in one line: files by path, size and time, which world references have as well where
+    they name a sheet of one's own; else they describe themselves."""
+    key, picture = reference, under(reference)
+    with contextlib.suppress(OSError):  # opening it will say what is wrong
+        if picture.startswith(PREFIX):
+            styles = {part.partition("@")[2] for part in picture.split("|")}  # of a grid several
+            key = " ".join((reference, *map(marked, sorted(styles - {"", *STYLES}))))
+        else:
+            path = file_of(picture)
+            key = f"{reference[: -len(path)]}{marked(path)}"
     return key.replace("\\", "\\\\").replace("\n", "\\n")
+
+
+def marked(path: str) -> str:
+    status = os.stat(path)
+    return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
 
 
 class FeatureCache:

@@ -82,6 +82,20 @@ def test_keys_differ_where_names_do(tmp_path) -> None:
     assert picture_key(str(path)) != before  # the file has changed
 
 
+@pytest.mark.parametrize("form", ["world:3.1.2.1.4.7.0@{}", "world:grid:2:3.1.2.1.4.7.0@noto|3.1.2.1.4.7.0@{}"])
+def test_a_sheet_of_ones_own_counts_as_a_file(tmp_path, monkeypatch, form: str) -> None:
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "sheet.png").write_bytes(folder.encode())
+    keys = []
+    for folder in ("one", "other"):
+        monkeypatch.chdir(tmp_path / folder)
+        keys.append(picture_key(form.format("sheet.png")))
+    Path("sheet.png").write_bytes(b"drawn anew")
+    assert len({*keys, picture_key(form.format("sheet.png"))}) == 3
+    assert picture_key(form.format("fluent")) == form.format("fluent")
+
+
 @pytest.mark.parametrize("tear", ["key", "record", "line without record", "record without line", "all records"])
 def test_torn_files_lose_their_end_and_nothing_else(tmp_path, tear: str) -> None:
     names = [f"world:{i}" for i in range(10)]
