@@ -39,7 +39,7 @@ class Run:
         self.on_gpu = self.device.type == "cuda"
         self.weights = ""
         drawn = "random, in the true shape; nano's tokenizer" if random else "trained"
-        self.report: dict[str, Any] = {**environment(), "model": name, "weights": drawn, "rows": []}
+        self.report: dict[str, Any] = {**environment(self.device), "model": name, "weights": drawn, "rows": []}
         self.memory = PeakMemory()
         side = model.model.config.encoder.image_size
         few = random_pixels(side, self.device)

@@ -63,7 +63,7 @@ def main() -> bool:
     from longllava.train.record import environment
 
     device = columns[-1].about["device"].partition(":")[0]
-    facts = {**environment(), "seed": chosen.seed, "questions_per_task": chosen.questions}
+    facts = {**environment(columns[-1].about["device"]), "seed": chosen.seed, "questions_per_task": chosen.questions}
     written = write_json(target / f"curriculum-{device}.json", as_json(columns, **facts))
     picture = write_atomic(target / f"curriculum-{device}.png", lambda file: draw_plot(columns, file))
     print(f"{written}\n{picture}")

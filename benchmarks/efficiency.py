@@ -276,7 +276,7 @@ def efficiency(
         weights = "random, in the true shape" if is_random(model) else "trained; beside transformers without qk_norm"
         columns = ("model", "prefill_seconds", "tokens_per_second", "gigabytes")
         published = [dict(zip(columns, row, strict=True)) for row in PUBLISHED]
-        report = {**environment(), "model": model, "dtype": used, "weights": weights, "rows": rows,
+        report = {**environment(device), "model": model, "dtype": used, "weights": weights, "rows": rows,
                   "published_on_a100": published}  # fmt: skip
         print(write_json(save, report))
         where = f"{report['device'] if report['device'] != 'cpu' else report['processor']}, {report['threads']} threads"

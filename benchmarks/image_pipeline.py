@@ -133,7 +133,7 @@ def main() -> None:
         from longllava.files import write_json
         from longllava.train.record import environment
 
-        write_json(options.save, {**result, "environment": environment()})
+        write_json(options.save, {**result, "environment": environment("cpu")})
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ def int8(
         for case in cases:
             tune(case)
         return
-    report = {**environment(), "instruction_set": instruction_set(), "rows": [], "elementwise": []}
+    report = {**environment(device), "instruction_set": instruction_set(), "rows": [], "elementwise": []}
     print(json.dumps({name: value for name, value in report.items() if name not in ("rows", "elementwise")}, indent=2))
     for case in cases + [case for case in decode_cases(device) if shape in case.name]:
         report["rows"].append(row_of(case, device))

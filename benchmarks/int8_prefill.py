@@ -82,7 +82,7 @@ def int8_prefill(
         from longllava.train.record import environment
 
         weights = "random, in the true shape" if is_random(model) else "trained"
-        print(write_json(save, {**environment(), "processor_has": hardware(), "model": model, "weights": weights,
+        print(write_json(save, {**environment(device), "processor_has": hardware(), "model": model, "weights": weights,
                                 "tokens": tokens, "rows": rows}))  # fmt: skip
 
 

@@ -285,7 +285,7 @@ def int8_quality(
     if save is not None:
         from longllava.train.record import environment
 
-        print(write_json(save, {**environment(), "bar_db": BAR, "cases": report}))
+        print(write_json(save, {**environment("cpu"), "bar_db": BAR, "cases": report}))
         print(write_atomic(save.with_suffix(".png"), lambda file: chart(report, file)))
 
 

@@ -140,7 +140,7 @@ def kernels(
     if threads:
         torch.set_num_threads(threads)
     report: dict[str, Any] = {
-        **environment(), "threads": torch.get_num_threads(), "load_before": os.getloadavg()[0],
+        **environment(device), "threads": torch.get_num_threads(), "load_before": os.getloadavg()[0],
         "instruction_set": native.isa() if native.why_not() is None else native.why_not(),
     }  # fmt: skip
     report["ceilings"] = limits = ceilings() if device == "cuda" else {}

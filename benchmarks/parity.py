@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(lines))
     if options.save:
         rows = [{**asdict(line), "error": float(f"{line.error:.2g}"), "holds": line.holds()} for line in lines]
-        write_json(options.save, {"bound": BOUND, "lines": rows, "environment": environment()})
+        write_json(options.save, {"bound": BOUND, "lines": rows, "environment": environment("cpu")})
     sys.exit(not all(line.holds() for line in lines))
 
 

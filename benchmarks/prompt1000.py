@@ -61,7 +61,7 @@ def main() -> None:
         from longllava.files import write_json
         from longllava.train.record import environment
 
-        print(write_json(chosen.save, {**environment(), **result}))
+        print(write_json(chosen.save, {**environment("cpu"), **result}))
 
 
 def write_pictures(folder: Path, sizes: list[int], seed: int) -> tuple[str, str]:

@@ -157,14 +157,16 @@ def chart(points: list[dict[str, Any]], title: str, file: Any) -> None:
     figure.savefig(file, format="png")
 
 
-def write_report(save: Path, points: list[dict[str, Any]], model: str, pixels: str, int8: bool) -> tuple[Path, Path]:
+def write_report(
+    save: Path, points: list[dict[str, Any]], model: str, device: str | None, pixels: str, int8: bool
+) -> tuple[Path, Path]:
     from longllava.files import write_atomic, write_json
     from longllava.train.record import environment
 
     weights = "random, in the true shape" if is_random(model) else "trained"
     weights += ", int8" if int8 else ""
     report = {
-        **environment(),
+        **environment(device),
         "model": model,
         "weights": weights,
         "pixels": pixels,
@@ -212,7 +214,7 @@ def scaling(
                 print(line(before), flush=True)
                 points.append(before)
                 if save is not None:  # a point may take minutes, and the next may be stopped
-                    written = write_report(save, points, model, pixels, int8)
+                    written = write_report(save, points, model, device, pixels, int8)
     print(f"log-log slopes from {SLOPE_FROM} pictures on: {slopes(points)}")
     if save is not None:
         print(*written, sep="\n")

@@ -196,7 +196,7 @@ def training(
         from longllava.files import write_json
         from longllava.train.record import environment
 
-        report = {**environment(), "row_length": row_length, "steps": steps, "tokens_of_a_run": n_tokens,
+        report = {**environment("cpu"), "row_length": row_length, "steps": steps, "tokens_of_a_run": n_tokens,
                   "the_same_model": equality, "seconds": runs, "tokens_per_second": rates, "ratio": ratio}  # fmt: skip
         print(write_json(save, report))
 

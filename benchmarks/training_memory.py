@@ -136,9 +136,10 @@ def training_memory(
         from longllava.files import write_json
         from longllava.train.record import environment
 
-        report = {**environment(), "model": model, "factor": factor, "tokens": tokens, "dtype": dtype,
-                  "gradient_checkpointing": checkpointing, "estimate_bytes": expected.total(),
-                  "estimate": dataclasses.asdict(expected), "measured_bytes": measured, "before_bytes": before,
+        report = {**environment("cpu" if device == "cpu" else None), "model": model, "factor": factor,
+                  "tokens": tokens, "dtype": dtype, "gradient_checkpointing": checkpointing,
+                  "estimate_bytes": expected.total(), "estimate": dataclasses.asdict(expected),
+                  "measured_bytes": measured, "before_bytes": before,
                   "estimate_over_measured": round(expected.total() / measured, 4)}  # fmt: skip
         print(write_json(save, report))
 

@@ -117,7 +117,7 @@ def main() -> None:
         from longllava.files import write_json
         from longllava.train.record import environment
 
-        write_json(options.save, {"videos": rows, "fps": FPS, "environment": environment()})
+        write_json(options.save, {"videos": rows, "fps": FPS, "environment": environment("cpu")})
 
 
 if __name__ == "__main__":

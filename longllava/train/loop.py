@@ -97,7 +97,7 @@ def train(
         compare(kept, facts, state.step)
     if chief:  # the others may not be able to write there
         write_json(folder / "config.json", settings)
-        write_json(folder / "environment.json", environment())
+        write_json(folder / "environment.json", environment(engine.device))
         if state is None:  # lists of a run that left no checkpoint, or whose checkpoints were deleted
             for name in (QUARANTINE, LEFT_OUT):
                 (folder / name).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longllava.checkpoints.folders import RECORD
+from longllava.choices import checked_device
 from longllava.errors import TrainingError
 from longllava.version import __version__
 
@@ -88,13 +89,15 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     return {part: found[part] for part in ("encoder", "bridge", "backbone", "fusion", "prompt")}
 
 
-def environment() -> dict[str, Any]:
+def environment(device: Any = None) -> dict[str, Any]:
+    """device: what the work ran on, by default a GPU if there is one. Raises: InputError for one that is not there."""
     import torch
 
+    target = checked_device(device)
     return {
         "longllava": __version__, "torch": torch.__version__, "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}", "processor": processor(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(target) if target.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(), "commit": commit(), "command": command(), "packages": packages(),
     }  # fmt: skip
 

@@ -143,7 +143,7 @@ def run_locked(config: TrainConfig, tasks: Sequence[Task], model_config: ModelCo
         "seed": config.seed,
         "aids": dataclasses.asdict(config.aids),
         "seconds_of_last_process": round(time.monotonic() - started, 1),
-        **environment(),
+        **environment(None if config.device == "auto" else config.device),
     }
     write_json(final / RECORD, record)
     print(f"{config.stage}: the model is in {final}")

@@ -75,6 +75,15 @@ def test_a_scaling_that_is_stopped_keeps_its_points(scaling: ModuleType, tmp_pat
     assert save.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_the_processor_did_does_not_stand_under_the_gpus_name(scaling, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(scaling, "chart", lambda points, title, file: file.write(title.encode()))
+    scaling.write_report(tmp_path / "x.json", [], "nano", device="cpu", pixels="files", int8=False)
+    assert json.loads((tmp_path / "x.json").read_text())["device"] == "cpu"
+    assert b"a GPU" not in (tmp_path / "x.png").read_bytes()
+
+
 def test_efficiency_from_the_command_line(tmp_path: Path) -> None:
     save = tmp_path / "efficiency.json"
     done = run("efficiency.py", "--tokens", "40", "--new-tokens", "3", "--peer-tokens", "24", "--peer-new-tokens", "2",

@@ -32,6 +32,14 @@ def test_the_command_is_what_was_typed_without_folders(monkeypatch, program: str
     assert command() == environment()["command"] == expected
 
 
+def test_the_device_is_the_one_that_worked(monkeypatch) -> None:
+    """On a machine with a GPU, what --device cpu had measured stood under the GPU's name."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: f"card of {device}")
+    assert environment("cpu")["device"] == "cpu"
+    assert [environment(name)["device"] for name in ("cuda:1", None)] == ["card of cuda:1", "card of cuda"]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [  # a stream's samples are shuffled in windows: some of an epoch would come again, others not at all
