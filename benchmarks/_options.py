@@ -25,4 +25,6 @@ def check_target(file: str | Path | None) -> None:
         return
     if Path(file).is_dir():
         raise InputError(f"{file}: it is a folder; name a file to write")
+    if Path(file).suffix == ".png":
+        raise InputError(f"{file}: a chart would take the place of the figures; name a file that ends with .json")
     writable_folder(Path(file).parent)

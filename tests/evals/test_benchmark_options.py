@@ -83,6 +83,8 @@ def test_a_file_that_cannot_be_written_is_said_before_the_measuring(
             getattr(module, "report" if script == "cuda_report" else script)(**{option: tmp_path / "file/x.json"})
     with pytest.raises(InputError, match="it is a folder; name a file to write"):
         module.check_target(tmp_path)
+    with pytest.raises(InputError, match="x.png: a chart would take the place of the figures; name a file"):
+        module.check_target(tmp_path / "x.png")  # charts lie beside the JSON, under its name
 
 
 @pytest.mark.parametrize("script", ["cuda_report", "triton_report"])
