@@ -39,10 +39,12 @@ def check(
     from longllava.checkpoints.published import read_config
     from longllava.data.check import check_recipe
     from longllava.data.check_report import show_check, write_check
+    from longllava.files import writable_folder
     from longllava.inputs.processor import Processor
     from longllava.inputs.tokenizer import Tokenizer
     from longllava.shipped import shipped
 
+    target = writable_folder(output) if output else None  # said now, not after every record was read
     path = Path(recipe)
     if not path.is_file() and not recipe.endswith(".yaml"):
         path = shipped("data_recipes", recipe)
@@ -51,7 +53,7 @@ def check(
     processor = Processor(model_config, Tokenizer.from_folder(folder, model_config.prompt))
     config, checks = check_recipe(path, processor, limit=limit, show=show, row_length=row_length,
                                   tokens_per_image=tokens_per_image, only=only)  # fmt: skip
-    written = write_check(Path(output or f"runs/check/{config.name}"), config, checks)
+    written = write_check(target or Path(f"runs/check/{config.name}"), config, checks)
     if as_json:
         print(json.dumps({"recipe": config.name, "sources": [one.as_dict() for one in checks]}))
     else:

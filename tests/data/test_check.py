@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
+from longllava.cli.data import check as command
 from longllava.data.check import check_recipe
 from longllava.data.check_report import coloured, draw_lengths, show_check, write_check
 from longllava.data.recipes import Recipe, RecipeConfig
-from longllava.errors import ConfigError
+from longllava.errors import ConfigError, InputError
 from longllava.inputs.processor import Processor
 from longllava.settings import build, read_mapping
 from longllava.shipped import shipped
@@ -98,6 +99,13 @@ def test_counts_lengths_and_reasons(tmp_path: Path, processor: Processor) -> Non
     assert len(lines) == 5 and lines[0].startswith(f"files\t{tmp_path}/data.json:") and "torn.png" in lines[-1]
     with pytest.raises(ConfigError, match="no source 'file'; have files, gone, world"):
         check_recipe(tmp_path / "r.yaml", processor, only="file")
+
+
+def test_a_report_that_cannot_be_written_is_said_before_the_counting(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("longllava.data.check.check_recipe", lambda *_, **__: pytest.fail("records were read"))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file: it is a file; name a folder to write into"):
+        command("nano/stage3", output=str(tmp_path / "file"))
 
 
 def test_the_share_of_one_source_is_that_of_the_recipe(tmp_path: Path, processor: Processor) -> None:
