@@ -75,11 +75,17 @@ def prompt_need(
         for mixer in set(mixers)
     ]
     if mixers:
-        # int8 experts multiply the rows of all of them at once, floats' one expert after the other
-        several = config.int8 is not None and any(map(backbone.has_experts, range(backbone.n_layers)))
+        # int8 experts multiply the rows of all of them at once, beside what they read and what they make of it; floats'
+        # one expert after the other, and join what they made in the end
+        several = any(map(backbone.has_experts, range(backbone.n_layers)))
         rows_fed = chunk * (backbone.n_experts_per_token if several else 1)
+        gathered = rows_fed * backbone.width * value_bytes if several else 0
         widened = copies - FLOAT * (value_bytes == FLOAT) if plain else value_bytes  # what is in fp32 needs no copy
-        at_once.append(rows_fed * backbone.mlp_width * (2 * value_bytes + widened))
+        hidden_bytes = backbone.mlp_width * (2 * value_bytes + widened)
+        if config.int8 is not None:
+            at_once.append(2 * gathered + rows_fed * hidden_bytes)
+        else:
+            at_once += [chunk * hidden_bytes, 3 * gathered]
     if ends:
         at_once.append(2 * rows * backbone.vocab_size * FLOAT)
     if ends and config.encoder is not None and images_per_batch:

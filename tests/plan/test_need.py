@@ -60,8 +60,11 @@ def test_plain_torch_by_hand():
 WIDE = {
     "mlp": {},
     "experts": {"n_experts": 4, "expert_every": 1, "expert_at": 0},
+    "many experts a token": {
+        "n_experts": 8, "n_experts_per_token": 4, "expert_every": 1, "expert_at": 0, "width": 256, "mlp_width": 256
+    },
     "mamba": {"mlp_width": 64, "expand": 8},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("plain", [pytest.param(False, marks=needs_kernels), True])
@@ -72,8 +75,8 @@ def test_the_widest_moment_is_what_lives_at_once(wide, int8, dtype, plain, monke
     """By compiled kernels and by plain torch, which holds up to four times as much."""
     if plain:
         monkeypatch.setattr(native, "_loaded", (None, "hidden by a test"))
-    widths = {"mlp_width": 1024, **WIDE[wide]}
-    backbone = BackboneConfig(vocab_size=64, width=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=32, dt_rank=4,
+    widths = {"width": 64, "mlp_width": 1024, **WIDE[wide]}
+    backbone = BackboneConfig(vocab_size=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=32, dt_rank=4,
                               **widths)  # fmt: skip
     model = Model(ModelConfig(encoder=None, bridge=None, backbone=backbone)).eval()
     model.initialise_()
@@ -81,7 +84,8 @@ def test_the_widest_moment_is_what_lives_at_once(wide, int8, dtype, plain, monke
         quantize_(model)
     model.to(dtype)
     with torch.inference_mode():
-        x_BLD, state = torch.randn(1, 2048, 64, dtype=dtype), model.backbone.empty_state(1, 2048, "cpu", dtype)
+        x_BLD = torch.randn(1, 2048, backbone.width, dtype=dtype)
+        state = model.backbone.empty_state(1, 2048, "cpu", dtype)
         with LiveBytes() as live:
             model(x_BLD, Context(), state)
     assert (need_module.SPAN_ELEMENTS, need_module.QUERY_BLOCK) == (blocked.SPAN_ELEMENTS, sdpa.QUERY_BLOCK)
