@@ -55,7 +55,7 @@ class Session:
 
     def __init__(self, reader: Reader):
         self.reader = reader
-        self.model_was = reader.device, reader.dtype
+        self.model_was = self.model_is()
         self.content = Content(reader.empty_state(0), 0, 0, [reader.processor.user_open()])
 
     @property
@@ -117,11 +117,17 @@ class Session:
                              " append, or ask with keep=True, or fork")  # fmt: skip
         self.content = after
 
+    def model_is(self) -> tuple[str, object]:
+        """Where the model is and in what dtype, and how its weights are int8."""
+        reader, int8 = self.reader, self.reader.model.config.int8
+        return f"{reader.device} in {reader.dtype}" + " with int8 weights" * (int8 is not None), int8
+
     def check_model(self) -> None:
-        """Raises: InputError when the model has moved: what was read cannot go with it."""
-        if (model_is := (self.reader.device, self.reader.dtype)) != self.model_was:
-            was, now = (" in ".join(map(str, place)) for place in (self.model_was, model_is))
-            raise InputError(f"session: it was read by a model on {was}, which is on {now} now; read it again")
+        """Raises: InputError when the model has moved, or was quantised: what was read cannot go with it."""
+        if (now := self.model_is()) != self.model_was:
+            raise InputError(
+                f"session: it was read by a model on {self.model_was[0]}, which is on {now[0]} now; read it again"
+            )
 
     def fork(self) -> Session:
         """A session that goes on from here on its own; what was read is shared, not copied."""

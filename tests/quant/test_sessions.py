@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longllava import LongLLaVA
+from longllava.errors import InputError
 from longllava.nn import Context
 from longllava.quant import Int8Config, quantize_
 from tests.kernels import needs_kernels
@@ -95,6 +96,17 @@ def test_sessions_of_int8_models_are_saved_and_kept_apart(tmp_path):
     assert again.score("what is this?", "a heart") == session.score("what is this?", "a heart")
     with pytest.raises(ValueError, match="made by another model"):
         tiny_model(4).load_session(tmp_path / "a.session")
+
+
+def test_a_session_does_not_outlive_its_floats(tmp_path):
+    """Quantised in place, the model would go on with what the other one had read, and a file would say it was its."""
+    talker = tiny_model(1)
+    session = talker.session(images=tiny_pictures(2))
+    quantize_(talker.model)
+    for use in (lambda: session.ask("what is this?"), lambda: session.save(tmp_path / "a"), session.fork):
+        with pytest.raises(InputError, match="on cpu in torch.float32, which is on .* with int8 weights now; read"):
+            use()
+    assert talker.session(images=tiny_pictures(2)).ask("what is this?", max_new_tokens=2)
 
 
 def test_a_session_outlives_how_the_scans_rows_became_int8(tmp_path):
