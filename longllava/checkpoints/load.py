@@ -69,8 +69,10 @@ def load_model(
                             device_map=device_map)  # fmt: skip
     began, stored = stamp(folder / CONFIG), read_config(folder)
     config = int8_config(stored, folder, int8)
-    if config.int8 is not None and dtype == torch.float16:
-        raise InputError("dtype: float16 ends at 65504, sums of int8 layers do not; take bfloat16 or float32")
+    planned = dtype or most_stored(read_entries(folder).values())
+    if config.int8 is not None and planned == torch.float16:
+        asked = "float16" if dtype else f"{folder} is stored in float16, which"
+        raise InputError(f"dtype: {asked} ends at 65504, sums of int8 layers do not; take bfloat16 or float32")
     if allow_missing:  # fresh values have to exist
         if config.int8 is not None:
             raise CheckpointError(
@@ -80,7 +82,6 @@ def load_model(
     else:
         with torch.device("meta"):
             model = build_model(config)
-    planned = dtype or most_stored(read_entries(folder).values())
     placement = placement_of({"": str(device)} if device_map is None else device_map, model, planned)
     if not allow_missing:
         check_room(model, planned, placement)

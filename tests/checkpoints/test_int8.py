@@ -248,6 +248,18 @@ def test_what_int8_can_be_given(floats, int8):
             load_model(folder, int8=asked, dtype=torch.float16)
 
 
+def test_a_folder_in_float16_is_read_in_a_dtype_that_holds_the_sums(tmp_path):
+    tiny = tiny_model(3)
+    folder = save_model(tiny.model, tiny.tokenizer, tmp_path / "floats", dtype=torch.float16)
+    int8 = quantize_folder(folder, tmp_path / "int8", FULL)
+    assert load_file(int8 / "model.safetensors")["backbone.embed_tokens.weight"].dtype == torch.float16
+    for stored, asked in ((folder, FULL), (int8, None)):
+        with pytest.raises(InputError, match="is stored in float16, which ends at 65504, .* take bfloat16 or float32"):
+            load_model(stored, int8=asked)
+    wide = load_model(int8, dtype=torch.float32)
+    assert same(wide, load_model(folder, int8=FULL, dtype=torch.float32))
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("scheme", ["llava", "native"])
 def test_peak_memory_of_quantising_is_the_int8_model_and_two_of_its_largest_tensors(tmp_path, scheme):
