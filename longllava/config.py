@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from longllava.errors import ConfigError
-from longllava.settings import divides, one_of, positive
+from longllava.settings import divides, one_of, positive, typed_
 
 MODEL_TYPE = "longllava"
 MOST_EXPERTS = 16_384  # in all layers
@@ -237,8 +237,7 @@ class Int8Config:
     not if they are rotated. The numbers are the same. On an H100 a pass over what the scan wrote costs less than its
     blocks' agreeing.
     dynamic_from: tokens a sequence in one call from which inputs are int8, each row by its own scale: prefill. Below it
-    (decoding) floats meet dequantised weights, which is exact but for the weights (and for rotated inputs, which bf16
-    rounds), and waits for nothing but them.
+    (decoding) floats meet dequantised weights, exact but for these (and for rotated inputs, which bf16 rounds).
     """
 
     parts: tuple[str, ...] = ("backbone",)
@@ -251,6 +250,7 @@ class Int8Config:
     dynamic_from: int = 2
 
     def __post_init__(self) -> None:
+        typed_(self)  # made by callers too, who would write a folder that cannot be read again
         allowed = ("backbone", "bridge", "encoder")
         if not self.parts or not set(self.parts) <= set(allowed):
             raise ConfigError(f"parts: got {list(self.parts)}, allowed: some of {', '.join(allowed)}")

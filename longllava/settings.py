@@ -160,6 +160,12 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+def typed_(config: Any) -> None:
+    """Give a dataclass's fields the types that it says, as in a file: lists become tuples. Raises: ConfigError."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        object.__setattr__(config, name, convert(hint, getattr(config, name), name))
+
+
 def save(config: Any, path: str | Path) -> None:
     """Write a config as JSON, whole or not at all."""
     write_json(path, dataclasses.asdict(config))

@@ -66,6 +66,8 @@ def quantize_(model: Model, config: Int8Config | None = None, *, keep: Iterable[
         raise LongLLaVAError("quantize_: the weights are int8 already; quantise the model of floats they came from")
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         raise LongLLaVAError("quantize_: float16 ends at 65504, sums of int8 layers do not; take bfloat16 or float32")
+    if isinstance(keep, str):
+        raise ConfigError(f"int8.keep: expected a list, got {keep!r}")
     config = (config or Int8Config()).chosen()
     config = dataclasses.replace(config, keep=(*config.keep, *keep))
     for name, old, new in replacements(model, config, on=torch.device("meta")):

@@ -158,6 +158,15 @@ def test_faults_are_said_before_anything_changes():
         Int8Config(parts=("eyes",))
     with pytest.raises(ConfigError, match="dynamic_from: got 0, must be above 0"):
         Int8Config(dynamic_from=0)
+    for fields, words in (
+        ({"dynamic_from": 2.5}, "dynamic_from: expected int, got 2.5"), ({"lm_head": "no"}, "lm_head: expected bool"),
+        ({"keep": "q_proj"}, "keep: expected a list, got 'q_proj'"), ({"rotated": (5,)}, r"rotated\[0\]: expected str"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            Int8Config(**fields)
+    assert Int8Config(keep=["q_proj"]) == Int8Config(keep=("q_proj",))
+    with pytest.raises(ConfigError, match=r"int8.keep: expected a list, got 'q_proj'"):
+        quantize_(model, keep="q_proj")
     blind = tiny(encoder=None, bridge=None)
     with pytest.raises(ConfigError, match=r"int8.parts: encoder, but this model has none"):
         quantize_(blind, Int8Config(parts=("backbone", "encoder")))
