@@ -41,7 +41,7 @@ def int8_config(config: ModelConfig, folder: Path, asked: Int8Config | None) -> 
         if stored:
             raise CheckpointError(f"{folder}: its weights are int8, but {CONFIG} does not say how; copy it again")
         return config if asked is None else dataclasses.replace(config, int8=asked.chosen())
-    if not stored:
+    if not stored and holds_int8(config):
         raise CheckpointError(
             f"{folder}: {CONFIG} says int8, but no weight is stored so; take int8 out of it and load with int8=True"
         )
@@ -55,6 +55,16 @@ def int8_config(config: ModelConfig, folder: Path, asked: Int8Config | None) -> 
         )
     check_manifest(folder)
     return config
+
+
+def holds_int8(config: ModelConfig) -> bool:
+    """Whether a model of this config has int8 weights: keep may leave none."""
+    import torch
+
+    from longllava.quant import build_model, float_places
+
+    with torch.device("meta"):
+        return bool(float_places(build_model(config)))
 
 
 class Quantiser:

@@ -112,6 +112,14 @@ def test_nano_whose_encoder_lies_elsewhere(tmp_path):
     assert same(model.model, LongLLaVA.from_pretrained("nano", device="cpu", dtype="float32", int8=config).model)
 
 
+def test_a_model_all_of_whose_layers_are_kept_is_read_back(tmp_path):
+    tiny = tiny_model(3)
+    quantize_(tiny.model, keep=("*",))
+    tiny.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert same(again, tiny.model) and fingerprint(again) == fingerprint(tiny.model)
+
+
 def edited(folder: Path, edit, name: str = "model.safetensors") -> Path:
     (folder / "int8.json").unlink()
     tensors = load_file(folder / name)
