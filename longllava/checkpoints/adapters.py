@@ -173,6 +173,8 @@ def merge_(model: Model, adapter: Adapter, where: str | Path, source: str | Path
     """
     import torch
 
+    from longllava.quant import float_places
+
     parameters = dict(model.named_parameters())
     wanted: dict[str, tuple[int, ...]] = {
         f"{module}.weight": (b.shape[0], a.shape[1]) for module, (a, b) in adapter.pairs.items()
@@ -180,6 +182,11 @@ def merge_(model: Model, adapter: Adapter, where: str | Path, source: str | Path
     wanted |= {name: tuple(tensor.shape) for name, tensor in adapter.whole.items()}
     wrong = [name for name, shape in wanted.items()
              if name not in parameters or tuple(parameters[name].shape) != tuple(shape)]  # fmt: skip
+    if held := float_places(model).keys() & wrong:
+        raise CheckpointError(
+            f"{where}: adapters go into weights of floats, and {source} has {listed(sorted(held))} in int8; merge with"
+            " the floats, then quantise"
+        )
     if wrong:
         raise CheckpointError(
             f"{where}: the adapter is of another model: {listed(wrong)}; it was trained on {adapter.base!r}"

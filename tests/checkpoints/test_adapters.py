@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from longllava.checkpoints import load_model
-from longllava.checkpoints.adapters import merge_, read_adapter
+from longllava.checkpoints import load_model, quantize_folder
+from longllava.checkpoints.adapters import merge, merge_, read_adapter
 from longllava.errors import CheckpointError
 from tests.checkpoints.folders import save
 
@@ -71,3 +71,14 @@ def test_adapters_whose_bases_lead_in_a_circle_are_refused(tmp_path: Path) -> No
         told = f"{tmp_path / found / 'adapter_config.json'}: base_model_name_or_path leads back to this folder"
         with pytest.raises(CheckpointError, match=re.escape(told)):
             load_model(tmp_path / own)
+
+
+def test_an_adapter_of_floats_is_not_of_another_model_than_their_int8_form(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = save(tmp_path / "base")
+    theirs = peft.get_peft_model(load_model(base), peft.LoraConfig(r=4, target_modules=["in_proj"]))
+    theirs.save_pretrained(folder := tmp_path / "adapter")
+    int8 = quantize_folder(base, tmp_path / "int8")
+    told = r"adapters go into weights of floats, and .*int8 has backbone.*in_proj.weight.* in int8; merge with"
+    with pytest.raises(CheckpointError, match=told):
+        merge(int8, folder, tmp_path / "out")
