@@ -76,6 +76,8 @@ class Plan:
         self.config, self.tokenizer = open_config(name)
         if request.int8 and self.config.int8 is None:
             self.config = dataclasses.replace(self.config, int8=Int8Config())
+        if self.config.int8 is not None and request.dtype == torch.float16:
+            raise InputError("dtype: float16 ends at 65504, sums of int8 layers do not; plan bfloat16 or float32")
         if request.images and self.config.encoder is None:
             raise InputError(f"model {self.config.name!r} reads text only; plan it with --images 0")
         with torch.device("meta"):

@@ -90,6 +90,8 @@ def test_what_cannot_be_planned():
         plan(tokens_per_image=100)
     with pytest.raises(InputError, match="images: got -1, expected at least 0"):
         plan(images=-1)
+    with pytest.raises(InputError, match="dtype: float16 ends at 65504"):  # nor is it loaded so
+        plan(int8=True, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("name", ["images", "text_tokens", "answer_tokens", "chunk_tokens"])
