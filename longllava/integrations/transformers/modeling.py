@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longllava.bridges import pool_features
@@ -23,8 +23,9 @@ from longllava.checkpoints.int8 import write_manifest
 from longllava.checkpoints.write import SHARDS, remove_stale
 from longllava.errors import InputError
 from longllava.generation.prefill import MAX_BATCH, PIXELS_PER_BATCH
-from longllava.integrations.transformers.cache import CACHE, LongLLaVACache, check_padding, check_prompt, context
+from longllava.integrations.transformers.cache import CACHE, LongLLaVACache, context
 from longllava.integrations.transformers.configuration import LongLLaVAConfig, token_ids
+from longllava.integrations.transformers.generation import LongLLaVAGenerationMixin
 from longllava.integrations.transformers.loading import (
     as_one_dtype_,
     checked_device_map,
@@ -41,7 +42,7 @@ from longllava.train.loss import answer_loss
 CHUNK_TOKENS = 2048  # of all rows, prefilled at a time: 144,000 tokens of a 9B at once are 4.7 GB in each Mamba layer
 
 
-class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class LongLLaVAForConditionalGeneration(PreTrainedModel, LongLLaVAGenerationMixin):
     """Text, and pictures where the attention mask is 1 and the id is config.image_token_id, to the next token.
 
     Without an encoder it reads text only: AutoModelForCausalLM makes it too. An encoder is frozen unless its parameters
@@ -252,42 +253,6 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.encoder is not None and not self.encoder_trains():
             self.encoder.eval()
         return self
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict, *rest: Any
-    ) -> None:
-        """Room for the prompt and all that is to come, at once. Raises: InputError for rows that end in padding."""
-        check_padding(model_kwargs.get("attention_mask"))
-        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE] = LongLLaVACache(generation_config.max_length)
-
-    def _expand_inputs_for_generation(  # type: ignore[override]
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        """Rows that are repeated, for beams and several answers, each bring all of their pictures."""
-        pixels_N3PP = kwargs.pop("pixel_values", None)
-        if pixels_N3PP is not None and len(pixels_N3PP) and expand_size > 1:
-            mask_BS, n_tokens = kwargs.get("attention_mask"), kwargs.get("tokens_per_image")
-            _, n_images_B = self.slots(input_ids, mask_BS, 0, len(pixels_N3PP), n_tokens)
-            pixels_N3PP = torch.cat([own for own in pixels_N3PP.split(n_images_B) for _ in range(expand_size)])
-        rows = (expand_size, is_encoder_decoder, input_ids)
-        ids, kwargs = super()._expand_inputs_for_generation(*rows, **kwargs)  # type: ignore[misc]
-        return ids, {**kwargs, "pixel_values": pixels_N3PP}
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Any, *arguments: Any, inputs_embeds: Any = None, pixel_values: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Pictures are read with the prompt, once. generate looks here for the name of inputs_embeds."""
-        if kwargs.get("is_first_iteration"):
-            check_prompt((input_ids if inputs_embeds is None else inputs_embeds).shape[1], kwargs.get(CACHE))
-        given = {**kwargs, "inputs_embeds": inputs_embeds}
-        inputs = super().prepare_inputs_for_generation(input_ids, *arguments, **given)  # type: ignore[misc]
-        if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
-            inputs["pixel_values"] = pixel_values
-        # the mask and the cache know places; the others are of generate itself
-        for name in ("position_ids", "tokenizer", "assistant_tokenizer"):
-            inputs.pop(name, None)
-        return inputs
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.embed_tokens

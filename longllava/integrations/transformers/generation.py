@@ -1,0 +1,63 @@
+"""What transformers' generate asks of a model, where its own answer would not do for ours.
+
+B rows, L tokens of a prompt, N pictures.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from longllava.integrations.transformers.cache import CACHE, LongLLaVACache, check_padding, check_prompt
+from longllava.integrations.transformers.configuration import LongLLaVAConfig
+
+
+class LongLLaVAGenerationMixin(GenerationMixin):
+    """For a model whose pictures stand among its ids. transformers knows who can generate by this name's end."""
+
+    config: LongLLaVAConfig
+
+    if TYPE_CHECKING:  # of the model
+
+        def slots(
+            self, ids_BL: Tensor, mask_BS: Tensor | None, past: int, n_images: int, n_tokens: int | None
+        ) -> tuple[Tensor, list[int]]: ...
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict, *rest: Any
+    ) -> None:
+        """Room for the prompt and all that is to come, at once. Raises: InputError for rows that end in padding."""
+        check_padding(model_kwargs.get("attention_mask"))
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = LongLLaVACache(generation_config.max_length)
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Rows that are repeated, for beams and several answers, each bring all of their pictures."""
+        pixels_N3PP = kwargs.pop("pixel_values", None)
+        if pixels_N3PP is not None and len(pixels_N3PP) and expand_size > 1:
+            mask_BS, n_tokens = kwargs.get("attention_mask"), kwargs.get("tokens_per_image")
+            _, n_images_B = self.slots(input_ids, mask_BS, 0, len(pixels_N3PP), n_tokens)
+            pixels_N3PP = torch.cat([own for own in pixels_N3PP.split(n_images_B) for _ in range(expand_size)])
+        rows = (expand_size, is_encoder_decoder, input_ids)
+        ids, kwargs = super()._expand_inputs_for_generation(*rows, **kwargs)  # type: ignore[misc]
+        return ids, {**kwargs, "pixel_values": pixels_N3PP}
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, *arguments: Any, inputs_embeds: Any = None, pixel_values: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Pictures are read with the prompt, once. generate looks here for the name of inputs_embeds."""
+        if kwargs.get("is_first_iteration"):
+            check_prompt((input_ids if inputs_embeds is None else inputs_embeds).shape[1], kwargs.get(CACHE))
+        given = {**kwargs, "inputs_embeds": inputs_embeds}
+        inputs = super().prepare_inputs_for_generation(input_ids, *arguments, **given)  # type: ignore[misc]
+        if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
+            inputs["pixel_values"] = pixel_values
+        # the mask and the cache know places; the others are of generate itself
+        for name in ("position_ids", "tokenizer", "assistant_tokenizer"):
+            inputs.pop(name, None)
+        return inputs
