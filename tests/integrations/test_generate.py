@@ -54,6 +54,18 @@ def test_rows_that_end_in_padding_are_not_answered(model, processor):
         torch.testing.assert_close(*losses)
 
 
+@pytest.mark.parametrize("pad", [2, 0], ids=["eos", "picture"])  # Trainer sets the tokenizer's, where pictures stand
+def test_without_a_mask_pad_ids_before_a_row_are_padding_and_within_it_pictures(library, model, processor, pad):
+    model.generation_config.pad_token_id = pad
+    for talks in (TALKS, TALKS[1:2], [TALKS[0], [user("a")]]):
+        inputs = prepared(processor, talks)
+        del inputs["attention_mask"]
+        assert answers(model, processor, inputs) == [library.generate(talk, max_new_tokens=N_NEW) for talk in talks]
+    right = prepared(processor, [TALKS[0], [user("a")]], padding_side="right")
+    with pytest.raises(InputError, match="attention_mask: rows end in padding, .* pad on the left"):
+        model.generate(right["input_ids"], max_new_tokens=1)
+
+
 def test_a_prompt_is_read_in_chunks(monkeypatch, library, model, processor):
     expected = [library.generate(talk, max_new_tokens=N_NEW) for talk in TALKS]
     inputs = prepared(processor, TALKS)

@@ -26,6 +26,16 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             self, ids_BL: Tensor, mask_BS: Tensor | None, past: int, n_images: int, n_tokens: int | None
         ) -> tuple[Tensor, list[int]]: ...
 
+    def _prepare_attention_mask_for_generation(  # type: ignore[override]
+        self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict
+    ) -> Tensor:
+        """Where no mask is given pad ids at a row's ends are padding, those between them are pictures' places."""
+        ids_BL = given if (given := model_kwargs.get("input_ids")) is not None and given.shape[1] else inputs_tensor
+        if ids_BL.ndim != 2 or self.config.image_token_id is None:  # embeddings
+            return torch.ones(ids_BL.shape[:2], dtype=torch.long, device=ids_BL.device)
+        real_BL = (ids_BL != self.config.image_token_id).long()
+        return real_BL.cummax(1).values & real_BL.flip(1).cummax(1).values.flip(1)
+
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict, *rest: Any
     ) -> None:
