@@ -66,6 +66,18 @@ def test_without_a_mask_pad_ids_before_a_row_are_padding_and_within_it_pictures(
         model.generate(right["input_ids"], max_new_tokens=1)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_rows_that_are_done_wait_for_the_others(model, processor, use_cache):
+    """Also where they go on with the id on which pictures stand, which without a cache are looked for at each step."""
+    inputs = prepared(processor, TALKS)
+    ids = model.generate(**inputs, max_new_tokens=N_NEW, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    ends = {"eos_token_id": [int(ids[0, 3])], "use_cache": use_cache}
+    assert (ids[1:, :5] != ids[0, 3]).all()
+    expected = answers(model, processor, inputs, **ends, pad_token_id=2)
+    assert expected[0] == processor.decode(ids[0, :4], skip_special_tokens=True)
+    assert answers(model, processor, inputs, **ends, pad_token_id=0) == expected
+
+
 def test_a_prompt_is_read_in_chunks(monkeypatch, library, model, processor):
     expected = [library.generate(talk, max_new_tokens=N_NEW) for talk in TALKS]
     inputs = prepared(processor, TALKS)

@@ -26,6 +26,13 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             self, ids_BL: Tensor, mask_BS: Tensor | None, past: int, n_images: int, n_tokens: int | None
         ) -> tuple[Tensor, list[int]]: ...
 
+    def _prepare_special_tokens(self, generation_config: Any, *rest: Any, **named: Any) -> None:  # type: ignore[override]
+        """Rows that are done do not go on with the id on which pictures stand, which Trainer sets and callers give,
+        where these are looked for at each step: without a cache."""
+        if generation_config.use_cache is False and generation_config.pad_token_id == self.config.image_token_id:
+            generation_config.pad_token_id = self.config.eos_token_id
+        super()._prepare_special_tokens(generation_config, *rest, **named)  # type: ignore[misc]
+
     def _prepare_attention_mask_for_generation(  # type: ignore[override]
         self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict
     ) -> Tensor:
