@@ -249,3 +249,22 @@ def test_what_has_no_meaning_here_is_refused(model, processor):
     assert cache.get_seq_length() == 0 and not cache.is_initialized
     with pytest.raises(InputError, match="resize_token_embeddings"):
         model.resize_token_embeddings(100)
+
+
+def test_ways_to_generate_that_there_are_not_are_refused(model, processor):
+    """The cache is of one kind; a prompt is read in chunks anyway; healed, it would lose its pictures and special
+    tokens; continuous batching is attention's alone, and ended in a thread, of which generate gave the bare prompt."""
+    inputs = prepared(processor, TALKS[0])
+    expected = answers(model, processor, inputs)
+    assert answers(model, processor, inputs, cache_implementation="dynamic") == expected
+    for change, words in (
+        ({"cache_implementation": "quantized"}, "cache_implementation: got 'quantized', allowed: 'dynamic'"),
+        ({"cache_implementation": "static"}, "cache_implementation: got 'static', allowed: 'dynamic'"),
+        ({"prefill_chunk_size": 5}, "prefill_chunk_size: a prompt is read in chunks as it is"),
+        ({"token_healing": True, "tokenizer": processor.tokenizer}, "token_healing: a prompt's pictures and special"),
+        ({"cache_implementation": "paged"}, "continuous batching: .* give generate padded rows"),
+    ):
+        with pytest.raises(InputError, match=words):
+            answers(model, processor, inputs, **change)
+    with pytest.raises(InputError, match="continuous batching"):
+        model.generate_batch(inputs["input_ids"].tolist())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
+from longllava.errors import InputError
 from longllava.integrations.transformers.cache import CACHE, LongLLaVACache, check_padding, check_prompt
 from longllava.integrations.transformers.configuration import LongLLaVAConfig
 
@@ -47,9 +48,14 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         self, generation_config: Any, model_kwargs: dict, *rest: Any
     ) -> None:
         """Room for the prompt and all that is to come, at once. Raises: InputError for rows that end in padding."""
+        check_settings(generation_config)
         check_padding(model_kwargs.get("attention_mask"))
         if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE] = LongLLaVACache(generation_config.max_length)
+
+    def init_continuous_batching(self, *arguments: Any, **named: Any) -> Any:
+        """What generate_batch begins with, and generate where a paged cache is asked for."""
+        raise InputError("continuous batching: a Mamba layer's state has no pages; give generate padded rows")
 
     def _expand_inputs_for_generation(  # type: ignore[override]
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
@@ -78,3 +84,13 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         for name in ("position_ids", "tokenizer", "assistant_tokenizer"):
             inputs.pop(name, None)
         return inputs
+
+
+def check_settings(generation_config: Any) -> None:
+    """Raises: InputError for settings that would be heeded by nobody, or lose a part of the prompt."""
+    if (asked := generation_config.cache_implementation) not in (None, "dynamic"):
+        raise InputError(f"cache_implementation: got {asked!r}, allowed: 'dynamic'; layers have their own states")
+    if generation_config.prefill_chunk_size is not None:
+        raise InputError("prefill_chunk_size: a prompt is read in chunks as it is; leave it out")
+    if generation_config.token_healing:
+        raise InputError("token_healing: a prompt's pictures and special tokens would be lost; leave it out")
