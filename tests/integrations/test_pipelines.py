@@ -21,10 +21,17 @@ def test_pipeline_of_messages_and_of_pictures(library, pipe):
     assert said == library.generate(TALKS[2], max_new_tokens=N_NEW)
     asked = pipe(images=PICTURES[1], text="what is <image> ?", max_new_tokens=N_NEW, return_full_text=False)
     assert asked[0]["generated_text"] == library.generate("what is <image> ?", PICTURES[1], max_new_tokens=N_NEW)
-    both = pipe(text=TALKS[1:], max_new_tokens=N_NEW)  # one by one: transformers' own batching has no place for pixels
-    assert [row[0]["generated_text"][-1]["content"] for row in both] == [
-        library.generate(talk, max_new_tokens=N_NEW) for talk in TALKS[1:]
-    ]
+    expected = [library.generate(talk, max_new_tokens=N_NEW) for talk in TALKS[1:]]
+    for batch_size in (1, 2):
+        both = pipe(text=TALKS[1:], max_new_tokens=N_NEW, batch_size=batch_size)
+        assert [row[0]["generated_text"][-1]["content"] for row in both] == expected
+
+
+def test_a_pipeline_that_was_saved_is_the_same(library, pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = pipeline("image-text-to-text", model=str(tmp_path), device="cpu")
+    said = again(text=TALKS[2], max_new_tokens=N_NEW, return_full_text=False)[0]["generated_text"]
+    assert said == library.generate(TALKS[2], max_new_tokens=N_NEW)
 
 
 def test_pipeline_of_text_for_a_model_without_eyes(tmp_path):

@@ -99,6 +99,11 @@ class LongLLaVAProcessor(ProcessorMixin):
         return {"processor_class": type(self).__name__}
 
     @property
+    def image_processor(self) -> LongLLaVAProcessor:
+        """Itself: pipelines ask it how pixels are padded, which they are not, and then make batches of them."""
+        return self
+
+    @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values"]
 
