@@ -209,6 +209,9 @@ def test_bytes_of_another_dtype_are_not_taken_as_normalised(model, processor):
     for dtype in (torch.int64, torch.float32, torch.bfloat16):
         with pytest.raises(InputError, match=rf"pixel_values: got {dtype} from 0 to 255, expected uint8, as the proc"):
             answers(model, processor, {**inputs, "pixel_values": pixels.to(dtype)})
+    normalised[1, 0, 3, 3] = torch.nan  # as a division by a standard deviation of 0 leaves it
+    with pytest.raises(InputError, match="pixel_values: got torch.float32 from nan to nan, expected uint8"):
+        answers(model, processor, {**inputs, "pixel_values": normalised})
 
 
 def test_pictures_and_places_must_agree(model, processor):

@@ -235,7 +235,7 @@ def check_pixels(pixels_N3SS: torch.Tensor, encoder: Mapping[str, Any]) -> None:
     if pixels_N3SS.dtype == torch.uint8:
         return
     brightest = max(max(mean, 1 - mean) / std for mean, std in zip(encoder["mean"], encoder["std"]))
-    if not pixels_N3SS.is_floating_point() or bool(pixels_N3SS.abs().max() > 2 * brightest):
+    if not pixels_N3SS.is_floating_point() or not bool(pixels_N3SS.abs().max() <= 2 * brightest):  # NaN too
         raise InputError(
             f"pixel_values: got {pixels_N3SS.dtype} from {pixels_N3SS.min():g} to {pixels_N3SS.max():g}, expected"
             f" uint8, as the processor gives them, or normalised floats, which end at {brightest:.2g}"
