@@ -190,6 +190,14 @@ def test_room_is_made_once(model, processor):
     assert keys.shape[1] == inputs["input_ids"].shape[1] + N_NEW
 
 
+def test_an_answer_of_no_stated_end_takes_no_room_for_one(model, processor):
+    inputs = prepared(processor, TALKS[1])
+    ends = {"do_sample": False, "eos_token_id": list(range(model.config.vocab_size))}
+    with torch.no_grad():
+        found = model.generate(**inputs, max_new_tokens=10**12, **ends)
+    assert found.shape[1] == inputs["input_ids"].shape[1] + 1
+
+
 def test_streamed_text_is_the_answer(library, model, processor):
     inputs = prepared(processor, TALKS[1])
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -40,6 +40,7 @@ from longllava.quant import quantize_
 from longllava.train.loss import answer_loss
 
 CHUNK_TOKENS = 2048  # of all rows, prefilled at a time: 144,000 tokens of a 9B at once are 4.7 GB in each Mamba layer
+ANSWER_TOKENS = 16_384  # that room is made for at once, 256 MiB in a 9B: max_new_tokens may stand for no end at all
 
 
 class LongLLaVAForConditionalGeneration(PreTrainedModel, LongLLaVAGenerationMixin):
@@ -181,7 +182,7 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, LongLLaVAGenerationMixi
             return self.backbone(x_BLD, ctx)[0]
         state = cache.state_of(batch)
         if state is None:
-            room = max(cache.capacity, length)
+            room = length + min(max(0, cache.capacity - length), ANSWER_TOKENS)
             state = self.backbone.empty_state(batch, room, x_BLD.device, self.backbone.embed_tokens.weight.dtype)
         step = length if torch.is_grad_enabled() else max(1, CHUNK_TOKENS // batch)
         parts = []
