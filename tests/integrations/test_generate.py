@@ -154,6 +154,16 @@ def test_a_cache_goes_on_where_it_was(library, model, processor):
             **begun, use_cache=True)[CACHE]}, max_new_tokens=1)  # fmt: skip
 
 
+def test_a_cache_knows_its_padding_where_no_mask_is_given(model, processor):
+    """Positions are counted from a row's first token, on which log_length_scale looks."""
+    inputs = prepared(processor, TALKS)
+    more = torch.tensor([[300, 301], [302, 303], [304, 305]])
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], dim=1)
+    with torch.no_grad():
+        given, none = (model(more, attention_mask=mask, **{CACHE: model(**inputs)[CACHE]}) for mask in (mask, None))
+    torch.testing.assert_close(none.logits, given.logits, rtol=0, atol=0)
+
+
 def test_a_prompt_that_the_cache_holds_already_is_not_read_again(model, processor):
     """generate would hand over all of it, or, of a shorter one, a part: an answer to a prompt and a half."""
     inputs = prepared(processor, TALKS[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -73,6 +74,13 @@ class LongLLaVACache(Cache):
             raise InputError(f"{CACHE}: its rows are {self.batch_size}, those of this call {rows}; for beams"
                              " and several answers repeat them with batch_repeat_interleave")  # fmt: skip
         return self.state
+
+    def mask(self, length: int) -> Tensor | None:
+        """(B, S): 1 for each token that is held, 0 for padding, and `length` ones; None where nothing is padding."""
+        attention = next((layer for layer in self.state or () if isinstance(layer, AttentionState)), None)
+        if attention is None or attention.buffer.seq_idx_BS is None:
+            return None
+        return F.pad((attention.buffer.seq_idx_BS[:, : attention.length] >= 0).long(), (0, length), value=1)
 
     def reset(self) -> None:
         self.state, self.n_tokens = None, 0

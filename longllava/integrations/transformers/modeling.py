@@ -177,7 +177,7 @@ class LongLLaVAForConditionalGeneration(PreTrainedModel, LongLLaVAGenerationMixi
         """Hidden states (B, L, D), or of at least the last `keep` tokens. With a cache and no gradients in chunks."""
         batch, length, _ = x_BLD.shape
         start = cache.n_tokens if cache else 0
-        ctx = context(mask_BS, start, batch, length)
+        ctx = context(cache.mask(length) if cache and mask_BS is None else mask_BS, start, batch, length)
         if cache is None:
             return self.backbone(x_BLD, ctx)[0]
         state = cache.state_of(batch)
