@@ -22,6 +22,7 @@ from longllava.inputs.chat import Markup, Piece, Plain
 from longllava.model import Model
 from longllava.nn import AttentionState, MambaState, State
 from longllava.nn.cache import Segment
+from longllava.settings import whole_number
 
 if TYPE_CHECKING:
     from longllava.generation.session import Session
@@ -150,6 +151,9 @@ def load_into_(session: Session, path: str | Path, asked: Collection[str]) -> Se
         for name, expected in dict(about.get("checksums", {})).items():  # none in files of earlier versions
             if name in tensors and checksum(tensors[name]) != expected:
                 raise ValueError(f"the bytes of tensor {name} differ from when it was saved; read the pictures again")
+        for name in ("n_tokens", "n_images"):
+            if whole_number(about[name]) is None or about[name] < 0:
+                raise ValueError(f"{name}: got {about[name]!r}, expected a whole number that is not negative")
         state = state_from(tensors, session.reader, about["n_tokens"])
         kept = {name: value for name, value in dict(about.get("reading", {})).items()  # none in earlier versions'
                 if name in KEPT and name not in asked}  # fmt: skip

@@ -199,6 +199,14 @@ def lose_the_count(about, tensors):
     del about["n_tokens"]
 
 
+def half_a_token(about, tensors):
+    about["n_tokens"] = float(about["n_tokens"])
+
+
+def images_in_words(about, tensors):
+    about["n_images"] = "four"
+
+
 def wrong_piece(about, tensors):
     about["waiting"] = [["image", 0]]
 
@@ -216,6 +224,8 @@ def wrong_text(about, tensors):
         (poison, "not finite"),
         (add_a_tensor, r"unexpected tensors 99\.conv"),
         (lose_the_count, "n_tokens"),
+        (half_a_token, r"n_tokens: got \d+\.0, expected a whole number"),
+        (images_in_words, "n_images: got 'four', expected a whole number"),
         (wrong_piece, "waiting text is int"),
         (wrong_text, "waiting text is int"),
     ],
