@@ -59,6 +59,7 @@ class TextStream:
         if cuts:
             self.done, self.waiting = True, ""
             return text[: min(cuts)]
-        held = max((n for word in self.stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
+        lengths = ((word, n) for word in self.stop for n in range(1, min(len(word), len(text) + 1)))
+        held = max((n for word, n in lengths if text.endswith(word[:n])), default=0)
         self.waiting = text[len(text) - held :]
         return text[: len(text) - held]

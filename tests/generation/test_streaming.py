@@ -108,3 +108,18 @@ def test_stop_ends_generation():
     whole = MODEL.generate("a", PICTURES, max_new_tokens=20)
     stop = whole[len(whole) // 2]
     assert MODEL.generate("a", PICTURES, max_new_tokens=20, stop=stop) == whole[: whole.index(stop)]
+
+
+def test_a_long_stop_string_is_compared_as_far_as_there_is_text():
+    """All beginnings of one of a million characters were made at each token: 500 GB of copies."""
+    ends = []
+
+    class Word(str):
+        def __getitem__(self, part):
+            ends.append(part.stop)
+            return super().__getitem__(part)
+
+    text = TextStream(TOKENIZER, (Word("aab" * 1000),))
+    pieces = [text.push(token) for token in TOKENIZER.encode("caab")]
+    assert "".join([*pieces, text.finish()]).strip() == "caab"
+    assert max(ends) < 10
