@@ -21,13 +21,11 @@ constexpr int ROWS = 12, VECTORS = 2;  // 24 of 32 registers
 constexpr int ROWS = 6, VECTORS = 2;  // 12 of 16
 #endif
 #if defined(LONGLLAVA_AMX)
-constexpr int FEWER_ROWS = 16, PADDING = 64;
+constexpr int PADDING = 64;
 constexpr int ROWS_TOGETHER = 96;  // that a panel of weights meets in turn: 6 KB of 192 inputs stay in the first cache
-constexpr bool OVERLAPS = true;    // a tile is written while the next one is multiplied
 #else
-constexpr int ROWS_TOGETHER = ROWS;
-constexpr bool OVERLAPS = false;
-constexpr int FEWER_ROWS = 3, PADDING = 4;  // PADDING: inputs that a row is filled up to with zeros
+constexpr int PADDING = 4;  // inputs that a row is filled up to with zeros
+constexpr int FEWER_ROWS = 3;
 #endif
 constexpr int TILE_OUTPUTS = VECTORS * WIDTH;
 

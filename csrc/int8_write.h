@@ -1,4 +1,4 @@
-// A tile of int8 products that is finished, on its way to y. Include from *_kernels.cpp only.
+// Rows of int8 sums on their way to y. Include from *_kernels.cpp only.
 #pragma once
 
 #include "int8_pack.h"
@@ -6,24 +6,20 @@
 namespace longllava {
 namespace LONGLLAVA_FORM {
 
-// What a tile needs beside its numbers. `sums` holds what earlier blocks of inputs gave; it is not touched where the
-// first block is the last.
+// Where a tile of sums goes, and what it is multiplied by.
+template <class Out>
 struct Tile {
   const float* row_scale;
   const int32_t* row_sum;
   const float *scale, *bias;
-  int32_t* sums;
-  int64_t sums_row;
-  bool first, last;  // block of inputs
   int rows, outputs;
-  void* y;
-  int64_t y_dtype, y_row;
+  Out* y;
+  int64_t y_row;
 };
 
-template <class Out>
-LONGLLAVA_INLINE void write_some(Out* to, vec y, int lanes) {
-  if (lanes >= WIDTH) store(to, y);
-  else if (lanes > 0) store_some(to, y, lanes);
+// Numbers of outputs first .. first + WIDTH - 1, 0 from n on.
+LONGLLAVA_INLINE vec load_outputs(const float* from, int first, int n) {
+  return n - first >= WIDTH ? load(from + first) : n > first ? load_some(from + first, n - first) : vec{};
 }
 
 template <class Out>
@@ -39,52 +35,50 @@ LONGLLAVA_INLINE void write_whole(uint16_t* to, const vec (&y)[VECTORS]) {
 }
 #endif
 
-// A tile whose sums are there, scaled and written some rows at a time.
-template <class Dot>
-struct Finished {
-  ivec sums[ROWS][VECTORS];
-  Tile t;
+template <class Out>
+LONGLLAVA_INLINE void write_some(Out* to, const vec (&y)[VECTORS], int n) {
+  for (int j = 0; j < VECTORS; ++j) {
+    const int lanes = n - j * WIDTH;
+    if (lanes >= WIDTH) store(to + j * WIDTH, y[j]);
+    else if (lanes > 0) store_some(to + j * WIDTH, y[j], lanes);
+  }
+}
+
+// MOST rows of a tile from `first` on, or what there is of them. Factors are loaded once for all.
+template <class Dot, int MOST, class Out>
+LONGLLAVA_INLINE void write_rows(const Tile<Out>& t, const ivec (*sums)[VECTORS], int first) {
   vec scale[VECTORS], bias[VECTORS];
-  int row = 0, rows = 0;  // the next one, their number
-
-  void open(const Tile& tile, int most) {
-    t = tile;
-    row = 0;
-    rows = t.rows < most ? t.rows : most;
-    for (int j = 0; j < VECTORS; ++j) {
-      const int left = t.outputs - j * WIDTH, lanes = left > 0 ? left : 0;
-      scale[j] = lanes >= WIDTH ? load(t.scale + j * WIDTH) : load_some(t.scale + j * WIDTH, lanes);
-      bias[j] = vec{};
-      if (t.bias != nullptr) bias[j] = lanes >= WIDTH ? load(t.bias + j * WIDTH) : load_some(t.bias + j * WIDTH, lanes);
-    }
-  }
-
-  void write(int n) {
-    const int end = row + n < rows ? row + n : rows;
-    if (t.y_dtype == DTYPE_FLOAT32) write_rows(static_cast<float*>(t.y), end);
-    else write_rows(static_cast<uint16_t*>(t.y), end);
-    row = end;
-  }
-
- private:
-  template <class Out>
-  void write_rows(Out* y, int end) {
-    const bool whole = t.outputs >= TILE_OUTPUTS;
-    y += row * t.y_row;
-    for (int i = row; i < end; ++i, y += t.y_row) {
-      const uint32_t offset = Dot::OFFSET == 0 ? 0u : uint32_t(Dot::OFFSET) * uint32_t(t.row_sum[i]);
-      vec out[VECTORS];
 #pragma GCC unroll 4
-      for (int j = 0; j < VECTORS; ++j) {
-        const vec sum = __builtin_convertvector((ivec)((uvec)sums[i][j] - offset), vec);
-        out[j] = sum * scale[j] * t.row_scale[i] + bias[j];
-      }
-      if (whole) write_whole(y, out);
-      else
-        for (int j = 0; j < VECTORS; ++j) write_some(y + j * WIDTH, out[j], t.outputs - j * WIDTH);
-    }
+  for (int j = 0; j < VECTORS; ++j) {
+    scale[j] = load_outputs(t.scale, j * WIDTH, t.outputs);
+    bias[j] = t.bias != nullptr ? load_outputs(t.bias, j * WIDTH, t.outputs) : vec{};
   }
-};
+  const int rows = t.rows - first < MOST ? t.rows - first : MOST;
+  const float* row_scale = t.row_scale + first;
+  const int32_t* row_sum = t.row_sum + first;
+  Out* y = t.y + first * t.y_row;
+  const int64_t y_row = t.y_row;
+  sums += first;
+  const auto scaled = [&](int i, vec(&out)[VECTORS]) __attribute__((always_inline)) {
+    const uint32_t offset = Dot::OFFSET == 0 ? 0u : uint32_t(Dot::OFFSET) * uint32_t(row_sum[i]);
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j)
+      out[j] = __builtin_convertvector((ivec)((uvec)sums[i][j] - offset), vec) * scale[j] * row_scale[i] + bias[j];
+  };
+  vec out[VECTORS];
+  if (rows == MOST && t.outputs >= TILE_OUTPUTS) {
+#pragma GCC unroll 4
+    for (int i = 0; i < MOST; ++i, y += y_row) {
+      scaled(i, out);
+      write_whole(y, out);
+    }
+    return;
+  }
+  for (int i = 0; i < rows; ++i, y += y_row) {
+    scaled(i, out);
+    write_some(y, out, t.outputs);
+  }
+}
 
 }  // namespace LONGLLAVA_FORM
 }  // namespace longllava
