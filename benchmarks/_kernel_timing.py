@@ -25,6 +25,11 @@ def grad_of(y: torch.Tensor) -> torch.Tensor:
     return torch.randn(y.shape, generator=random, device=y.device).to(y.dtype)
 
 
+def wanting_gradients(args: Sequence[Any]) -> list[Any]:
+    """The same numbers as leaves. Of these, not of plain tensors, a backend says that it has no backward."""
+    return [x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+
+
 def prepare(backend: Backend, args: Sequence[Any], direction: str) -> tuple[Call, list[torch.Tensor | None]]:
     """A call to time, and what shows whether it is right: outputs, or the gradient of each argument, None for some."""
     if direction != BACKWARD:
@@ -34,7 +39,7 @@ def prepare(backend: Backend, args: Sequence[Any], direction: str) -> tuple[Call
                 return backend.run(*args)
 
         return (graph_of_steps(backend, args) if direction == STEP else forward), list(forward())
-    args = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    args = wanting_gradients(args)
     leaves = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
     y = backend.run(*args)[0]
     grad_y = grad_of(y)

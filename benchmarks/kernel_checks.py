@@ -29,7 +29,7 @@ from unittest.mock import patch
 
 import torch
 import typer
-from _kernel_timing import grad_of, judge_of_some_channels, prepare, worst_error
+from _kernel_timing import grad_of, judge_of_some_channels, prepare, wanting_gradients, worst_error
 from _options import check_target
 
 from longllava.cli import run
@@ -82,8 +82,7 @@ def gradient_rows(name: str, op: Any, case: Any, backends: Sequence[Backend]) ->
     grad_y = grad_of(args[0])
 
     def gradients(run: Callable[..., Any], given: Sequence[Any]) -> list[torch.Tensor]:
-        given = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-                 for x in given]  # fmt: skip
+        given = wanting_gradients(given)
         y, state = run(*given)
         leaves = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
         wanted = [grad_y.to(y.dtype), torch.ones_like(state)]
@@ -94,7 +93,7 @@ def gradient_rows(name: str, op: Any, case: Any, backends: Sequence[Backend]) ->
     bounds = [3 * worst_error([f], [t]) + 5 * SLACK[case.dtype] for f, t in zip(floor, truth, strict=True)]
     for backend in backends:
         row = {"op": name, "what": f"gradients, {case.name}", "backend": backend.name}
-        if (reason := backend.why_not(*args)) is not None or backend.name == "upstream":
+        if (reason := backend.why_not(*wanting_gradients(args))) is not None or backend.name == "upstream":
             yield row | {"skipped": reason or "has no gradient of the state"}
             continue
         errors = [worst_error([g], [t]) for g, t in zip(gradients(backend.run, args), truth, strict=True)]
@@ -124,9 +123,10 @@ def pieces_rows(name: str, case: Any, backends: Sequence[Backend], names: Sequen
 
 def repeat_rows(name: str, case: Any, backends: Sequence[Backend], direction: str) -> Iterator[Row]:
     args = case.inputs(device="cuda")
+    asked = wanting_gradients(args) if direction == "backward" else args
     for backend in backends:
         row = {"op": name, "what": f"{RUNS} runs {direction}, {case.name}", "backend": backend.name}
-        if (reason := backend.why_not(*args)) is not None:
+        if (reason := backend.why_not(*asked)) is not None:
             yield row | {"skipped": reason}
             continue
         call, first = prepare(backend, args, direction)

@@ -22,8 +22,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from _kernel_ops import OPS, STEP, Op
-from _kernel_timing import LAYERS, ceilings, interleaved, judge_of_some_channels, prepare, worst_error
+from _kernel_ops import BACKWARD, OPS, STEP, Op
+from _kernel_timing import (
+    LAYERS,
+    ceilings,
+    interleaved,
+    judge_of_some_channels,
+    prepare,
+    wanting_gradients,
+    worst_error,
+)
 from _options import check_target
 
 from longllava.cli import run
@@ -44,8 +52,9 @@ def rows_of(op: Op, case: Any, direction: str, device: str, limits: dict[str, fl
     truth, cut = None, lambda x: x
     if device != "cpu" and op.judge is not None:
         truth, cut = judge_of_some_channels(op.judge, args, direction)
+    asked = wanting_gradients(args) if direction == BACKWARD else args
     for backend in reversed(op.backends):  # the judge first
-        row, reason = rows[backend.name], backend.why_not(*args)
+        row, reason = rows[backend.name], backend.why_not(*asked)
         if reason is None and truth is not None and device != "cpu" and backend.name in ("blocked", "reference"):
             reason = "judges in fp64, on some channels"
         if reason is not None:

@@ -7,12 +7,18 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from longllava.errors import InputError, LongLLaVAError
+from longllava.ops import causal_conv1d
+from longllava.ops.attention.cases import Case as AttentionCase
+from longllava.ops.causal_conv1d.cases import PLAIN
+from longllava.ops.dispatch import Backend
 from tests.evals.scripts import BENCHMARKS, load_script
 
 
@@ -173,6 +179,23 @@ def test_checks_of_kernels_that_are_cut_off_keep_what_they_have(quick: bool, tmp
         module.checks(quick=quick, output=tmp_path / "checks.json")
     kept = json.loads((tmp_path / "checks.json").read_text("utf-8"))
     assert not kept["finished"] and [row["what"] for row in kept["rows"]] == ["1"]
+
+
+def test_a_backend_that_has_no_backward_is_left_out_where_gradients_are_timed_or_checked() -> None:
+    """Attention's Triton kernels ended a run on a GPU: plain tensors they take, and what they give has no gradient."""
+
+    def why_not(x, *rest):
+        return "has no backward" if x.requires_grad else None
+
+    forward_only = Backend("triton", lambda x, *rest: (x.detach(), x.detach()), why_not)
+    kernels, checks = load_script("kernels"), load_script("kernel_checks")
+    op = next(op for op in kernels.OPS if op.name == "attention")
+    small = AttentionCase(name="small", n_queries=4, n_keys=4, n_heads=2, n_groups=1, head_dim=8)
+    rows = kernels.rows_of(replace(op, backends=(forward_only, *op.backends)), small, "backward", "cpu", {})
+    case = SimpleNamespace(name="small", dtype=torch.float32, inputs=lambda device: PLAIN.inputs())
+    rows = [rows[0], *checks.gradient_rows("conv", causal_conv1d, case, [forward_only]),
+            *checks.repeat_rows("conv", case, [forward_only], "backward")]  # fmt: skip
+    assert [row["skipped"] for row in rows] == ["has no backward"] * 3
 
 
 @pytest.mark.parametrize("script", ["kernels", "kernel_checks"])
