@@ -97,7 +97,7 @@ def decode_many(reader: Reader, last_BD: Tensor, state: State, next_B: Tensor, s
             going[row] = going[row] and token != tokenizer.eos_id and not texts[row].done
         return any(going)
 
-    if is_static(reader):
+    if is_static(reader, n_rows):
         for tokens in static_tokens(reader, last_BD, state, next_B, sampling, generators):
             if not take(tokens):
                 break

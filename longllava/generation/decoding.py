@@ -24,12 +24,12 @@ CAPTURING = threading.Lock()  # one answer's thread at a time: they share a devi
 AHEAD = 4  # steps that a GPU is given before the oldest one's tokens are looked at
 
 
-def is_static(reader: Reader) -> bool:
-    """Whether answers are decoded here: on one GPU, unless a layer asks the host where its rows go."""
-    if reader.model.backbone.layer_devices is not None:
+def is_static(reader: Reader, n_rows: int = 1) -> bool:
+    """Whether so many answers are decoded here: on one GPU, unless a layer asks the host where its rows go."""
+    if reader.model.backbone.layer_devices is not None or reader.device.type != "cuda":
         return False
-    experts = [m.experts for m in reader.model.modules() if isinstance(m, MixtureOfExperts)]
-    return reader.device.type == "cuda" and all(getattr(e, "asks_no_host", False) for e in experts)
+    mixtures = [m for m in reader.model.modules() if isinstance(m, MixtureOfExperts)]
+    return not any(m.experts.asks_host(n_rows * m.n_per_token) for m in mixtures)
 
 
 def static_tokens(

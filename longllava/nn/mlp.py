@@ -42,6 +42,10 @@ class Experts(nn.ModuleList):
         parts = [expert(x_SD[a:b]) for expert, a, b in zip(self, ends, ends[1:]) if a < b or every]
         return torch.cat(parts) if parts else x_SD
 
+    def asks_host(self, n_rows: int) -> bool:
+        """Whether a GPU would be waited for, with so many rows of one token a sequence: no CUDA graph can hold that."""
+        return True
+
 
 class MixtureOfExperts(nn.Module):
     """Softmax over all experts in fp32, the top few taken and not renormalised (modeling_jamba.py).

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from longllava.encoders.vit import Activation, LayerNorm
 from longllava.nn.norm import RMSNorm
+from longllava.ops import triton_support
 from longllava.ops.fused import rms_norm, swiglu
-from longllava.ops.int8_linear import int8_grouped_linear, int8_linear, quantize_rows, rotate_rows
+from longllava.ops.int8_linear import int8_grouped_linear, int8_linear, quantize_rows, rotate_rows, triton
 from longllava.ops.quantized import Quantized
 from longllava.ops.vision import activated_rows, add_layer_norm
 
@@ -160,9 +161,7 @@ class GroupedWeight(Int8Module):
 
 
 class Int8Experts(nn.Module):
-    """The MLPs of a mixture as two grouped products; stands for nn.mlp.Experts. Nothing waits for the host on a GPU."""
-
-    asks_no_host = True
+    """The MLPs of a mixture as two grouped products; stands for nn.mlp.Experts."""
 
     def __init__(self, n_experts: int, width: int, hidden: int, device: torch.device, up: Inputs, down: Inputs):
         super().__init__()
@@ -182,6 +181,10 @@ class Int8Experts(nn.Module):
             rows = x_TD[token_S]
         both_SF = self.gate_up_proj(rows, offsets, self.up, length)
         return self.down_proj(down_inputs(both_SF, length, self.down), offsets, self.down, length)
+
+    def asks_host(self, n_rows: int) -> bool:
+        """Many rows of one token a sequence meet floats expert by expert, as all do in plain torch."""
+        return n_rows > triton.FEW_ROWS or triton_support.missing() is not None
 
     def slots(self) -> dict[str, Slot]:
         n_experts, width, hidden = self.down_proj.weight_XNK.shape

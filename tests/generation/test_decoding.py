@@ -11,6 +11,8 @@ import torch
 from longllava.errors import LongLLaVAError
 from longllava.generation import Sampling, batch, decoding, session
 from longllava.nn import AttentionState
+from longllava.ops import triton_support
+from longllava.quant import quantize_
 from tests.generation.test_batch import IMAGES, PROMPTS
 from tests.generation.test_session import MODELS, PICTURES, SHORT
 from tests.tiny import tiny_model
@@ -26,7 +28,7 @@ def static(request, monkeypatch):
 
     def turn(on: bool) -> None:
         for module in (batch, session):
-            monkeypatch.setattr(module, "is_static", lambda reader: on)
+            monkeypatch.setattr(module, "is_static", lambda *_: on)
 
     return turn
 
@@ -73,6 +75,25 @@ def test_under_autocast_all_ways_to_talk_still_do(on, static, tmp_path):
         score = album.score("a", "a red heart")
         assert loaded.score("a", "a red heart") == score
     assert all(asked) and all(many) and score.log_probabilities == pytest.approx(truth, abs=0.2)
+
+
+def test_no_graph_is_made_of_rows_for_which_int8_experts_ask_the_host(monkeypatch):
+    """Above 64 rows, two of each answer, the ends of each expert's are read: in a CUDA graph's capture an error."""
+    model = tiny_model(3)
+    quantize_(model.model)
+    reader = model.session().reader
+    monkeypatch.setattr(type(reader), "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(triton_support, "missing", lambda: None)
+    assert decoding.is_static(reader) and decoding.is_static(reader, 32) and not decoding.is_static(reader, 33)
+    monkeypatch.setattr(triton_support, "missing", lambda: "no C compiler")  # plain torch goes from expert to expert
+    assert not decoding.is_static(reader)
+
+
+def test_a_batch_tells_how_many_rows_it_has(monkeypatch):
+    told = []
+    monkeypatch.setattr(batch, "is_static", lambda reader, n_rows: told.append(n_rows))
+    MODELS[3].session().ask_many(QUESTIONS, **SHORT)
+    assert told == [3]
 
 
 def test_logits_that_are_not_finite_are_an_error(static):
@@ -157,7 +178,7 @@ def test_a_graph_gives_what_steps_give(drawn, monkeypatch):
     answers = []
     for on in (False, True):
         for module in (batch, session):
-            monkeypatch.setattr(module, "is_static", lambda reader, on=on: on)
+            monkeypatch.setattr(module, "is_static", lambda *_, on=on: on)
         album = model.session(images=PICTURES[:3])
         options = {**drawn, "max_new_tokens": 50}
         answers.append([*album.ask_many(QUESTIONS, **options), *(album.ask(q, **options) for q in QUESTIONS)])

@@ -210,3 +210,17 @@ def test_offsets_beyond_32_bits() -> None:
     w, scale = reference.quantize_rows(torch.randn(5, 16))
     args = (w, scale, None, None, None, "weight_only", torch.float16)
     assert torch.equal(triton.run(far, *args), triton.run(x, *args))
+
+
+def test_few_rows_of_experts_ask_no_host(monkeypatch) -> None:
+    """What generation/decoding.py captures in a CUDA graph, and what it therefore leaves out."""
+    weight, scale = torch.ones(3, 8, 32, dtype=torch.int8), torch.ones(3, 8)
+    offsets = torch.tensor([0, 5, 5, triton.FEW_ROWS], dtype=torch.int32)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: pytest.fail("the host was asked"))
+
+    def multiply(n_rows: int) -> None:
+        triton.run(torch.ones(n_rows, 32), weight, scale, None, None, offsets, "weight_only", torch.float32)
+
+    multiply(triton.FEW_ROWS)
+    with pytest.raises(pytest.fail.Exception, match="the host was asked"):
+        multiply(triton.FEW_ROWS + 1)
