@@ -65,10 +65,6 @@ def scan_arguments(length: int, channels: int, packed: bool = False) -> tuple[An
     )  # fmt: skip
 
 
-def scan_forward(*arguments: Any) -> None:
-    scan.run(*arguments)
-
-
 def scan_backward(u: torch.Tensor, *rest: Any) -> None:
     *tensors, _, seq_idx = rest
     saved = empty(1, -(-u.shape[1] // launch.CHUNK), u.shape[2], 16, dtype=torch.float32)
@@ -130,11 +126,11 @@ def encoder_passes(quantized: bool) -> None:
             vision.linear_activated(x, up, up[:, 0], activation)
 
 
-CALLS: dict[str, Callable[[], None]] = {
-    "scan 9B, 36,000 tokens": lambda: scan_forward(*scan_arguments(36_000, 8192)),
-    "scan 9B, packed": lambda: scan_forward(*scan_arguments(4096, 8192, packed=True)),
-    "scan 9B, one token": lambda: scan_forward(*scan_arguments(1, 8192)),
-    "scan nano, 2,048 tokens": lambda: scan_forward(*scan_arguments(2048, 512)),
+CALLS: dict[str, Callable[[], Any]] = {
+    "scan 9B, 36,000 tokens": lambda: scan.run(*scan_arguments(36_000, 8192)),
+    "scan 9B, packed": lambda: scan.run(*scan_arguments(4096, 8192, packed=True)),
+    "scan 9B, one token": lambda: scan.run(*scan_arguments(1, 8192)),
+    "scan nano, 2,048 tokens": lambda: scan.run(*scan_arguments(2048, 512)),
     "scan 9B, backward": lambda: scan_backward(*scan_arguments(4096, 8192)),
     "scan nano, packed, backward": lambda: scan_backward(*scan_arguments(4096, 512, packed=True)),
     "conv 9B": lambda: conv_forward(*conv_arguments(36_000, 8192)),
@@ -160,6 +156,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "encoder CLIP-L, int8 output": lambda: encoder_passes(True),
     "attention nano, one token": lambda: attend(1, 36_000, 4, 2, 64),
     "attention 9B in wide numbers": lambda: attend(2048, 36_000, 32, 8, 128, dtype=torch.float32),
+    "int8 of 128 inputs in wide numbers": lambda: int8_product(8192, 128, 4096, dtype=torch.float32),
     "int8 9B, gate and up in wide numbers": lambda: int8_product(8192, 4096, 28672, dtype=torch.float32),
 }
 

@@ -181,14 +181,17 @@ def _product(
     tiles = tiles or choose_tiles(n_rows, n_outputs, n_inputs, aligned, x.device)
     n_tiles = (-(-n_rows // tiles.block_m) + n_experts - 1) * -(-n_outputs // tiles.block_n)
     n_programs = min(n_tiles, triton_support.n_processors(x.device)) if tiles.persistent else n_tiles
-    # fp32 on its way out takes 128 KB, which leaves the next tile's loads no room
-    flatten = tiles.flatten and offsets is None and y.element_size() == 2
+    # fp32 on its way out takes 128 KB, which leaves the next tile's loads no room. Where one step makes a tile, Triton
+    # lets tiles overlap by itself: two stages have room then
+    wide = y.element_size() == 4
+    flatten = tiles.flatten and offsets is None and not wide
+    n_stages = 2 if wide and n_inputs <= tiles.block_k else tiles.stages
     product[(n_programs,)](
         _tiled(x, tiles.block_m, tiles), _tiled(weight_2d, tiles.block_n, tiles), x_scale, scale, bias, offsets, y,
         n_rows, n_outputs, n_programs, y.stride(0), K=n_inputs, EXPERTS=n_experts, PADDED=_power_of_two(n_experts),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP=tiles.group,
         DESCRIBED=tiles.described, FLATTEN=flatten,
-        num_warps=tiles.warps, num_stages=tiles.stages, **OPTIONS,
+        num_warps=tiles.warps, num_stages=n_stages, **OPTIONS,
     )  # fmt: skip
     return y
 
