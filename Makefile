@@ -31,7 +31,7 @@ else
 TRAIN := $(VENV)/bin/torchrun --standalone --nproc-per-node=$(NPROC) -m longllava train
 endif
 
-.PHONY: help setup demo test test-long kill-test fuzz sanitize check foundation stage1 stage2 stage3 bench clean
+.PHONY: help setup demo test test-triton test-long kill-test fuzz sanitize check foundation stage1 stage2 stage3 bench clean
 # stage1 stage2 stage3: each starts from what the one before it has written, whatever -j says.
 .NOTPARALLEL:
 
@@ -57,6 +57,13 @@ demo: setup     ## a needle in a haystack of 1,000 pictures, with the model that
 
 test: setup     ## the tests, minutes
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS)
+
+TRITON := build/triton
+$(TRITON): $(STAMP)  # its interpreter: torch's own for a GPU may be older
+	$(PIP) --no-deps --target $@ triton==3.9.0
+
+test-triton: $(TRITON)  ## the GPU's Triton kernels without a GPU: interpreted, and compiled ahead (Linux, minutes)
+	PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) tests/ops/test_triton.py
 
 test-long: setup  ## the sweeps that take longer
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) -m long
