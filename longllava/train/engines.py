@@ -36,6 +36,7 @@ class Plain:
     def __init__(self, config: TrainConfig, dtype: torch.dtype):
         try:
             from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+            from accelerate.utils import GradientAccumulationPlugin
         except Exception as error:
             raise TrainingError(f"training needs accelerate ({error}); pip install 'longllava[train]'") from None
         self.config, self.dtype = config, dtype
@@ -44,6 +45,8 @@ class Plain:
             # accelerate joins processes on CPUs only where it is told that these are meant
             cpu=config.device == "cpu" or (wanted > 1 and not torch.accelerator.is_available()),
             mixed_precision="no",  # autocast is ours: a process has accelerate's state once, and may train two stages
+            # so is rows_at_once: by ACCELERATE_GRADIENT_ACCUMULATION_STEPS each gradient would be divided once more
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True),  # text has no pictures
                              InitProcessGroupKwargs(timeout=PATIENCE)],
         )

@@ -265,6 +265,14 @@ def test_rows_at_once_split_a_step_without_changing_it(runs) -> None:
         assert (split, split_norm) == pytest.approx((whole, norm), rel=1e-3), step
 
 
+def test_a_launchers_gradient_accumulation_divides_nothing(runs, monkeypatch) -> None:
+    """accelerate reads it wherever it is set: gradients were a quarter, and nothing told."""
+    run_stage(load_stage(write_stage(runs, stage="plain")))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    run_stage(load_stage(write_stage(runs, stage="launched")))
+    assert losses(runs / "launched") == losses(runs / "plain")
+
+
 def test_what_a_killed_run_was_writing_goes_when_it_goes_on(runs) -> None:
     path, folder = write_stage(runs, phases=[{"steps": 1, "row_length": 192, "rows": 2}]), runs / "stage2"
     left = [unfinished(folder / name) for name in ("config.json", "averaged/phase-0.safetensors", "model/config.json")]
