@@ -7,9 +7,12 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
+import os
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -49,6 +52,31 @@ def file_of(reference: str) -> str:
     """The file that a reference, also a plain path, leads to."""
     found = TAR.fullmatch(reference) or TABLE.fullmatch(reference)
     return found[found.re.groups] if found else reference
+
+
+def state_of(reference: str) -> tuple[int, ...]:
+    """By which a file that was written anew is told from what it was; empty for what is in no file."""
+    with contextlib.suppress(OSError):  # opening it will say what is wrong
+        status = os.stat(file_of(reference))
+        return status.st_ino, status.st_size, status.st_mtime_ns
+    return ()
+
+
+def kept(size: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An lru_cache of what is made of the file that is the first argument, as long as it is that file: one process may
+    train on a table, write it anew and train again."""
+
+    def wrap(make: Callable[..., Any]) -> Callable[..., Any]:
+        made = functools.lru_cache(size)(lambda path, state, *more: make(path, *more))
+
+        @functools.wraps(make)
+        def current(path: str, *more: Any) -> Any:
+            return made(path, state_of(path), *more)
+
+        vars(current)["cache_clear"] = made.cache_clear
+        return current
+
+    return wrap
 
 
 def read_embedded(reference: str) -> bytes:
@@ -104,12 +132,12 @@ class Cells:
         return column_of_group(self.path, number, self.column)[row - self.starts[number]].as_py()
 
 
-@functools.lru_cache(maxsize=16)
+@kept(16)
 def cells_of(path: str, column: str) -> Cells:
     return Cells(path, column)
 
 
-@functools.lru_cache(maxsize=16)
+@kept(16)
 def parquet_file(path: str) -> Any:
     try:
         import pyarrow
@@ -125,7 +153,7 @@ def parquet_file(path: str) -> Any:
         raise InputError(f"{path}: no parquet file: {' '.join(str(error).split())}") from None
 
 
-@functools.lru_cache(maxsize=4)  # for the next cells of it; it may be a whole file, of hundreds of megabytes
+@kept(4)  # for the next cells of it; it may be a whole file, of hundreds of megabytes
 def column_of_group(path: str, number: int, column: str) -> Any:
     return row_group(path, number, [column])[column]
 
@@ -137,7 +165,7 @@ def row_group(path: str, number: int, columns: list[str]) -> Any:
         return parquet_file(path).read_row_group(number, columns=columns)
 
 
-@functools.lru_cache(maxsize=16)
+@kept(16)
 def arrow_table(path: str) -> Any:
     """A file of `datasets` (a stream) or of Arrow itself, mapped, not read."""
     try:

@@ -253,6 +253,24 @@ def test_an_empty_cell_is_a_broken_picture(tmp_path: Path) -> None:
         read_embedded(in_table(tmp_path / "t.parquet", 0, 0, "image"))
 
 
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_a_table_that_is_written_anew_is_read_anew(tmp_path: Path, ending: str) -> None:
+    """As a notebook does: it trains, draws its data anew and trains again. Records and pictures were the old ones."""
+    for n, number in ((2, 1), (5, 7)):
+        rows = [{**record(number), "id": f"{number} {row}", "image": png(number)} for row in range(n)]
+        table = pa.Table.from_pylist(rows)
+        pq.write_table(table, tmp_path / "new.parquet")
+        with pa.ipc.new_file(str(tmp_path / "new.arrow"), table.schema) as file:
+            file.write_table(table)
+        (tmp_path / f"new.{ending}").rename(tmp_path / f"t.{ending}")
+        got = source(tmp_path, path=f"t.{ending}")
+        assert got.n_samples == n and got.sample(1).id == f"{number} 1"
+        assert read_embedded(got.sample(1).images[0]) == png(number)
+    os.utime(tmp_path / f"t.{ending}", ns=(0, 0))
+    with pytest.raises(DataError, match=r"the table changed: .* written anew; it was usable when training began"):
+        got.sample(0)
+
+
 def test_every_form_in_one_recipe(folder: Path, tmp_path: Path) -> None:
     rows = "".join(f"  - {{name: {n}, kind: llava, licence: CC0, origin: here, weight: 1, {keys}}}\n" for n, keys in (
         ("json", "path: all.json, image_root: pictures"), ("table", "path: 'part-*.parquet'"), ("tar", "path: 0.tar")))

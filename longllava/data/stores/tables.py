@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from longllava.data.embedded import arrow_table, in_table, parquet_file, row_group
+from longllava.data.embedded import arrow_table, in_table, parquet_file, row_group, state_of
 from longllava.data.records import IMAGES, VIDEOS, Columns, Embedded, Unusable
 from longllava.errors import DataError, InputError
 
@@ -27,10 +27,12 @@ class TableStore:
         self.paths, self.files = list(paths), files
         self.wanted = set(columns.needed())
         self.media = {name for name in (columns.image, columns.video, *IMAGES, *VIDEOS) if name}
+        self.states: dict[int, tuple[int, ...]] = {}  # of the files that places are in
 
     def scan(self) -> Iterator[tuple[tuple[int, int, int, int], str, Any]]:
         for number, path in enumerate(self.paths):
             row = 0
+            self.states[number] = state_of(str(path))
             try:
                 n_groups = self.n_groups(number)
                 for group in range(n_groups):
@@ -42,6 +44,8 @@ class TableStore:
 
     def read(self, place: tuple[int, int, int, int]) -> Any:
         number, group, inside, row = place
+        if self.states[number] != state_of(str(self.paths[number])):  # another row may be there now, of other pictures
+            raise Unusable("the table changed", "the file was written anew")
         try:  # this row alone: samples come shuffled, and a thousand as objects are a thousand times the work
             return self.records(self.paths[number], row, self.group(number, group)[1].slice(inside, 1))[0]
         except (InputError, IndexError) as error:
