@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from longllava.data.embedded import is_embedded, read_embedded
+from longllava.data.embedded import is_embedded, kept, read_embedded
 from longllava.data.worlds.pictures import GRID, PREFIX, parse_grid, parse_reference
 from longllava.data.worlds.render import SIDE, render
 from longllava.errors import InputError
@@ -61,7 +61,7 @@ def tile_reference(reference: str, place: tuple[int, int], grid: tuple[int, int]
     return f"tile:{place[0]}.{place[1]}/{grid[0]}x{grid[1]}@{side}{'*' * scaled}:{reference}"
 
 
-@functools.lru_cache(maxsize=SPLIT_PICTURES)
+@kept(SPLIT_PICTURES)
 def split_of(reference: str, rows: int, columns: int, side: int, scaled: bool) -> Split:
     return Split(functools.partial(open_picture, reference), rows, columns, side, resize=scaled)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from longllava.data.images import check_picture, open_picture
+from longllava.data.images import check_picture, open_picture, tile_reference
 from longllava.errors import InputError
 
 WHOLE = np.arange(20 * 12, dtype=np.float32).reshape(12, 20)
@@ -42,3 +42,12 @@ def test_pictures_of_every_mode_pass(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (20, 12)).save(path)
     check_picture(path)
     assert open_picture(path).size == (20, 12)
+
+
+def test_tiles_of_a_picture_that_was_drawn_anew(tmp_path: Path) -> None:
+    """They were the old ones', and their features stayed in the cache as the new ones'."""
+    path = tmp_path / "a.png"
+    for colour in ((255, 0, 0), (0, 0, 255)):
+        Image.new("RGB", (40, 40), colour).save(path)
+        tile = open_picture(tile_reference(str(path), (0, 1), (2, 2), 20, False))
+        assert tile.getpixel((0, 0)) == colour
