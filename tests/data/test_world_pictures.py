@@ -131,6 +131,19 @@ def test_a_style_that_lacks_a_drawing_lacks_the_thing(tmp_path) -> None:
     assert open_reference(pool.reference(8)).size == (SIDE, SIDE)
 
 
+def test_a_sheet_that_is_drawn_anew(tmp_path) -> None:
+    """Its old drawings were used, and their features stayed in the cache as the new ones'."""
+    style, size = str(tmp_path / "sheet.png"), (COLUMNS * 64, -(-len(things()) // COLUMNS) * 64)
+    for colour, n_drawn in ((0, 0, 255), len(things())), ((255, 0, 0), 30):
+        sheet = Image.new("RGBA", size)
+        sheet.paste((*colour, 255), (0, 0, size[0], 64 if n_drawn == 30 else size[1]))
+        sheet.save(style)
+        pool = PicturePool(settings=PoolSettings(styles=(style,), plain=True, restyle=0))
+        assert len(pool.things) == n_drawn
+        red, _, blue = render(pool.spec(0)).getpixel((48, 48))
+        assert (red > blue) == (colour[0] > colour[2])
+
+
 def test_settings_that_cannot_be() -> None:
     for wrong, message in (({"per_thing": 0}, "per_thing: got 0"), ({"styles": ()}, "styles"),
                            ({"restyle": 1.5}, "restyle: got 1.5")):  # fmt: skip

@@ -120,7 +120,6 @@ class PicturePool:
         return self.index(thing, rng.randrange(self.settings.per_thing))
 
 
-@functools.lru_cache(maxsize=16)
 def drawn_things(styles: tuple[str, ...]) -> tuple[int, ...]:
     """The things that every one of the styles has a drawing of; the shipped styles have all."""
     missing = {

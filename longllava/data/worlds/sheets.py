@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from longllava.data.embedded import kept
 from longllava.errors import DataError
 
 CELL = 64
@@ -40,7 +41,7 @@ def thing_index() -> dict[str, int]:
     return {thing.name: index for index, thing in enumerate(things())}
 
 
-@functools.cache
+@kept(16)
 def sprites(style: str) -> tuple[Image.Image | None, ...]:
     """Every drawing of a style, (64, 64) RGBA, in the order of `things()`; None where the artist has none.
 
