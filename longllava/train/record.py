@@ -76,6 +76,7 @@ def resume_facts(config: TrainConfig, recipe: Recipe, model: ModelConfig) -> dic
         for row in recipe.config.sources
     ]
     facts["streaming"] = [row.streaming for row in recipe.config.sources]  # samples come in another order then
+    facts["duplicates"] = [row.duplicates for row in recipe.config.sources]  # count is drawn after
     facts["versions"] = [{"subset": row.subset, "revision": row.revision} for row in recipe.config.sources]
     facts["architecture"] = architecture(model)
     return json.loads(json.dumps(facts))  # tuples become lists, as they come back from a checkpoint

@@ -46,6 +46,8 @@ def test_the_device_is_the_one_that_worked(monkeypatch) -> None:
         ({"streaming": True}, "streaming.0: False then, True now"),
         ({"subset": "default"}, "versions.0.subset: None then, 'default' now"),
         ({"revision": "v2"}, "versions.0.revision: None then, 'v2' now"),
+        # of the same number of samples, others: count is drawn from all that is not dropped
+        ({"duplicates": "drop"}, "duplicates.0: 'refuse' then, 'drop' now"),
     ],
 )
 def test_a_run_does_not_go_on_with_another_form_of_a_data_set(
