@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longllava.checkpoints.folders import RECORD
+from longllava.checkpoints.int8 import sha256
 from longllava.choices import checked_device
+from longllava.data.worlds.sheets import STYLES
 from longllava.errors import TrainingError
 from longllava.version import __version__
 
@@ -70,6 +72,9 @@ def resume_facts(config: TrainConfig, recipe: Recipe, model: ModelConfig) -> dic
         for row, source in zip(recipe.config.sources, recipe.sources, strict=True)
     ]  # fmt: skip
     facts["pictures"] = dataclasses.asdict(recipe.config.pictures)
+    if any(row.kind == "world" for row in recipe.config.sources):  # pictures of which are drawn from sheets
+        own = [style for style in recipe.config.pictures.styles if style not in STYLES]
+        facts["sheets"] = {style: sha256(Path(style))[:12] for style in own}
     # apart from `samples`, which older checkpoints hold without these
     facts["reading"] = [
         {"media": dataclasses.asdict(row.media), "columns": row.columns, "question": row.question, "marks": row.marks}

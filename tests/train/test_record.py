@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from longllava.config import ModelConfig
 from longllava.data.recipes import Recipe
+from longllava.data.worlds.sheets import CELL, COLUMNS, things
 from longllava.errors import TrainingError
 from longllava.train.config import PhaseConfig, TrainConfig
 from longllava.train.record import command, environment, resume_facts
@@ -74,6 +76,23 @@ def test_a_run_does_not_go_on_with_another_form_of_a_data_set(
     compare({name: fact for name, fact in facts[0].items() if name != key}, facts[0], 1)  # an older checkpoint
     with pytest.raises(TrainingError, match=rf"begun with other settings \({told}\)"):
         compare(facts[0], facts[1], 1)
+
+
+def test_a_run_does_not_go_on_with_a_sheet_that_was_drawn_anew(tmp_path: Path) -> None:
+    """Half of the steps would have seen other pictures."""
+    size = (COLUMNS * CELL, -(-len(things()) // COLUMNS) * CELL)
+    source = {"name": "own", "kind": "world", "task": "single", "weight": 1, "licence": "CC0", "origin": "x"}
+    pictures = {"styles": [str(tmp_path / "sheet.png")]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "r", "sources": [source], "pictures": pictures}))
+    config = TrainConfig(stage="s", model="nano", recipe="r", train_only=["bridge"],
+                         phases=[PhaseConfig(steps=2, row_length=64)])  # fmt: skip
+    facts = []
+    for colour in ("red", "red", "blue"):
+        Image.new("RGBA", size, colour).save(tmp_path / "sheet.png")
+        facts.append(resume_facts(config, Recipe.load(tmp_path / "r.yaml"), ModelConfig()))
+    compare(facts[0], facts[1], 1)
+    with pytest.raises(TrainingError, match=r"other settings \(sheets\..*sheet\.png: '\w+' then, '\w+' now\)"):
+        compare(facts[0], facts[2], 1)
 
 
 def test_what_later_versions_say_of_a_model_refuses_no_older_checkpoint() -> None:
