@@ -17,8 +17,8 @@ from longllava.train.trackers import open_trackers
 
 
 class TrainingLog:
-    """One record every `log_every` steps, and at a phase's end. Records after `step` (of a run that was cut off) are
-    dropped."""
+    """One record every `log_every` steps, at a checkpoint, and at a phase's end. Records after `step` (of a run that
+    was cut off) are dropped."""
 
     def __init__(
         self, folder: Path, *, step: int, total_steps: int, label: str, active: bool = True,

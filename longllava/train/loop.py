@@ -123,10 +123,19 @@ def train(
         log.say(f"{config.stage}: estimated memory of a process {need}; mfu is of {peak:.3g} operations/s, {source}")
         if step:
             log.say(f"{config.stage}: goes on after step {step}")
-        saved = step
+        saved = recorded = step
+
+        def record() -> None:
+            nonlocal recorded
+            if step != recorded:
+                phase = config.phase_at(step - 1)[0]
+                log.write(step, {**meter.take(engine.gather), "norm": norm, "rate": rate, "phase": phase})
+                give_back()
+            recorded = step
 
         def save() -> None:
             nonlocal saved
+            record()  # what was measured is in no checkpoint: a run that goes on would leave it out of the next one
             state = engine.state(facts, step=step, first_step=feed.first_step, begin=feed.begin)
             if chief:
                 save_state(checkpoints, state)
@@ -181,8 +190,7 @@ def train(
                 log.step(step)
                 ends = inside + 1 == phase.steps  # a record is of one phase: losses of two are not of one kind
                 if step % config.log_every == 0 or ends:
-                    log.write(step, {**meter.take(engine.gather), "norm": norm, "rate": rate, "phase": number})
-                    give_back()
+                    record()
                 if ends and number in config.average_phases:
                     tensors = engine.trained()
                     if chief:

@@ -107,6 +107,16 @@ def test_a_run_goes_on_only_as_the_same_run(runs, monkeypatch) -> None:
     assert len(passes) == 5 + 15 - 3  # from the checkpoint of step 3
 
 
+def test_records_of_a_run_that_goes_on_are_means_of_the_same_steps(runs, monkeypatch) -> None:
+    """What lay between the last record and the checkpoint was in none."""
+    for stage in ("whole", "stopped"):
+        path = write_stage(runs, stage=stage, log_every=5, phases=LONG["phases"][:1])
+        if stage == "stopped":
+            stopped_at(path, 9, monkeypatch)
+        run_stage(load_stage(path))
+    assert losses(runs / "stopped") == losses(runs / "whole")
+
+
 def test_a_model_that_changed_under_its_name_is_another_run(runs, monkeypatch) -> None:
     path = write_stage(runs)
     stopped_at(path, 4, monkeypatch)
