@@ -121,14 +121,15 @@ class FeatureCache:
             wanted = sorted(self.missing(wanted), key=lambda reference: place_in_table(under(reference)))
         for at in range(0, len(wanted), BATCH):
             batch = wanted[at : at + BATCH]
-            self.append(batch, self.encode(batch))
+            keys = [picture_key(reference) for reference in batch]  # one may be written anew while it is encoded
+            self.append(keys, self.encode(batch))
             if show is not None:
                 show(min(at + BATCH, len(wanted)), len(wanted))
         return len(wanted)
 
-    def append(self, references: Sequence[str], features_NMC: Tensor) -> None:
+    def append(self, keys: Sequence[str], features_NMC: Tensor) -> None:
         values = features_NMC.detach().to("cpu", torch.bfloat16).contiguous()
-        assert values.shape == (len(references), *self.shape), (values.shape, self.shape)
+        assert values.shape == (len(keys), *self.shape), (values.shape, self.shape)
         with self.locked():
             self.read_keys()
             with naming(self.data), self.data.open("r+b") as file:
@@ -137,7 +138,7 @@ class FeatureCache:
                 file.flush()
                 os.fsync(file.fileno())
             with naming(self.keys), self.keys.open("ab") as file:
-                file.write(os.fsencode("".join(picture_key(reference) + "\n" for reference in references)))
+                file.write(os.fsencode("".join(key + "\n" for key in keys)))
             self.read_keys()
 
     def get(self, references: Sequence[str]) -> Tensor:

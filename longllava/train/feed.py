@@ -174,7 +174,8 @@ class Pictures:
         if not references:
             return None
         if self.cache is not None:
-            self.cache.fill(references)  # one that was written anew since its window began is another picture
+            while self.cache.fill(references):  # what was written anew, also while it was encoded, is another picture
+                pass
             return self.cache.get(references).to(self.device)
         if self.trains:
             pixels_N3SS = self.processor.pixels([open_picture(reference) for reference in references])

@@ -82,6 +82,21 @@ def test_keys_differ_where_names_do(tmp_path) -> None:
     assert picture_key(str(path)) != before  # the file has changed
 
 
+def test_a_picture_that_is_written_anew_while_it_is_encoded(tmp_path) -> None:
+    """What was made of the old one stayed in the cache as the new one's."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"1")
+
+    def encode(references) -> torch.Tensor:
+        if (seen := float(path.read_bytes())) == 1:
+            path.write_bytes(b"22")
+        return torch.full((1, TOKENS, WIDTH), seen)
+
+    cache = FeatureCache(encode, fingerprint="one", tokens=TOKENS, width=WIDTH, folder=tmp_path)
+    assert cache.fill([str(path)]) == 1 and cache.missing([str(path)])
+    assert cache.fill([str(path)]) == 1 and cache.get([str(path)]).unique() == 22
+
+
 @pytest.mark.parametrize("form", ["world:3.1.2.1.4.7.0@{}", "world:grid:2:3.1.2.1.4.7.0@noto|3.1.2.1.4.7.0@{}"])
 def test_a_sheet_of_ones_own_counts_as_a_file(tmp_path, monkeypatch, form: str) -> None:
     for folder in ("one", "other"):
