@@ -89,15 +89,15 @@ class TrainingLog:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Keep the records of log.jsonl up to `step`; a torn last line is dropped too."""
+    """Keep the records of log.jsonl up to `step`; what follows a spoiled line is dropped too."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, LookupError, TypeError):
             break
     write_text(path, "".join(kept))
 

@@ -148,6 +148,14 @@ def test_what_a_killed_run_told_after_its_checkpoint_is_void(tmp_path: Path, kep
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here that is always full")
+@pytest.mark.parametrize("end", [b'{"ste', b"\xff\0", b"5\n", b"[1]\n", b"null\n", b'{"step": "a"}\n'])
+def test_a_log_whose_end_was_spoiled_loses_its_end(tmp_path: Path, end: bytes) -> None:
+    """And keeps no run from going on."""
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + end)
+    with TrainingLog(tmp_path, step=3, total_steps=5, label="x", report_to=[]):
+        assert (tmp_path / "log.jsonl").read_bytes() == b'{"step": 1}\n'
+
+
 def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
     with (
         pytest.raises(OSError, match="No space left on device") as full,
