@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, takewhile
+from itertools import accumulate
 
 from longllava.errors import ConfigError, InputError
 from longllava.plan.memory import sized
@@ -49,14 +49,15 @@ def placed(device_map: Mapping[str, str], n_layers: int) -> Placement:
 def split(layer_bytes: Sequence[int], first_bytes: int, each_bytes: int, free: Mapping[str, int]) -> Placement:
     """The fewest devices that hold it, in their order, filled alike: the fullest one is as empty as it can be.
 
-    first_bytes: of what is no layer; each_bytes: what every device that is used needs beside its layers.
-    Raises: InputError when all of them together are too small.
+    first_bytes: of what is no layer; each_bytes: what every device that is used needs beside its layers. Devices that
+    others have filled are passed over. Raises: InputError when all of them together are too small.
     """
-    for n_devices in range(1, len(free) + 1):
-        names = list(free)[:n_devices]
-        room = [free[name] - each_bytes for name in names]
-        if min(room) > 0 and (places := most_even(layer_bytes, first_bytes, room)) is not None:
-            return Placement(names[0], tuple(names[place] for place in places))
+    room = rooms(each_bytes, free)
+    for n_devices in range(1, len(room) + 1):
+        for begin in range(len(room) - n_devices + 1):  # the first may have room, but not for what is no layer
+            names = list(room)[begin : begin + n_devices]
+            if (places := most_even(layer_bytes, first_bytes, [room[name] for name in names])) is not None:
+                return Placement(names[0], tuple(names[place] for place in places))
     have = ", ".join(f"{name} {sized(n)}" for name, n in free.items())
     raise InputError(
         f"the model needs {sized(first_bytes + sum(layer_bytes))}, and {sized(each_bytes)} of workspace on each device;"
@@ -95,6 +96,11 @@ def filled(layer_bytes: Sequence[int], first_bytes: int, room: Sequence[int], sh
 
 
 def fits(layer_bytes: Sequence[int], first_bytes: int, each_bytes: int, free: Mapping[str, int]) -> bool:
-    """Whether `split` finds devices that hold it: of those before the first without room."""
-    room = list(takewhile(lambda size: size > 0, (size - each_bytes for size in free.values())))
-    return bool(room) and filled(layer_bytes, first_bytes, room, 1.0) is not None
+    """Whether `split` finds devices that hold it."""
+    room = list(rooms(each_bytes, free).values())
+    return any(filled(layer_bytes, first_bytes, room[begin:], 1.0) is not None for begin in range(len(room)))
+
+
+def rooms(each_bytes: int, free: Mapping[str, int]) -> dict[str, int]:
+    """What the devices that have any leave for layers."""
+    return {name: size - each_bytes for name, size in free.items() if size > each_bytes}

@@ -43,24 +43,35 @@ def test_no_split_is_more_even():
             held[0] += first
             return max(h / r for h, r in zip(held, room, strict=True))
 
-        best = {}
+        best = {}  # (devices, the first of them) -> the fullest one's share
         for n in range(1, len(room) + 1):
-            cuts = itertools.combinations_with_replacement(range(len(sizes) + 1), n - 1)
-            best[n] = min(shares(cut, room=room[:n]) for cut in cuts)
-        fewest = next((n for n in best if best[n] <= 1), None)
+            for begin in range(len(room) - n + 1):
+                cuts = itertools.combinations_with_replacement(range(len(sizes) + 1), n - 1)
+                best[n, begin] = min(shares(cut, room=room[begin : begin + n]) for cut in cuts)
+        fewest, begin = next((key for key in best if best[key] <= 1), (0, 0))
         free = {f"d{i}": size for i, size in enumerate(room)}
-        if fewest is None:
+        if not fewest:
             with pytest.raises(InputError, match="does not hold it in whole layers"):
                 split(sizes, first, 0, free)
             continue
         placement = split(sizes, first, 0, free)
         held = dict.fromkeys(free, 0)
-        held["d0"] += first
+        held[placement.first] += first
         for size, name in zip(sizes, placement.layers, strict=True):
             held[name] += size
         assert list(placement.layers) == sorted(placement.layers)
-        assert max(held[name] / free[name] for name in list(free)[:fewest]) == pytest.approx(best[fewest])
-        assert all(held[name] == 0 for name in list(free)[fewest:])
+        used = list(free)[begin : begin + fewest]
+        assert placement.first == used[0]
+        assert max(held[name] / free[name] for name in used) == pytest.approx(best[fewest, begin])
+        assert all(held[name] == 0 for name in free if name not in used)
+
+
+def test_devices_that_others_have_filled_are_passed_over():
+    """Also the first, and one that has some room, but not for what is no layer."""
+    for full in (0, 5, 6):
+        assert split([2, 2], 3, 5, {"cuda:0": full, "cuda:1": 12}) == Placement("cuda:1", ("cuda:1",) * 2)
+        found = split([3, 3], 3, 5, {"cuda:0": full, "cuda:1": 11, "cuda:2": 5, "cuda:3": 11})
+        assert found == Placement("cuda:1", ("cuda:1", "cuda:3"))
 
 
 def test_what_fits_is_what_can_be_split():
