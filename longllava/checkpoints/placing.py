@@ -82,9 +82,10 @@ def placement_of(device_map: str | Mapping[str, Any], model: Model, dtype: torch
         return placed(device_map, model.config.backbone.n_layers)
     if device_map != AUTO:
         raise ConfigError(f"device_map: got {device_map!r}, allowed: {AUTO!r} or a table such as {{'': 'cuda:0'}}")
-    names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    free = {name: free_bytes(name) for name in names}
-    return auto_placement(model, dtype, {name: n for name, n in free.items() if n is not None} or {"cpu": 1 << 62})
+    free = {name: free_bytes(name) for name in (f"cuda:{i}" for i in range(torch.cuda.device_count()))}
+    if not free:  # nothing to choose: what device="cpu" holds is held
+        return placed({"": "cpu"}, model.config.backbone.n_layers)
+    return auto_placement(model, dtype, {name: n for name, n in free.items() if n is not None})
 
 
 def check_room(model: Model, dtype: torch.dtype | None, placement: Placement) -> None:

@@ -105,6 +105,19 @@ def test_auto_takes_the_fewest_devices_that_hold_it(folder, monkeypatch):
         placing.auto_placement(model, torch.float32, {"cuda:0": 10})
 
 
+def test_auto_without_gpus_holds_what_the_host_does(monkeypatch):
+    """A GPU's chunk of a prompt, four times the host's, has no part in it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv(memory.VARIABLE, "80MB")
+    asked = {"prompt": "what is this?", "max_new_tokens": 2}
+    loaded = [LongLLaVA.from_pretrained("nano", dtype="float32", **where)
+              for where in ({"device": "cpu"}, {"device_map": "auto"})]  # fmt: skip
+    assert loaded[0].generate(**asked) == loaded[1].generate(**asked)
+    monkeypatch.setenv(memory.VARIABLE, "20MB")
+    with pytest.raises(CheckpointError, match="the weights take 22.1 MB of memory on cpu, 20.0 MB are free"):
+        LongLLaVA.from_pretrained("nano", dtype="float32", device_map="auto")
+
+
 def test_bf16_weights_are_half_but_for_the_recurrence(folder):
     model = load_model(folder, dtype=torch.float32)
     found = placing.weight_bytes(model, torch.bfloat16)
