@@ -218,8 +218,9 @@ def find_places(path: Path, model: Model, shapes: Shapes, parts: tuple[str, ...]
     for naming in namings:  # a tied output layer may be stored beside the embedding it equals
         tied |= {name for key in list(tied) if (s := naming.source(key, (1,))) for name in s.names}
     used |= tied
-    unexpected = [name for name in stored
-                  if name not in used and not any(naming.has_no_use_for(name) for naming in namings)]  # fmt: skip
+    depth = model.config.encoder.n_layers if model.config.encoder else 0
+    unexpected = [name for name in stored if name not in used
+                  and not any(naming.has_no_use_for(name, depth) for naming in namings)]  # fmt: skip
     counters = {key for key, tensor in model.state_dict().items() if not tensor.is_floating_point()}
     return Places(shapes, sources, stored | borrowed, unexpected, counters, tied)
 

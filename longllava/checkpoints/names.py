@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 CONVOLUTION = "mixer.conv_weight_EK"  # theirs is a Conv1d's, with an axis of size 1 in the middle
-HOLES = {"i": r"(?P<i>\d+)", "j": r"(?P<j>\d+)", "w": r"(?P<w>weight|bias)"}
+HOLES = {"i": r"(?P<i>\d{1,4})", "j": r"(?P<j>\d{1,4})", "w": r"(?P<w>weight|bias)"}
 
 MIXERS = {
     "{root}embed_tokens.weight": "embed_tokens.weight",
@@ -117,9 +117,13 @@ class Naming:
         known = [name for _, names in self.rows for name in names] if self.part == "encoder" else []
         return [*map(pattern, known), *(re.compile(re.escape(self.root) + name) for name in self.unused)]
 
-    def has_no_use_for(self, name: str) -> bool:
-        """Vision towers carry layers after the one selected, a last norm and a pooling head: we build none of them."""
-        return any(known.fullmatch(name) for known in self.useless)
+    def has_no_use_for(self, name: str, n_layers: int) -> bool:
+        """Vision towers carry layers after the one selected, a last norm and a pooling head: we build none of them.
+
+        n_layers: of the whole tower. One that it has not got is another tower's, and select_layer counts from the end.
+        """
+        matches = filter(None, (known.fullmatch(name) for known in self.useless))
+        return any(int(match.groupdict().get("i", 0)) < n_layers for match in matches)
 
     def source(self, key: str, shape: tuple[int, ...]) -> Source | None:
         """Of one of our parameters; None when this naming has no name for it."""

@@ -9,7 +9,7 @@ import torch
 
 from longllava.checkpoints import load_model
 from longllava.checkpoints.published import read_config
-from longllava.errors import ConfigError
+from longllava.errors import CheckpointError, ConfigError
 from longllava.nn import Context
 from tests.checkpoints import published
 from tests.checkpoints.folders import change, edit_config
@@ -42,3 +42,16 @@ def test_stock_llava_whose_output_layer_is_its_embedding(tmp_path, part):
     with torch.no_grad():
         logits = model.logits(model(model.embed(ids), Context())[0])
         torch.testing.assert_close(logits, theirs(input_ids=ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["llava", "longllava"])
+def test_a_tower_of_more_layers_than_its_config_says_is_refused(tmp_path, layout):
+    """The feature is that of the last layer but one: of two layers it would be another than of the three stored."""
+    getattr(published, layout)(tmp_path)
+    load_model(tmp_path)
+    folder = tmp_path / "tower" if layout == "longllava" else tmp_path
+    data = json.loads((folder / "config.json").read_text())
+    edit_config(folder, **({"num_hidden_layers": 2} if layout == "longllava" else
+                           {"vision_config": {**data["vision_config"], "num_hidden_layers": 2}}))  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"do not fit its config.json; 16 unexpected: .*layers\.2\."):
+        load_model(tmp_path)
