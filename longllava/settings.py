@@ -21,6 +21,7 @@ from longllava.errors import ConfigError, InputError
 from longllava.files import write_json
 
 T = TypeVar("T")
+MERGE = "tag:yaml.org,2002:merge"  # what yaml takes << for
 # beside their own errors, what json and yaml raise of a value: no such day, too many digits, !!bool x
 UNREADABLE = (ValueError, LookupError, AttributeError, RecursionError)
 
@@ -72,12 +73,15 @@ def unique_loader() -> type:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise ConfigError(f"key {key!r} stands twice (line {node.start_mark.line + 1})")
-            return super().construct_mapping(node, deep)
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            """Here a key merged by << does not stand beside the one that is written in its stead."""
+            node, seen = super().compose_mapping_node(anchor), set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                name = key.value if key.tag == MERGE else self.construct_object(key)
+                if name in seen:
+                    raise ConfigError(f"key {name!r} stands twice (line {node.start_mark.line + 1})")
+                seen.add(name)
+            return node
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")

@@ -8,7 +8,7 @@ import torch
 from longllava.config import BackboneConfig, ModelConfig
 from longllava.errors import ConfigError
 from longllava.model import Model
-from longllava.settings import load
+from longllava.settings import load, read_mapping
 from longllava.shipped import shipped, shipped_names
 
 
@@ -87,6 +87,25 @@ def test_bad_settings_are_one_sentence_that_names_file_and_key(tmp_path, text, w
     assert "\n" not in message and str(path) in message
     for word in words:
         assert word in message
+
+
+def test_parts_of_a_file_may_be_merged_into_others(tmp_path):
+    """YAML's <<: what is written beside it stands in its stead, and is no key given twice; also merged again."""
+    path = tmp_path / "model.yaml"
+    text = """
+        backbone: &base {width: 64, n_layers: 3}
+        encoder: &next {<<: *base, n_layers: 2, n_heads: 2}
+        bridge: {tokens_per_image: 144}
+        """
+    path.write_text(text)
+    found = load(ModelConfig, path)
+    assert (found.encoder.width, found.encoder.n_layers, found.backbone.n_layers) == (64, 2, 3)
+    path.write_text("a:\n  b: &b {x: 1}\n  c: &c {<<: *b, x: 2}\nd: {<<: *c, y: 3}\n")
+    assert read_mapping(path) == {"a": {"b": {"x": 1}, "c": {"x": 2}}, "d": {"x": 2, "y": 3}}
+    for twice in ("{<<: *b, <<: *b}", "{<<: *b, y: 1, y: 2}", "{1: 1, 0x1: 2}", "{*n : 1, width: 2}"):
+        path.write_text(f"a: &b {{x: 1}}\nb: &n width\nc: {twice}\n")
+        with pytest.raises(ConfigError, match=r"stands twice \(line 3\)"):
+            read_mapping(path)
 
 
 def test_overrides_reach_into_parts_and_numbers_are_numbers(tmp_path):
