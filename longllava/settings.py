@@ -11,6 +11,7 @@ import json
 import numbers
 import operator
 import re
+import reprlib
 import types
 import typing
 from dataclasses import fields
@@ -118,7 +119,7 @@ def build(cls: type[T], data: Any, where: str) -> T:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(known)}"
-            raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+            raise ConfigError(f"{where}: unknown key {shown(key)}{hint}")
         values[key] = convert(hints[key], value, f"{where}: {key}")
     try:
         return cls(**values)
@@ -146,11 +147,11 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return value if isinstance(value, hint) else build(hint, value, where)  # type: ignore[arg-type]
     if origin in (tuple, list):
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
+            raise ConfigError(f"{where}: expected a list, got {shown(value)}")
         return origin(convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping, got {value!r}")
+            raise ConfigError(f"{where}: expected a mapping, got {shown(value)}")
         return {str(k): convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
@@ -158,10 +159,22 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         except OverflowError:
             value = float("inf")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {shown(value)}")
+    if isinstance(value, int) and value.bit_length() > 128:  # 0x with 5,000 digits cannot even be written as a decimal
+        raise ConfigError(f"{where}: a number of {value.bit_length():,} bits is none a setting can have")
     if isinstance(value, float) and not abs(value) < float("inf"):
         raise ConfigError(f"{where}: {value} is not a number a setting can have")
     return value
+
+
+def shown(value: Any) -> str:
+    """For an error, a line of it: a value may be megabytes, and with YAML's anchors far more than its file."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlist, short.maxdict = 2, 80, 80, 4, 4
+    try:
+        return short.repr(value)
+    except ValueError:  # too many digits
+        return f"a {type(value).__name__}"
 
 
 def typed_(config: Any) -> None:
@@ -201,7 +214,8 @@ def divides(config: Any, small: str, large: str) -> None:
 
 def one_of(config: Any, name: str, allowed: tuple) -> None:
     if getattr(config, name) not in allowed:
-        raise ConfigError(f"{name}: got {getattr(config, name)!r}, allowed: {', '.join(map(str, allowed))}")
+        got = shown(getattr(config, name))
+        raise ConfigError(f"{name}: got {got}, allowed: {', '.join(map(str, allowed))}")
 
 
 def check_count(name: str, value: Any) -> int:

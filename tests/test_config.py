@@ -89,6 +89,22 @@ def test_bad_settings_are_one_sentence_that_names_file_and_key(tmp_path, text, w
         assert word in message
 
 
+BOMB = "[" + ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 10)}]" for i in range(6)) + "]"
+
+
+@pytest.mark.parametrize("text", [
+    "backbone: {width: " + BOMB + "}", "encoder: {stem_widths: " + "x" * 10**5 + "}", "{? " + "x" * 10**5 + " : 1}",
+    "backbone: {width: 0x1" + "0" * 5000 + "}", "backbone: {width: [0x1" + "0" * 5000 + "]}",
+    "bridge: {pool: " + "x" * 10**5 + "}",
+])  # fmt: skip
+def test_a_value_of_any_size_is_told_in_a_line(tmp_path, text):
+    path = tmp_path / "model.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(ModelConfig, path)
+    assert len(str(caught.value)) - len(str(path)) < 400
+
+
 def test_parts_of_a_file_may_be_merged_into_others(tmp_path):
     """YAML's <<: what is written beside it stands in its stead, and is no key given twice; also merged again."""
     path = tmp_path / "model.yaml"
