@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from longllava.errors import ConfigError
-from longllava.settings import divides, one_of, positive, typed_
+from longllava.settings import divides, not_negative, one_of, positive, typed_
 
 MODEL_TYPE = "longllava"
 MOST_EXPERTS = 16_384  # in all layers
@@ -156,6 +156,7 @@ class BackboneConfig:
         positive(self, "vocab_size", "width", "n_layers", "attention_every", "n_heads", "n_kv_heads", "head_dim",
                  "mlp_width", "n_experts", "n_experts_per_token", "expert_every", "expand", "state_size",
                  "conv_size", "dt_rank", "norm_eps")  # fmt: skip
+        not_negative(self, "init_std", "embedding_std")
         divides(self, "n_kv_heads", "n_heads")
         at_most(self, "backbone", width=65536, n_layers=1024, vocab_size=4_194_304, mlp_width=1 << 20, n_experts=4096,
                 state_size=256, conv_size=8, n_heads=1024, head_dim=4096, dt_rank=65536, expand=64)  # fmt: skip
@@ -215,7 +216,6 @@ class PromptConfig:
 # "</img></vid>" lost its first ">" to a character-wise rstrip("<t>"); a picture's own tags were put around its tiles
 # too; and inputs had a line break where labels had eos.
 PUBLISHED_PROMPT = PromptConfig(last_frame_close="</img", whole_close="", tiles_end="</img>", between_turns="\n")
-
 
 ROTATED = ("out_proj", "down_proj")  # they read the rows that have values far larger than the rest
 

@@ -64,6 +64,8 @@ def stem(stride: int, width: int = 8, blocks: int = 1) -> str:
         (stem(-3), ["encoder.stem_strides", "[-3]", "1 to 16384"]),
         (stem(4, width=0), ["encoder.stem_widths", "[0]", "1 to 65536"]),
         (stem(4, blocks=10**9), ["encoder.stem_blocks", "[1000000000]", "0 to 1024"]),
+        ("backbone: {init_std: -0.1}", ["init_std: got -0.1, must be 0 or above"]),
+        ("backbone: {embedding_std: -1}", ["embedding_std: got -1.0, must be 0 or above"]),
         ("bridge: {tokens_per_image: 100}", ["tokens_per_image", "100", "allowed"]),
         ("encoder: null", ["encoder and bridge"]),
         ("name: a\nname: b", ["'name'", "twice"]),
