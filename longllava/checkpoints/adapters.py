@@ -169,11 +169,12 @@ def merge_(model: Model, adapter: Adapter, where: str | Path, source: str | Path
     """Put an adapter into a model's weights, in fp32 and rounded once; nothing is changed where it does not fit.
 
     where, source: folders of the adapter and of the model. Raises: CheckpointError naming what the model does not
-    have, or both folders where the adapter was trained on other weights.
+    have, or both folders where the adapter was trained on other weights; or a weight that its dtype cannot hold, and
+    then the model is of no use any more.
     """
     import torch
 
-    from longllava.quant import float_places
+    from longllava.quant import all_finite, float_places
 
     parameters = dict(model.named_parameters())
     wanted: dict[str, tuple[int, ...]] = {
@@ -203,6 +204,11 @@ def merge_(model: Model, adapter: Adapter, where: str | Path, source: str | Path
             weight.copy_(weight.float() + adapter.scale * (b.float() @ a.float()).to(weight.device))
         for name, tensor in adapter.whole.items():
             parameters[name].copy_(tensor)
+    if beyond := [name for name in wanted if not (parameters[name].is_meta or all_finite(parameters[name]))]:
+        raise CheckpointError(
+            f"{where}: merged, {listed(beyond)} has values beyond what {parameters[beyond[0]].dtype} holds; merge in"
+            " torch.bfloat16 or torch.float32"
+        )
 
 
 def load_adapted(folder: Path, *, int8: Any = None, **where: Any) -> Model:

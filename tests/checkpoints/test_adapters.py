@@ -58,6 +58,32 @@ def test_adapters_of_other_shapes_are_refused(tmp_path: Path, edit: Any, config:
         read_adapter(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "alpha", "dtype"),
+    [
+        ({"backbone.layers.0.mixer.in_proj.lora_B.weight": torch.full((128, 4), 9e4)}, 8, "float16"),
+        ({"bridge.up.weight": torch.full((32, 16), 9e4)}, 8, "float16"),
+        ({}, 1e300, "float32"),
+    ],
+)
+def test_weights_that_become_infinite_are_told_and_not_written(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], alpha: float, dtype: str
+) -> None:
+    base, name = save(tmp_path / "base", dtype=getattr(torch, dtype)), "backbone.layers.0.mixer.in_proj"
+    halves = {f"{name}.lora_A.weight": torch.ones(4, 32), f"{name}.lora_B.weight": torch.ones(128, 4)}
+    (folder := tmp_path / "adapter").mkdir()
+    save_file({f"base_model.model.{key}": x for key, x in (halves | tensors).items()},
+              folder / "adapter_model.safetensors")  # fmt: skip
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": alpha, "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text("{}")
+    told = f"(in_proj|bridge.up).weight has values beyond what torch.{dtype} holds; merge in torch.bfloat16"
+    for run in (lambda: merge(base, folder, tmp_path / "out"), lambda: load_model(folder)):
+        with pytest.raises(CheckpointError, match=told):
+            run()
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapters_whose_bases_lead_in_a_circle_are_refused(tmp_path: Path) -> None:
     name = "base_model.model.backbone.layers.0.mixer.in_proj"
     for own, base in (("a", "b"), ("b", "b"), ("c", "d"), ("d", "c")):
