@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ BASE = "base.json"
 PREFIX = "base_model.model."
 MARK = ".lora_"
 WRAPPED = ".base_layer"  # peft's name of a layer inside its adapter
+LARGEST = sys.float_info.max
 SAMPLE = 64  # values of each parameter that a fingerprint sees
 # what peft's LoRA can do beyond W + scale * B A
 PLAIN = {"use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none", "rank_pattern": {},
@@ -66,10 +67,14 @@ def read_adapter(folder: str | Path) -> Adapter:
     folder = Path(folder)
     config = read_adapter_config(folder)
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: r is {rank!r} and lora_alpha {alpha!r}, expected numbers")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: r is {rank!r:.40} and lora_alpha {alpha!r:.40}, expected numbers"
+        )
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     tensors = read_weights(folder)
+    if narrow := [name for name, x in tensors.items() if x.is_floating_point() and x.itemsize == 1]:
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: floats of 8 bits in {listed(narrow)}; store 16 or more")
     if damaged := [name for name, x in tensors.items() if not x.is_floating_point() or not bool(x.isfinite().all())]:
         raise CheckpointError(
             f"{folder / ADAPTER_WEIGHTS}: NaN, infinite or whole numbers in {listed(damaged)}; it is damaged"
@@ -98,7 +103,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: no {ADAPTER_CONFIG} in it; give the folder `model` of a LoRA stage's output")
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -134,7 +139,7 @@ def read_marks(folder: Path) -> dict[str, str]:
     try:
         marks = json.loads(path.read_text("utf-8"))["fingerprints"]
         return {str(dtype): str(mark) for dtype, mark in marks.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: cannot be read: {' '.join(str(error).split())}; delete it, and the adapter merges unchecked"
         ) from None

@@ -46,6 +46,8 @@ def test_adapters_that_began_with_the_bases_weights_are_refused(tmp_path: Path, 
         (lambda a, b: (a[0, 0], b), {}, "adapters without a fitting other half: base_model.model.backbone.layers.0"),
         (lambda a, b: (a, b[..., None]), {}, "adapters without a fitting other half: base_model.model.backbone."),
         (lambda a, b: (a, b), {"r": 8}, "adapters of another rank than r, 8: backbone.layers.0"),
+        (lambda a, b: (a, b), {"lora_alpha": 10**400}, r"r is 4 and lora_alpha 10{39}, expected numbers"),
+        (lambda a, b: (a.to(torch.float8_e4m3fn), b), {}, "floats of 8 bits in base_model.model.backbone.layers.0"),
     ],
 )
 def test_adapters_of_other_shapes_are_refused(tmp_path: Path, edit: Any, config: dict[str, int], message: str) -> None:
@@ -55,6 +57,15 @@ def test_adapters_of_other_shapes_are_refused(tmp_path: Path, edit: Any, config:
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=message):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "base.json"])
+def test_brackets_without_an_end_are_a_file_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / name).write_text("[" * 10**5)
+    with pytest.raises(CheckpointError, match=f"{name}: cannot be read: maximum recursion"):
         read_adapter(tmp_path)
 
 
