@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longllava.checkpoints.folders import RECORD, listed
+from longllava.checkpoints.stored import unreadable
 from longllava.errors import CheckpointError
 from longllava.files import expanded, write_text
 
@@ -120,7 +121,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / ADAPTER_WEIGHTS
@@ -128,7 +128,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such file; a folder of peft holds {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except unreadable() as error:
         raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
 
 

@@ -58,14 +58,14 @@ class Entry:
         return getattr(torch, DTYPES[self.code])
 
     def read(self) -> Tensor:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         try:
             with safe_open(self.file, framework="pt", device="cpu") as tensors:
                 tensor = tensors.get_tensor(self.key)
             check_same(self.file, self.stamp)
             return tensor
-        except (SafetensorError, OSError) as error:
+        except unreadable() as error:
             raise CheckpointError(f"{self.file}: cannot be read: {' '.join(str(error).split())}") from None
 
 
@@ -153,7 +153,7 @@ def check_same(path: Path, before: tuple[int, ...]) -> None:
 
 
 def header(path: Path) -> Iterator[tuple[str, Entry]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         opened = stamp(path)
@@ -161,8 +161,15 @@ def header(path: Path) -> Iterator[tuple[str, Entry]]:
             for key in tensors.keys():
                 found = tensors.get_slice(key)
                 yield key, Entry(path, key, tuple(found.get_shape()), found.get_dtype(), opened)
-    except (SafetensorError, OSError) as error:
+    except unreadable() as error:
         raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """What safe_open raises: it opens a file twice, and the second time torch does, which may find it gone."""
+    from safetensors import SafetensorError
+
+    return SafetensorError, OSError, RuntimeError
 
 
 def no_weights(folder: Path) -> str:

@@ -1,12 +1,14 @@
 """What is wrong with a folder is listed in one error, and the model stays as it was."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from longllava.checkpoints import convert, find_folder, load, load_model, load_weights_, save_model, stored
+from longllava.checkpoints.adapters import read_adapter
 from longllava.errors import CheckpointError, ConfigError
 from tests.checkpoints import published
 from tests.checkpoints.folders import TINY, change, same, save
@@ -278,3 +280,20 @@ def test_a_folder_that_is_saved_over_while_it_is_read_is_no_mixture(tmp_path, mo
     monkeypatch.setattr(stored, "header", after_a_killed_save)
     with pytest.raises(CheckpointError, match="a save stopped between two files"):
         load_weights_(TINY.model, folder)
+
+
+def test_a_file_that_goes_while_it_is_opened_cannot_be_read(tmp_path, monkeypatch):
+    """safetensors opens it, and then torch once more: a save in between leaves nothing there for a moment."""
+    original, folder = torch.UntypedStorage.from_file, save(tmp_path / "m")
+
+    def gone(file, *rest, **options):
+        Path(file).unlink(missing_ok=True)
+        return original(file, *rest, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", gone)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read: .*No such file"):
+        load_model(folder)
+    save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: cannot be read: .*No such file"):
+        read_adapter(folder)
