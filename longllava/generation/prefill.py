@@ -182,7 +182,7 @@ class Reader:
 
         def given(index: int) -> Tensor:
             tensor = sources[index]
-            if tensor.dtype == torch.uint8 and tensor.shape == (3, side, side):
+            if tensor.dtype == torch.uint8 and tensor.shape == (3, side, side) and has_values(tensor):
                 return tensor
             return checked_features(tensor, numbers[index], (n_tokens, config.width))
 
@@ -218,12 +218,18 @@ class Reader:
 
 def checked_features(features_MC: Tensor, number: int, shape: tuple[int, int]) -> Tensor:
     """Features that `LongLLaVA.encode` made. Raises: InputError when another model or setting made them."""
-    if features_MC.shape != shape or not features_MC.is_floating_point():
+    if features_MC.shape != shape or not features_MC.is_floating_point() or not has_values(features_MC):
+        kind = f"{features_MC.dtype} {tuple(features_MC.shape)}" + ", sparse or on meta" * (not has_values(features_MC))
         raise InputError(
-            f"image {number + 1}: got a tensor of {features_MC.dtype} {tuple(features_MC.shape)}, expected floats"
+            f"image {number + 1}: got a tensor of {kind}, expected floats"
             f" {shape}, which this model's encode() makes; or give a picture"
         )
     return features_MC
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Each in its place: not on the meta device, nor sparse."""
+    return not tensor.is_meta and tensor.layout == torch.strided
 
 
 def progress_bar(total: int) -> Any:

@@ -148,3 +148,10 @@ def test_on_a_gpu_the_encoder_runs_beside_and_reads_the_same():
     for layer, expected in zip(found.state, truth.state):
         if not isinstance(layer, AttentionState):
             assert torch.allclose(layer.scan_BEN.cpu(), expected.scan_BEN, atol=1e-3)
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(4, 16), torch.zeros(3, 16, 16, dtype=torch.uint8)])
+def test_tensors_without_values_are_no_image(tensor):
+    for without in (tensor.to("meta"), tensor.to_sparse()):
+        with pytest.raises(InputError, match=r"image 2: got a tensor of .*, sparse or on meta, expected floats"):
+            MODEL.generate("what", [torch.zeros(4, 16), without], max_new_tokens=1)
