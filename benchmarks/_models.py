@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,25 @@ def open_model(
     return LongLLaVA(model, Tokenizer.from_folder(find_folder("nano"), config.prompt), tokens_per_image=tokens)
 
 
-def random_model(config: Any, device: Any, dtype: Any) -> Any:
-    """Fresh weights, made on the device in `dtype`; what a recurrence is sensitive to stays fp32."""
+def made_in(dtype: Any, device: Any, make: Callable[[], Any]) -> Any:
+    """What `make` makes, there and in `dtype` from the first: cast later, fp32 weights would be its peak memory."""
     import torch
-
-    from longllava.checkpoints.load import FP32_NAMES
-    from longllava.model import Model
 
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = Model(config)
+            return make()
     finally:
         torch.set_default_dtype(usual)
+
+
+def random_model(config: Any, device: Any, dtype: Any) -> Any:
+    """Fresh weights, made on the device in `dtype`; what a recurrence is sensitive to stays fp32."""
+    from longllava.checkpoints.load import FP32_NAMES
+    from longllava.model import Model
+
+    model = made_in(dtype, device, lambda: Model(config))
     for name, parameter in model.named_parameters():
         if name.rsplit(".", 1)[-1] in FP32_NAMES:
             parameter.data = parameter.data.float()

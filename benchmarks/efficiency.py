@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from _models import is_random, open_model
+from _models import is_random, made_in, open_model
 from _options import check_target, whole_numbers
 
 from longllava.cli import run
@@ -90,14 +90,8 @@ def measure_transformers(task: dict[str, Any]) -> Measured:
     fields |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "attn_implementation": "sdpa"}
     kernels = device.type == "cuda"
     config, dtype = JambaConfig(**fields, use_mamba_kernels=kernels), checked_dtype(task["dtype"], device)
-    if is_random(task["model"]):  # made as ours are: cast later, its fp32 weights would be its peak memory
-        usual = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device(device):
-                model = JambaForCausalLM(config)
-        finally:
-            torch.set_default_dtype(usual)
+    if is_random(task["model"]):
+        model = made_in(dtype, device, lambda: JambaForCausalLM(config))
     else:
         model = JambaForCausalLM.from_pretrained(task["model"], config=config, dtype=dtype).to(device)
     model = model.to(dtype).eval()
