@@ -21,6 +21,7 @@ FLOAT = 4  # bytes
 # glibc takes blocks below this from its heap, where freed ones stay and others do not fit into their places: measured
 # with nano, 1.4 to 3 times what lives at once, in half of twelve runs less than 1.7. Larger ones are given back.
 HEAP_BLOCK, HEAP_FACTOR = 32 << 20, 2.0
+HEAP_KEPT = 24 << 20  # of up to 64 MB that it keeps free at its end (heap.py), in the middle of 24 runs
 # Of plain torch, where there are no compiled kernels: the blocked scan's span, of which five tensors are held; and a
 # block of attention's queries, whose masks are held three times in bool and once in fp32.
 SPAN_ELEMENTS, QUERY_BLOCK, MASKS = 1 << 20, 512, 3 + FLOAT
@@ -95,7 +96,7 @@ def prompt_need(
     workspace = hidden + max(at_once, default=0)
     largest = chunk * max(2 * backbone.d_inner(), backbone.mlp_width) * value_bytes
     if on_host and largest < HEAP_BLOCK:
-        workspace = int(workspace * HEAP_FACTOR)
+        workspace = int(workspace * HEAP_FACTOR) + HEAP_KEPT
     masks = min(QUERY_BLOCK * rows, chunk) * n_tokens * MASKS if plain and "attention" in mixers else 0
     return Need(
         keys_values=rows * n_tokens * mixers.count("attention") * token_bytes(backbone, value_bytes, int8_cache),
