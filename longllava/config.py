@@ -9,17 +9,10 @@ import math
 from dataclasses import dataclass, field, replace
 
 from longllava.errors import ConfigError
-from longllava.settings import divides, not_negative, one_of, positive, typed_
+from longllava.settings import at_most, divides, not_negative, one_of, positive, typed_
 
 MODEL_TYPE = "longllava"
 MOST_EXPERTS = 16_384  # in all layers
-
-
-def at_most(config: object, part: str, **limits: int) -> None:
-    """Before anything of such a size is made or counted through. Raises: ConfigError."""
-    for name, limit in limits.items():
-        if getattr(config, name) > limit:
-            raise ConfigError(f"{part}.{name}: got {getattr(config, name)}, at most {limit} is allowed")
 
 
 @dataclass(frozen=True, kw_only=True)

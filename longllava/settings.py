@@ -200,9 +200,12 @@ def not_negative(config: Any, *names: str) -> None:
             raise ConfigError(f"{name}: got {getattr(config, name)}, must be 0 or above")
 
 
-def at_most(config: Any, name: str, limit: int) -> None:
-    if getattr(config, name) > limit:
-        raise ConfigError(f"{name}: got {getattr(config, name)}, must be {limit:,} or below")
+def at_most(config: Any, part: str = "", **limits: int) -> None:
+    """Before anything of such a size is made or counted through. part: that the names are of."""
+    for name, limit in limits.items():
+        if getattr(config, name) > limit:
+            where = f"{part}.{name}" if part else name
+            raise ConfigError(f"{where}: got {getattr(config, name)}, at most {limit} is allowed")
 
 
 def divides(config: Any, small: str, large: str) -> None:

@@ -162,7 +162,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive(self, "window", "save_every", "log_every", "eval_questions")
         not_negative(self, "threads")
-        at_most(self, "threads", MAX_THREADS)
+        at_most(self, threads=MAX_THREADS)
         if abs(self.seed) >= 1 << 63:
             raise ConfigError(f"seed: got {self.seed}, must be smaller than 2^63")
         one_of(self, "dtype", ("auto", "bfloat16", "float32"))

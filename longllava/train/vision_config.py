@@ -43,7 +43,7 @@ class VisionTrainConfig:
         positive(self, "batch", "crop_learning_rate", "whole_learning_rate", "name_learning_rate", "pool_tokens",
                  "max_tokens_read", "n_test")  # fmt: skip
         not_negative(self, "crop_steps", "whole_steps", "name_steps", "weight_decay", "save_seconds", "n_threads")
-        at_most(self, "n_threads", MAX_THREADS)
+        at_most(self, n_threads=MAX_THREADS)
         if abs(self.seed) >= 1 << 63:
             raise ConfigError(f"seed: got {self.seed}, must be smaller than 2^63")
         if self.max_tokens_read > self.pool_tokens:  # means of more would not sum to 1
